@@ -1,0 +1,49 @@
+# `make test` and `make demo` each work on a fresh clone: both make the environment first.
+#
+#   PYTHON   the interpreter that makes the environment
+#   VENV     the folder that it lies in
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test test-slow demo format clean
+
+help: ## print this list
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## make the environment: the versions of constraints.txt, and the project in place
+
+# The constraints hold from the first command on: an unpinned torch may be another build, gigabytes larger.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: name a Python 3.11 or newer, as in make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: $(PYTHON) is Python " + sys.version.split()[0] + ", and transformers 5.23 needs 3.11 or newer: name one, as in make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@echo 'Installing; this takes some minutes, and longer where torch brings the CUDA libraries along.'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+test: $(STAMP) ## ruff, mypy and the tests that take less than a minute each
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy nudging_hf
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+demo: $(STAMP) ## see nudging at work, on a CPU
+	$(BIN)/nudging-hf demo
+
+format: $(STAMP) ## sort the imports, mend what ruff can mend, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, what was built, and the caches
+	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is no virtual environment, and stays" >&2; exit 1; }
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
