@@ -8,10 +8,12 @@ from .gate import StopWhenUnsure, Top1Recorder
 from .generate import generate
 from .output import NudgingOutput
 from .registration import register, unregister
+from .streaming import MarkingStreamer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MarkingStreamer",
     "NudgingConfig",
     "NudgingOutput",
     "StopWhenUnsure",

@@ -10,9 +10,10 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from .rounds import Word
@@ -36,6 +37,7 @@ class Vocabulary:
         added = tokenizer.added_tokens_decoder
         self.control = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self._added = {i: token.content for i, token in added.items()}
+        self._spellings = {i: tokenizer.convert_ids_to_tokens(i) for i in self.control}
         self._scheme = _byte_scheme(tokenizer)
         self._bytes: dict[int, bytes] = {}
         self._anchor: list[int] | None = None
@@ -58,18 +60,26 @@ class Vocabulary:
         where its ids stay the same the others are those of `text`. Where they do not (`text` goes on within a word,
         and its beginning would have merged with what is there), less and less of `left` is taken.
         """
-        for start in _starts_of_left(left):
-            tail = left[start:]
+        tails = [left[start:] for start in _starts_of_left(left)]
+        alone = self._encode(text)
+        if self.join(alone) != text.encode():  # Where it puts a space before a first word, a line break is
+            tails.append("\n")  # the neighbour of the last resort.
+        for tail in tails:
             ids, both = self._encode(tail), self._encode(tail + text)
             if both[: len(ids)] == ids:
                 return list(both[len(ids) :])
-        return list(self._encode(text))
+        return list(alone)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         # split_special_tokens: a control token that is spelt out is text like any other.
-        return tuple(
-            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-        )
+        ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids)
+        found = [text.index(spelt) for i, spelt in self._spellings.items() if i in ids and spelt in text]
+        if not found:
+            return ids
+        # Unigram has control tokens among its pieces, and finds them all the same: cut the first spelling in two.
+        cut = min(found) + 1
+        line_break = self._encode("\n")
+        return self._encode(text[:cut]) + self._encode("\n" + text[cut:])[len(line_break) :]
 
     def _find_bytes(self, token: int) -> bytes:
         if token in self.control:
@@ -84,7 +94,8 @@ class Vocabulary:
         if self._scheme == "ByteFallback" and (match := _BYTE_FALLBACK.fullmatch(piece)):
             return bytes.fromhex(match[1])
         if self._anchor is None:  # Decoders drop the space of a first token: decode after another one.
-            self._anchor = [next(i for i in self._tokenize("a b") if i not in self.control)]
+            candidates = (*self._tokenize("a b"), *self.tokenizer.get_vocab().values())
+            self._anchor = [next(i for i in candidates if i not in self.control)]
         decode = self.tokenizer.decode
         before = decode(self._anchor, clean_up_tokenization_spaces=False)
         return decode([*self._anchor, token], clean_up_tokenization_spaces=False)[len(before) :].encode()
@@ -134,16 +145,16 @@ class OneVocabulary(_Answer):
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
         """The words of a lookahead. A split inside a token moves to its start, and the first token is always taken."""
         pieces = [self.vocabulary.bytes_of(token) for token in lookahead]
-        starts, offset = [], 0  # The byte at which each token starts.
-        for piece in pieces:
-            starts.append(offset)
-            offset += len(piece)
-        bounds = {0, len(pieces)}
-        for split in word_starts(b"".join(pieces)):
-            token = max(i for i, start in enumerate(starts) if start <= split)
-            bounds.add(max(token, 1))
-        ordered = sorted(bounds)
-        return tuple(Word(to_text(b"".join(pieces[a:b])), tuple(lookahead[a:b])) for a, b in pairwise(ordered))
+        starts = list(accumulate(map(len, pieces), initial=0))[:-1]  # The byte at which each token starts.
+        splits = {max(bisect_right(starts, split) - 1, 1) for split in word_starts(b"".join(pieces))}
+        words: list[Word] = []
+        for begin, end in pairwise(sorted({0, *splits, len(pieces)})):
+            text, ids = to_text(b"".join(pieces[begin:end])), tuple(lookahead[begin:end])
+            if words and words[-1].is_empty and len(words) > 1:  # What moved splits left of a run of spaces.
+                before, spaces = words[-2:]
+                words[-2:] = [Word(before.text + spaces.text, before.ids + spaces.ids)]
+            words.append(Word(text, ids))
+        return tuple(words)
 
     def draft(self, continuation: Sequence[int], length: int) -> list[int]:
         """The first `length` ids, for the base, of what the nudging model writes after the answer so far."""

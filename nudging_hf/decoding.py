@@ -206,7 +206,7 @@ class NudgedDecoder:
         config: every knob.
         voices: what each model may say.
         limits: what ends an answer early.
-        streamer: is given each token as it is accepted; for a single row.
+        streamer: is given each token as it is accepted, and its author where it has a `put_marked`; for a single row.
         record: whether the base is to say its top-1 probability at every token, also where nobody asked for it (at
             the cost of a pass at the end); `record_logits` keeps logits and processed scores too.
     """
@@ -290,7 +290,9 @@ class NudgedDecoder:
 
     def _append(self, row: Row, token: int, nudged: bool) -> None:
         row.append(token, nudged)
-        if self.streamer is not None:
+        if hasattr(self.streamer, "put_marked"):
+            self.streamer.put_marked(torch.tensor([token]), nudged)
+        elif self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
 
     def _finish(self, row: Row, reason: str) -> None:

@@ -100,6 +100,8 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
             message says what was given and what to give instead.
     """
     if model is None:
+        if not args:
+            raise ValueError("Nothing to nudge: give the base as the first argument or as `model=`.")
         model, *args = args  # type: ignore[assignment]
     own = {name: kwargs.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
     if is_prepared(kwargs.get("generation_config")):  # transformers calls, by `custom_generate=`.
@@ -115,6 +117,10 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     generation_config = merged_generation_config(model, **arguments)
     _refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, arguments)
     call = _call(model, own, tokenizer, generation_config, arguments.get("streamer"))
+    prompts = arguments.get("inputs", arguments.get("input_ids"))
+    rows = generation_config.num_return_sequences * (1 if prompts is None else len(prompts))
+    if call.streamer is not None and rows > 1:
+        raise ValueError(f"A streamer takes a single answer, got {rows} rows: generate them one at a time.")
     if generation_config.stop_strings is not None:
         _take_over_stop_strings(arguments, model, generation_config.stop_strings, call.vocabulary.tokenizer)
     return GenerationMixin.generate(model, **arguments, custom_generate=_decode, nudging_call=call)
@@ -151,8 +157,6 @@ def _decode(
         raise ValueError(f"Nudging passes nothing but ids to the base's forward pass, got {', '.join(unknown)}.")
     batch = input_ids.shape[0]
     call = nudging_call
-    if call.streamer is not None and batch > 1:
-        raise ValueError(f"A streamer takes a single answer, got {batch} rows: generate them one at a time.")
     pad = pad_token_id(generation_config)
     if batch > 1 and pad is None:
         raise ValueError(f"{batch} answers must be padded to one length: set `pad_token_id`, or the base's EOS.")
@@ -248,12 +252,19 @@ def _call(
         raise ValueError(f"`nudging_config` must be a `NudgingConfig`, got {type(nudging_config).__name__}.")
     nudging_model = own["nudging_model"]
     tokenizer = tokenizer if tokenizer is not None else own["base_tokenizer"]
+    ids, mask = own["nudging_input_ids"], own["nudging_attention_mask"]
+    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.ndim != 2):
+        raise ValueError(f"`nudging_input_ids` must be a tensor of shape (batch_size, length), got {_shape(ids)}.")
+    if mask is not None and (ids is None or not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
+        raise ValueError(
+            f"`nudging_attention_mask` must have the shape of `nudging_input_ids`, {_shape(ids)}, got {_shape(mask)}."
+        )
     return NudgingCall(
         nudging_model=nudging_model,
         vocabulary=_vocabulary(tokenizer, model, "tokenizer", "base"),
         nudging_vocabulary=_vocabulary(own["nudging_tokenizer"], nudging_model, "nudging_tokenizer", "nudging model"),
-        nudging_input_ids=_ids(own["nudging_input_ids"], "nudging_input_ids"),
-        nudging_attention_mask=_ids(own["nudging_attention_mask"], "nudging_attention_mask"),
+        nudging_input_ids=ids,
+        nudging_attention_mask=mask,
         config=NudgingConfig.resolve(
             [own, vars(nudging_config) if nudging_config else {}, generation_config.to_dict()]
         ),
@@ -261,13 +272,8 @@ def _call(
     )
 
 
-def _ids(value: Any, name: str) -> torch.Tensor | None:
-    if value is None:
-        return None
-    if not isinstance(value, torch.Tensor) or value.ndim != 2:
-        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(f"`{name}` must be a tensor of shape (batch_size, length), got {shape}.")
-    return value
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _vocabulary(tokenizer: Any, model: PreTrainedModel, argument: str, whose: str) -> Vocabulary:

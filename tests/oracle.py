@@ -1,0 +1,400 @@
+"""A plain decoder of the rules in shared/design.md. It knows no cache, no draft, no batch and nothing of the package.
+
+It recomputes everything from whole token lists at each step, greedily, for one row: slow, and meant to be obviously
+right. "Rule n" in a comment is the step of the nudging round in section 1 of design.md.
+"""
+
+import codecs
+import functools
+import itertools
+import re
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
+@dataclass
+class Answer:
+    """What a decoder wrote after the base's prompt.
+
+    Attributes:
+        ids: The answer in the base's tokens, with the end mark where the nudging model ended it and there was room.
+        nudged: For each of `ids`, whether the nudging model wrote it; False on the end mark.
+        reason: "eos": the nudging model ended it; "length": `max_new_tokens` did; "stuck": the base, asked to go on
+            where a lookahead had no tokens in its vocabulary, would have emitted EOS.
+        top1: The base's top-1 probability by position in `ids`, wherever the base was asked.
+        events: How often each rule fired, by name.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    nudged: list[bool] = field(default_factory=list)
+    reason: str = ""
+    top1: dict[int, float] = field(default_factory=dict)
+    events: dict[str, int] = field(default_factory=dict)
+
+    def saw(self, event: str) -> None:
+        self.events[event] = self.events.get(event, 0) + 1
+
+
+# Text of tokens ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def control_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """The ids of the tokenizer's control (special) tokens."""
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
+@functools.cache
+def token_bytes(tokenizer: PreTrainedTokenizerFast, token_id: int) -> bytes:
+    """The bytes that one token adds to a text, whatever stands before it; none for a control token."""
+    decoder = tokenizer.backend_tokenizer.decoder.__getstate__()
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if token_id in control_ids(tokenizer):
+        return b""
+    if token_id in tokenizer.added_tokens_decoder:
+        return token.encode()
+    if b'"ByteLevel"' in decoder:
+        return bytes(_BYTE_OF[letter] for letter in token)
+    if b'"ByteFallback"' in decoder and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    ordinary = tokenizer.convert_tokens_to_ids("a")
+    assert ordinary is not None and ordinary not in control_ids(tokenizer)
+    before = tokenizer.decode([ordinary], clean_up_tokenization_spaces=False)
+    after = tokenizer.decode([ordinary, token_id], clean_up_tokenization_spaces=False)
+    assert after.startswith(before)
+    return after[len(before) :].encode()
+
+
+def join_bytes(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> bytes:
+    return b"".join(token_bytes(tokenizer, token_id) for token_id in ids)
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """The text of `ids` without control tokens; bytes that are no UTF-8 become U+FFFD."""
+    return join_bytes(tokenizer, ids).decode(errors="replace")
+
+
+def inside_character(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> bool:
+    """Whether the bytes of `ids` end in the middle of a UTF-8 character."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(join_bytes(tokenizer, ids))
+    return decoder.getstate()[0] != b""
+
+
+def after_last_control(tokenizer: PreTrainedTokenizerFast, prompt_ids: list[int]) -> list[int]:
+    """The ids of a prompt that stand after its last control token."""
+    last = max((i for i, token_id in enumerate(prompt_ids) if token_id in control_ids(tokenizer)), default=-1)
+    return prompt_ids[last + 1 :]
+
+
+def encode_in_context(tokenizer: PreTrainedTokenizerFast, left: str, text: str) -> list[int]:
+    """The ids of `text` where it stands after `left`; spellings of control tokens are ordinary text."""
+
+    def encode(string: str) -> list[int]:
+        return tokenizer.encode(string, add_special_tokens=False, split_special_tokens=True)
+
+    last_word = left[max(left.rfind(" "), 0) :]
+    for tail in [left] + [last_word[start:] for start in range(len(last_word))]:
+        alone, whole = encode(tail), encode(tail + text)
+        if tail and whole[: len(alone)] == alone:
+            return whole[len(alone) :]
+    if join_bytes(tokenizer, encode(text)) != text.encode():  # it would put a space before the text: guard it
+        guard, whole = encode("\n"), encode("\n" + text)
+        if whole[: len(guard)] == guard:
+            return whole[len(guard) :]
+    return encode(text)
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def split_points(text: bytes) -> list[int]:
+    """Where the further words of a lookahead begin (rule 3): byte offsets of the last space of each run of spaces.
+
+    >>> split_points(b"  a  b ")
+    [4, 6]
+    """
+    first = len(text) - len(text.lstrip(b" "))  # leading spaces belong to the first word
+    return [i for i in range(first, len(text)) if text[i : i + 1] == b" " and text[i + 1 : i + 2] != b" "]
+
+
+def words_of_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[list[int]]:
+    """One vocabulary: the words of a lookahead as runs of tokens, the last piece included (rule 3)."""
+    starts, offset = [], 0
+    for token_id in ids:
+        starts.append(offset)
+        offset += len(token_bytes(tokenizer, token_id))
+    # A split inside a token moves to that token's start, and the first token is always taken.
+    cuts = {max(i for i, start in enumerate(starts) if start <= at) for at in split_points(join_bytes(tokenizer, ids))}
+    bounds = sorted({0, len(ids), *(max(cut, 1) for cut in cuts)})
+    words = [ids[start:end] for start, end in itertools.pairwise(bounds)]
+    for i in range(len(words) - 2, 0, -1):  # spaces that a moved split left over belong to the word before
+        if join_bytes(tokenizer, words[i]).strip(b" ") == b"":
+            words[i - 1 : i + 1] = [words[i - 1] + words[i]]
+    return words
+
+
+def words_of_text(text: str) -> list[str]:
+    """Two vocabularies: the words of a lookahead, the last piece included (rule 3)."""
+    raw = text.encode()
+    bounds = [0, *split_points(raw), len(raw)]
+    return [raw[start:end].decode() for start, end in itertools.pairwise(bounds)]
+
+
+# The decoder ---------------------------------------------------------------------------------------------------------
+
+
+def eos_ids(model: PreTrainedModel) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    return [eos] if isinstance(eos, int) else list(eos or [])
+
+
+@torch.no_grad()
+def next_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """Raw float32 logits of shape `(vocab,)` for the token after `ids`."""
+    return model(torch.tensor([ids])).logits[0, -1].float()
+
+
+@dataclass
+class _Decoder:
+    base: PreTrainedModel
+    nudging_model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    nudging_tokenizer: PreTrainedTokenizerFast
+    prompt_ids: list[int]
+    nudging_prompt_ids: list[int]
+    threshold: float
+    max_new_tokens: int
+    num_nudging_tokens: int
+    takeover_on_agreement: bool
+    min_new_tokens: int
+
+    def __post_init__(self) -> None:
+        # Two tokenizers with equal vocabularies speak one vocabulary, whatever their names.
+        self.one_vocabulary = self.tokenizer.get_vocab() == self.nudging_tokenizer.get_vocab()
+        assert self.one_vocabulary or self.min_new_tokens == 0, "min_new_tokens is counted in one vocabulary only"
+        self.answer = Answer()
+
+    # Each of these returns the phase that comes next, or None where the answer is finished. --------------------------
+
+    def run(self) -> Answer:
+        phase = self.nudging_round if self.max_new_tokens > 0 else self.out_of_room
+        while phase is not None:
+            phase = phase()
+        return self.answer
+
+    def out_of_room(self) -> None:
+        self.answer.reason = "length"
+
+    def nudging_round(self):
+        """Rules 1 to 5."""
+        answer = self.answer
+        answer.saw("round")
+        if inside_character(self.tokenizer, answer.ids):
+            answer.saw("round inside a character")
+        draft, ended = self.lookahead()  # rule 1
+        words = self.words(draft)  # rule 3
+        if ended:  # rule 2: all the text before EOS is accepted and the answer is finished
+            answer.saw("termination")
+            while words:
+                if not self.accept_word(self.take_word(words)):
+                    return self.out_of_room
+            if not self.accept(eos_ids(self.base)[0], nudged=False):
+                return self.out_of_room
+            answer.reason = "eos"
+            return None
+        word = self.take_word(words)
+        if self.ids_of(word) == []:  # nothing of this lookahead can be said in the base's vocabulary
+            return self.go_on_unsure
+        if not words:
+            answer.saw("only one word")
+        if not self.accept_word(word):  # rule 4: the first word is accepted
+            return self.out_of_room
+        while words:
+            word = self.take_word(words)
+            set_aside = not words
+            if set_aside and self.word_text(word).strip(" ") == "":
+                answer.saw("empty last piece")
+                break
+            if len(answer.ids) == self.max_new_tokens:
+                return self.out_of_room
+            token, confident, would_end = self.ask_base()
+            if would_end:
+                answer.saw("round ended by base EOS")
+                return self.nudging_round
+            if confident:
+                answer.saw("confident takeover")
+                return functools.partial(self.base_phase, first=token)
+            if self.takeover_on_agreement and self.agrees(token, word):
+                answer.saw("agreement takeover")
+                return functools.partial(self.base_phase, first=token)
+            if set_aside:
+                break
+            answer.saw("further word accepted")
+            if not self.accept_word(word):
+                return self.out_of_room
+        answer.saw("words ran out")  # rule 5
+        return self.nudging_round if len(answer.ids) < self.max_new_tokens else self.out_of_room
+
+    def base_phase(self, first: int):
+        """The base's tokens are accepted while it is confident; `first` is accepted in any case."""
+        answer = self.answer
+        answer.saw("base phase")
+        self.accept(first, nudged=False)
+        while len(answer.ids) < self.max_new_tokens:
+            token, confident, would_end = self.ask_base()
+            if would_end:
+                answer.saw("base phase ended by base EOS")
+                return self.nudging_round
+            if not confident:
+                if not inside_character(self.tokenizer, answer.ids):
+                    return self.nudging_round
+                answer.saw("base goes on inside a character")
+            answer.saw("confident base token" if confident else "unsure base token")
+            self.accept(token, nudged=False)
+        return self.out_of_room
+
+    def go_on_unsure(self):
+        """The base goes on where a whole lookahead has no tokens in its vocabulary."""
+        self.answer.saw("lookahead without tokens")
+        token, _, would_end = self.ask_base()
+        if would_end:
+            self.answer.reason = "stuck"
+            return None
+        return functools.partial(self.base_phase, first=token)
+
+    # The two questions -----------------------------------------------------------------------------------------------
+
+    def ask_base(self) -> tuple[int, bool, bool]:
+        """The base's greedy token at the end of the answer, whether it is confident, and whether it would emit EOS."""
+        logits = next_logits(self.base, self.prompt_ids + self.answer.ids)
+        top1 = logits.softmax(-1).max().item()  # raw logits, before anything is suppressed
+        self.answer.top1[len(self.answer.ids)] = top1
+        if len(self.answer.ids) < self.min_new_tokens:
+            logits[eos_ids(self.base)] = -torch.inf
+        token = logits.argmax().item()
+        would_end = token in eos_ids(self.base)
+        return token, top1 >= self.threshold and not would_end, would_end  # EOS is never confident
+
+    def lookahead(self) -> tuple[list[int], bool]:
+        """What the nudging model writes here, in its own ids, and whether it ended the answer there (rule 1)."""
+        context, draft = self.nudging_context(), []
+        ends = eos_ids(self.nudging_model)
+        suppressed = sorted(control_ids(self.nudging_tokenizer) - set(ends))  # of its control tokens only EOS is drawn
+        for i in range(self.num_nudging_tokens + 3):
+            if i >= self.num_nudging_tokens:
+                # An only word that ends inside a character is drawn on until the character is whole.
+                if len(self.words(draft)) > 1 or not inside_character(self.nudging_tokenizer, draft):
+                    break
+                self.answer.saw("lookahead drawn on")
+            logits = next_logits(self.nudging_model, context + draft)
+            logits[suppressed] = -torch.inf
+            if len(self.answer.ids) + len(draft) < self.min_new_tokens:
+                logits[ends] = -torch.inf
+            token = logits.argmax().item()
+            if token in ends:
+                return draft, True
+            draft.append(token)
+        return draft, False
+
+    def nudging_context(self) -> list[int]:
+        """The nudging model's context: a function of its prompt and the answer's text (one vocabulary: ids)."""
+        if self.one_vocabulary:
+            return self.nudging_prompt_ids + self.answer.ids
+        left = text_of(self.nudging_tokenizer, after_last_control(self.nudging_tokenizer, self.nudging_prompt_ids))
+        answer = text_of(self.tokenizer, self.answer.ids)
+        return self.nudging_prompt_ids + encode_in_context(self.nudging_tokenizer, left, answer)
+
+    # Words: lists of ids of one vocabulary, or texts between two -----------------------------------------------------
+
+    def words(self, draft: list[int]) -> list[list[int]] | list[str]:
+        if self.one_vocabulary:
+            return words_of_tokens(self.tokenizer, draft)
+        return words_of_text(text_of(self.nudging_tokenizer, draft))
+
+    def word_text(self, word: list[int] | str) -> str:
+        return text_of(self.tokenizer, word) if self.one_vocabulary else word
+
+    def ids_of(self, word: list[int] | str) -> list[int]:
+        """The base's ids of a word that stands at the end of the answer so far."""
+        if self.one_vocabulary:
+            return word
+        left = text_of(self.tokenizer, after_last_control(self.tokenizer, self.prompt_ids) + self.answer.ids)
+        return encode_in_context(self.tokenizer, left, word)
+
+    def take_word(self, words: list) -> list[int] | str:
+        """Takes the first of `words` out; one that encodes to no ids is joined with the word after it."""
+        word = words.pop(0)
+        while words and self.ids_of(word) == []:
+            self.answer.saw("word without tokens joined")
+            word += words.pop(0)
+        return word
+
+    def agrees(self, token: int, word: list[int] | str) -> bool:
+        """Whether the base's token has text and begins the word, its space included."""
+        text = text_of(self.tokenizer, [token])
+        return text != "" and self.word_text(word).startswith(text)
+
+    # Accepting -------------------------------------------------------------------------------------------------------
+
+    def accept_word(self, word: list[int] | str) -> bool:
+        """Accepts the nudging model's word token by token; False where there was no room for all of it."""
+        return all(self.accept(token, nudged=True) for token in self.ids_of(word))
+
+    def accept(self, token: int, nudged: bool) -> bool:
+        """Accepts one token; False where there was no room for it."""
+        if len(self.answer.ids) == self.max_new_tokens:
+            return False
+        self.answer.ids.append(token)
+        self.answer.nudged.append(nudged)
+        return True
+
+
+def decode(
+    base: PreTrainedModel,
+    nudging_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    nudging_tokenizer: PreTrainedTokenizerFast,
+    prompt_ids: list[int],
+    nudging_prompt_ids: list[int],
+    *,
+    threshold: float,
+    max_new_tokens: int,
+    num_nudging_tokens: int = 16,
+    takeover_on_agreement: bool = True,
+    min_new_tokens: int = 0,
+) -> Answer:
+    """Decodes one answer greedily by nudging, recomputing everything at each step.
+
+    Args:
+        base: The model that writes where it is confident.
+        nudging_model: The model that writes elsewhere.
+        tokenizer: The base's tokenizer.
+        nudging_tokenizer: The nudging model's. Where its vocabulary equals the base's, texts are lists of ids.
+        prompt_ids: The base's prompt, without padding.
+        nudging_prompt_ids: The nudging model's prompt, in its own ids, without padding.
+        threshold: The base is confident where its top-1 probability is at least this.
+        max_new_tokens: The most tokens of the base in the answer, its end mark included.
+        num_nudging_tokens: The length of a lookahead, in the nudging model's tokens.
+        takeover_on_agreement: Whether the base takes over where its token begins the next nudging word.
+        min_new_tokens: The fewest base tokens before either model may end the answer; one vocabulary only.
+    """
+    return _Decoder(
+        base,
+        nudging_model,
+        tokenizer,
+        nudging_tokenizer,
+        list(prompt_ids),
+        list(nudging_prompt_ids),
+        threshold,
+        max_new_tokens,
+        num_nudging_tokens,
+        takeover_on_agreement,
+        min_new_tokens,
+    ).run()

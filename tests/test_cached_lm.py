@@ -1,0 +1,86 @@
+"""Whatever a row has read before, and beside whom, its logits are those of its text alone."""
+
+import random
+
+import pytest
+import torch
+from tiny import pair
+
+from nudging_hf.cached_lm import CachedLM, Reading
+
+ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
+
+
+def alone(model, ids: list[int], keep: int) -> torch.Tensor:
+    return model(torch.tensor([ids]), use_cache=False).logits[0, -keep:]
+
+
+def texts_that_grow_and_turn_back(draw: random.Random, texts: list[list[int]]) -> list[list[int]]:
+    """Each text keeps most of what it had and goes on by other ids, or stays as it is."""
+    return [
+        text[: max(1, len(text) - draw.choice([0, 0, 1, 3, 12]))]
+        + [draw.randrange(5, 300) for _ in range(draw.randint(1, 9))]
+        for text in texts
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_is_read_is_as_if_read_alone(arch, use_cache):
+    model = pair(arch, 0, "shared").base
+    draw = random.Random(arch)
+    lm = CachedLM(model, rows=4, use_cache=use_cache)
+    texts = [[draw.randrange(5, 300) for _ in range(n)] for n in (3, 17, 9, 30)]
+    there = {0, 1, 2, 3}
+    for step in range(12):
+        if step == 8:
+            lm.release(1)
+            there.remove(1)
+        texts = texts_that_grow_and_turn_back(draw, texts)
+        reading = [row for row in sorted(there) if draw.random() < 0.7] or [min(there)]
+        keeps = {row: draw.randint(1, min(4, len(texts[row]))) for row in reading}
+        logits = lm.read({row: Reading(list(texts[row]), keeps[row]) for row in reading})
+        assert set(logits) == set(reading)
+        for row in reading:
+            # Gemma2 takes its softmax in float32 whatever the model's dtype.
+            torch.testing.assert_close(logits[row], alone(model, texts[row], keeps[row]), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prompts_of_very_different_lengths_need_few_logits():
+    model = pair("llama", 0, "shared").base
+    draw = random.Random(0)
+    texts = [[draw.randrange(5, 300) for _ in range(n)] for n in (2, 150, 40)]
+    widths = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    lm = CachedLM(model, rows=3)
+    logits = lm.read({row: Reading(text, 2) for row, text in enumerate(texts)})
+    handle.remove()
+    assert max(widths) <= 64
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(logits[row], alone(model, text, 2), rtol=0, atol=1e-9)
+    assert lm.tokens_fed == sum(map(len, texts))
+
+
+@torch.no_grad()
+def test_no_token_is_read_twice():
+    model = pair("llama", 0, "shared").base
+    lm = CachedLM(model, rows=1)
+    lm.read({0: Reading([5, 6, 7, 8], 1)})
+    assert (lm.forward_passes, lm.tokens_fed) == (1, 4)
+    lm.read({0: Reading([5, 6, 7, 9, 10], 2)})
+    assert (lm.forward_passes, lm.tokens_fed) == (2, 6)
+
+
+@torch.no_grad()
+def test_a_cache_keeps_no_more_slots_than_its_longest_row():
+    model = pair("llama", 0, "shared").base
+    draw = random.Random(1)
+    lm = CachedLM(model, rows=3)
+    texts = [[draw.randrange(5, 300) for _ in range(n)] for n in (4, 9, 6)]
+    for _ in range(20):
+        texts = texts_that_grow_and_turn_back(draw, texts)
+        lm.read({row: Reading(list(text), 1) for row, text in enumerate(texts)})
+        most_new = 9 + 12 + 1
+        assert lm._cache.get_seq_length() <= max(map(len, texts)) + most_new

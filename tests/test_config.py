@@ -1,0 +1,42 @@
+import pytest
+
+from nudging_hf import NudgingConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("nudge_threshold", "0.4"),
+        ("nudge_threshold", float("nan")),
+        ("nudge_threshold", float("inf")),
+        ("nudge_threshold", -0.1),
+        ("nudge_threshold", True),
+        ("nudge_threshold", None),
+        ("num_nudging_tokens", 0),
+        ("num_nudging_tokens", 2.5),
+        ("takeover_on_agreement", 1),
+        ("num_draft_tokens", -1),
+        ("num_draft_tokens", "many"),
+        ("num_draft_tokens", True),
+    ],
+)
+def test_a_wrong_value_is_named(field, value):
+    with pytest.raises(ValueError, match=f"`{field}`") as error:
+        NudgingConfig(**{field: value})
+    assert repr(value) in str(error.value)
+
+
+def test_thresholds_above_one_are_allowed():
+    assert NudgingConfig(nudge_threshold=1.01).nudge_threshold == 1.01
+
+
+def test_the_first_source_that_sets_a_knob_wins():
+    config = NudgingConfig.resolve(
+        [{"nudge_threshold": None}, {"nudge_threshold": 0.3, "num_draft_tokens": 0}, {"nudge_threshold": 0.9}, {}]
+    )
+    assert config == NudgingConfig(nudge_threshold=0.3, num_draft_tokens=0)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        NudgingConfig().nudge_threshold = 0.5

@@ -1,0 +1,173 @@
+"""The laws of nudging, over random pairs in float64: for every model, threshold, draft length and prompt."""
+
+import itertools
+import random
+
+import oracle
+import pytest
+import torch
+from running import inputs_of, nudge
+from tiny import pair, prompts
+from transformers import TextIteratorStreamer
+
+import nudging_hf
+
+ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
+THRESHOLDS = [0, 0.2, 0.4, 0.7, 1.01]
+DRAFTS = [0, 1, 4, 16, "adaptive"]
+EVERY_PAIR = list(itertools.product(ARCHITECTURES, ["shared", "two"]))
+
+
+def case(arch: str, kind: str, seed: int, rows: int):
+    chosen = pair(arch, seed, kind)
+    return chosen, *prompts(chosen, rows, seed)
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+@pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
+def test_answers_are_those_of_a_plain_decoder(arch, kind, threshold):
+    """Batched, cached and drafted, against an oracle that has no batch, no cache and no draft."""
+    draw = random.Random(f"{arch} {kind} {threshold}")
+    chosen, base_prompts, nudging_prompts = case(arch, kind, draw.randrange(12), rows=draw.randint(1, 5))
+    settings = {"max_new_tokens": draw.choice([7, 24, 32]), "takeover_on_agreement": draw.random() < 0.8}
+    if kind == "shared":
+        settings["min_new_tokens"] = draw.choice([0, 5])
+    results = nudge(
+        chosen,
+        base_prompts,
+        nudging_prompts,
+        nudge_threshold=threshold,
+        num_draft_tokens=draw.choice(DRAFTS),
+        **settings,
+    )
+    for prompt, nudging_prompt, result in zip(base_prompts, nudging_prompts, results, strict=True):
+        expected = oracle.decode(
+            chosen.base,
+            chosen.nudging_model,
+            chosen.tokenizer,
+            chosen.nudging_tokenizer,
+            prompt,
+            nudging_prompt,
+            threshold=threshold,
+            **settings,
+        )
+        assert result.ids == expected.ids
+        assert result.nudged == expected.nudged
+        assert result.reason == expected.reason
+        for place, probability in expected.top1.items():
+            if place < len(result.ids):
+                assert result.top1[place] == pytest.approx(probability, abs=1e-5)
+
+
+@pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
+def test_drafted_is_sequential(arch, kind):
+    chosen, base_prompts, nudging_prompts = case(arch, kind, seed=1, rows=2)
+    for i, threshold in enumerate(THRESHOLDS):
+        answers = [
+            nudge(
+                chosen, base_prompts, nudging_prompts, max_new_tokens=24, nudge_threshold=threshold, num_draft_tokens=k
+            )
+            for k in (0, DRAFTS[1 + i % 4], DRAFTS[1 + (i + 2) % 4])
+        ]
+        for results in answers[1:]:
+            assert [(r.ids, r.nudged, r.reason) for r in results] == [(r.ids, r.nudged, r.reason) for r in answers[0]]
+
+
+@pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
+def test_batch_is_singles(arch, kind):
+    chosen, base_prompts, nudging_prompts = case(arch, kind, seed=2, rows=4)
+    for threshold in THRESHOLDS:
+        settings = {"max_new_tokens": 24, "nudge_threshold": threshold}
+        together = nudge(chosen, base_prompts, nudging_prompts, **settings)
+        alone = [nudge(chosen, [p], [n], **settings)[0] for p, n in zip(base_prompts, nudging_prompts, strict=True)]
+        assert [(r.ids, r.nudged, r.reason) for r in together] == [(r.ids, r.nudged, r.reason) for r in alone]
+
+
+@pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
+def test_cached_is_recomputed(arch, kind):
+    chosen, base_prompts, nudging_prompts = case(arch, kind, seed=3, rows=3)
+    for threshold in (0.2, 0.7):
+        settings = {"max_new_tokens": 24, "nudge_threshold": threshold, "num_draft_tokens": 4}
+        cached = nudge(chosen, base_prompts, nudging_prompts, **settings)
+        recomputed = nudge(chosen, base_prompts, nudging_prompts, use_cache=False, **settings)
+        assert [(r.ids, r.nudged, r.reason) for r in cached] == [(r.ids, r.nudged, r.reason) for r in recomputed]
+
+
+@pytest.mark.parametrize("kind", ["shared", "two"])
+@pytest.mark.parametrize("seed", range(6))
+def test_streamed_is_returned(kind, seed):
+    chosen, base_prompts, nudging_prompts = case("llama", kind, seed, rows=1)
+    inputs = inputs_of(chosen, base_prompts, nudging_prompts)
+    streamer = TextIteratorStreamer(chosen.tokenizer, skip_prompt=True, timeout=30, skip_special_tokens=True)
+    pieces: list[tuple[str, bool]] = []
+    marking = nudging_hf.MarkingStreamer(chosen.tokenizer, lambda text, nudged: pieces.append((text, nudged)))
+    for each in (streamer, marking):
+        ids = nudging_hf.generate(chosen.base, **inputs, max_new_tokens=40, streamer=each)
+    text = chosen.tokenizer.decode(ids[0, len(base_prompts[0]) :], skip_special_tokens=True)
+    assert "".join(streamer) == text
+    # The marking streamer keeps the space of a first token, which some decoders drop.
+    assert "".join(piece for piece, _ in pieces).removeprefix(" ") == text.removeprefix(" ")
+    assert any(nudged for _, nudged in pieces)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_above_one_the_nudging_model_writes_alone(arch):
+    for seed in range(3):
+        chosen, base_prompts, nudging_prompts = case(arch, "shared", seed, rows=1)
+        [result] = nudge(
+            chosen, base_prompts, nudging_prompts, max_new_tokens=40, nudge_threshold=1.01, takeover_on_agreement=False
+        )
+        eos = chosen.nudging_model.generation_config.eos_token_id
+        others = sorted(set(chosen.nudging_tokenizer.all_special_ids) - {eos})
+        own = chosen.nudging_model.generate(
+            torch.tensor(nudging_prompts), max_new_tokens=40, do_sample=False, suppress_tokens=others
+        )[0, len(nudging_prompts[0]) :].tolist()
+        if own[-1] == eos:
+            own[-1] = chosen.base.generation_config.eos_token_id  # The end mark is the base's.
+        assert result.ids == own
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_at_zero_the_base_goes_on_alone_after_the_first_word(arch):
+    for seed in range(3):
+        chosen, base_prompts, nudging_prompts = case(arch, "shared", seed, rows=1)
+        [result] = nudge(chosen, base_prompts, nudging_prompts, max_new_tokens=40, nudge_threshold=0)
+        first = result.nudged.index(False) if False in result.nudged else len(result.nudged)
+        begun = torch.tensor([base_prompts[0] + result.ids[:first]])
+        own = chosen.base.generate(begun, max_new_tokens=40, do_sample=False)[0, begun.shape[1] :].tolist()
+        eos = chosen.base.generation_config.eos_token_id
+        alone = own[: own.index(eos)] if eos in own else own
+        written = result.ids[: -1 if result.reason == "eos" else None][first : first + len(alone)]
+        if written or not alone:  # Else the nudging model ended the answer in its first lookahead.
+            assert written == alone[: len(written)] and not any(result.nudged[first : first + len(written)])
+            assert len(written) == len(alone) or len(result.ids) == 40
+
+
+@pytest.mark.parametrize("kind", ["shared", "two"])
+def test_a_sampled_answer_depends_on_its_seed_alone(kind):
+    """Drafted = sequential, cached = recomputed and first row = single hold under sampling too, token for token."""
+    chosen, base_prompts, nudging_prompts = case("llama", kind, seed=4, rows=3)
+    chosen.nudging_model.generation_config.do_sample = True
+    try:
+        answers = []
+        for drafts, use_cache in [(0, True), (4, True), ("adaptive", True), (4, False)]:
+            torch.manual_seed(7)
+            answers.append(
+                nudge(
+                    chosen,
+                    base_prompts,
+                    nudging_prompts,
+                    max_new_tokens=32,
+                    do_sample=True,
+                    temperature=0.8,
+                    num_draft_tokens=drafts,
+                    use_cache=use_cache,
+                )
+            )
+        for results in answers[1:]:
+            assert [(r.ids, r.nudged) for r in results] == [(r.ids, r.nudged) for r in answers[0]]
+        torch.manual_seed(8)
+        other = nudge(chosen, base_prompts, nudging_prompts, max_new_tokens=32, do_sample=True, temperature=0.8)
+        assert [r.ids for r in other] != [r.ids for r in answers[0]]
+    finally:
+        chosen.nudging_model.generation_config.do_sample = False

@@ -1,0 +1,135 @@
+"""The algorithm on scripted models: answers are strings, a token is a string, and both models are dictionaries."""
+
+import pytest
+
+from nudging_hf.rounds import Accept, Lookahead, Question, Verdict, Word, rounds
+
+EOS = "</s>"
+
+
+def words(text: str) -> tuple[Word, ...]:
+    """Words of a text in which every letter is a token."""
+    pieces = text.split("|") if text else []
+    return tuple(Word(piece, tuple(map(ord, piece))) for piece in pieces)
+
+
+def run(lookaheads, verdicts, threshold=0.5, on_agreement=True, steps=60):
+    """Plays the algorithm: `lookaheads` and `verdicts` map the text so far to an answer. Returns text, log, reason."""
+    algorithm = rounds(threshold, on_agreement)
+    text, log, reply = "", [], None
+    for _ in range(steps):
+        try:
+            step = algorithm.send(reply)
+        except StopIteration as end:
+            return text, log, end.value
+        reply = None
+        if isinstance(step, Accept):
+            piece = "".join(map(chr, step.ids))
+            text += piece
+            log.append((piece, "nudging" if step.nudged else "base"))
+        elif step is Question.LOOKAHEAD:
+            log.append("lookahead")
+            written = lookaheads[text]
+            reply = Lookahead(words(written.removesuffix(EOS)), written.endswith(EOS))
+        else:
+            log.append("verdict")
+            token, top1, *inside = verdicts[text]
+            spelt = "" if token == EOS else token
+            reply = Verdict(ord(token) if spelt else 0, spelt, top1, token == EOS, bool(inside))
+    return text, log, "cut"
+
+
+def test_the_nudging_model_writes_first_and_ends():
+    assert run({"": "The| end." + EOS}, {}) == (
+        "The end.",
+        ["lookahead", ("The", "nudging"), (" end.", "nudging")],
+        "eos",
+    )
+
+
+def test_an_empty_answer():
+    assert run({"": EOS}, {})[::2] == ("", "eos")
+
+
+def test_the_first_word_is_accepted_unasked_and_a_confident_base_takes_over():
+    text, log, _ = run({"": "A| b| c", "Axy": EOS}, {"A": ("x", 0.9), "Ax": ("y", 0.5), "Axy": ("z", 0.49)})
+    assert text == "Axy"
+    assert log == [
+        "lookahead",
+        ("A", "nudging"),
+        "verdict",
+        ("x", "base"),
+        "verdict",
+        ("y", "base"),
+        "verdict",
+        "lookahead",
+    ]
+
+
+def test_gamma_is_inclusive():
+    assert run({"": "A| b| c", "Ax": EOS}, {"A": ("x", 0.5), "Ax": ("z", 0.1)})[0] == "Ax"
+
+
+def test_agreement_takes_over_where_the_base_is_unsure():
+    script = {"": "A| b| c", "A ": EOS, "A b": EOS}, {"A": (" ", 0.1), "A ": ("z", 0.1), "A b": ("z", 0.1)}
+    assert run(*script)[1][:4] == ["lookahead", ("A", "nudging"), "verdict", (" ", "base")]
+    assert run(*script, on_agreement=False)[1][:4] == ["lookahead", ("A", "nudging"), "verdict", (" b", "nudging")]
+
+
+def test_the_last_word_is_asked_about_and_never_accepted():
+    text, log, _ = run({"": "A| b", "A": EOS}, {"A": ("z", 0.1)})
+    assert (text, log) == ("A", ["lookahead", ("A", "nudging"), "verdict", "lookahead"])
+
+
+def test_a_single_word_is_taken_whole_and_a_fresh_round_begins():
+    assert run({"": "Aha", "Aha": "!" + EOS}, {}) == (
+        "Aha!",
+        ["lookahead", ("Aha", "nudging"), "lookahead", ("!", "nudging")],
+        "eos",
+    )
+
+
+def test_nobody_asks_about_an_empty_last_word():
+    assert run({"": "A| b| ", "A b": EOS}, {"A": ("z", 0.1)})[1] == [
+        "lookahead", ("A", "nudging"), "verdict", (" b", "nudging"), "lookahead",
+    ]  # fmt: skip
+
+
+def test_a_base_that_would_end_begins_a_fresh_round():
+    """However sure it is: only the nudging model ends an answer."""
+    assert run({"": "A| b| c", "A": " b" + EOS}, {"A": (EOS, 1.0)})[:2] == (
+        "A b",
+        ["lookahead", ("A", "nudging"), "verdict", "lookahead", (" b", "nudging")],
+    )
+    assert run({"": "A| b", "Ax": EOS}, {"A": ("x", 1.0), "Ax": (EOS, 1.0)})[1][-2:] == ["verdict", "lookahead"]
+
+
+def test_inside_a_character_an_unsure_base_goes_on():
+    verdicts = {"A": ("x", 0.9), "Ax": ("y", 0.1, "inside"), "Axy": ("z", 0.1)}
+    assert run({"": "A| b", "Axy": EOS}, verdicts)[0] == "Axy"
+
+
+def test_inside_a_character_a_base_that_would_end_does_not_go_on():
+    verdicts = {"A": ("x", 0.9), "Ax": (EOS, 0.9, "inside")}
+    assert run({"": "A| b", "Ax": EOS}, verdicts)[::2] == ("Ax", "eos")
+
+
+def test_a_token_without_text_does_not_agree():
+    algorithm = rounds(0.5, True)
+    assert algorithm.send(None) is Question.LOOKAHEAD
+    assert algorithm.send(Lookahead(words("A| b| c"), False)) == Accept((65,), True)
+    assert algorithm.send(None) is Question.VERDICT
+    assert algorithm.send(Verdict(7, "", 0.1, False, False)) == Accept((32, 98), True)
+
+
+def test_where_the_base_can_read_no_word_it_goes_on_itself():
+    def answers(verdict):
+        algorithm = rounds(0.5, True)
+        algorithm.send(None)
+        assert algorithm.send(Lookahead((), False)) is Question.VERDICT
+        return algorithm.send(verdict)
+
+    assert answers(Verdict(7, "x", 0.1, False, False)) == Accept((7,), False)
+    with pytest.raises(StopIteration) as end:
+        answers(Verdict(0, "", 0.9, True, False))
+    assert end.value.value == "stuck"

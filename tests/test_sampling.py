@@ -1,0 +1,116 @@
+"""Sampled answers: a drafted token is accepted by a rule that leaves the base's distribution as it is."""
+
+from collections import Counter
+
+import torch
+from running import padded
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import nudging_hf
+from nudging_hf.choosing import choose, mix
+from nudging_hf.decoding import NudgedDecoder, _Seen
+
+VOCABULARY = ["<eos>", "<pad>", " a", " b", " c", " d", "e", "f"]
+ROWS, ROUNDS, LENGTH = 500, 3, 3
+
+
+def chi_square(counts: Counter, others: Counter) -> tuple[float, float]:
+    """The statistic of the two-sample test of homogeneity, and its 0.999 quantile (Wilson and Hilferty 1931)."""
+    kinds = [kind for kind in counts | others if counts[kind] + others[kind] >= 10]
+    n, m = (sum(sample[kind] for kind in kinds) for sample in (counts, others))
+    statistic = sum(
+        (counts[kind] * (m / n) ** 0.5 - others[kind] * (n / m) ** 0.5) ** 2 / (counts[kind] + others[kind])
+        for kind in kinds
+    )
+    freedom = len(kinds) - 1
+    return statistic, freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def toy_pair():
+    """Two models of eight words."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    pair = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            eos_token_id=0, pad_token_id=1, initializer_range=0.5, tie_word_embeddings=False,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).double().eval()
+        model.lm_head.weight.data *= 0.5
+        pair.append(model)
+    pair[1].generation_config.do_sample = True
+    return *pair, tokenizer
+
+
+def sampled(num_draft_tokens: int, seed: int) -> Counter:
+    """How often each answer of `LENGTH` tokens was sampled."""
+    base, nudging_model, tokenizer = toy_pair()
+    ids, _ = padded([[2, 3]] * ROWS, 1)
+    answers: Counter = Counter()
+    torch.manual_seed(seed)
+    for _ in range(ROUNDS):
+        out = nudging_hf.generate(
+            base,
+            ids,
+            nudging_model=nudging_model,
+            tokenizer=tokenizer,
+            nudging_tokenizer=tokenizer,
+            nudging_input_ids=ids,
+            nudge_threshold=0.3,
+            num_nudging_tokens=3,
+            num_draft_tokens=num_draft_tokens,
+            do_sample=True,
+            max_new_tokens=LENGTH,
+        )
+        answers.update(map(tuple, out[:, 2:].tolist()))
+    return answers
+
+
+def test_drafted_answers_are_distributed_as_undrafted_ones():
+    statistic, bound = chi_square(sampled(0, seed=1), sampled(4, seed=2))
+    assert statistic < bound
+
+
+def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
+    """A rule that takes a drafted token wherever the base gives it half a chance is off by more than the bound."""
+    verify = NudgedDecoder._verify
+
+    def verify_too_kindly(self, rows):
+        before = {row.number: len(row.seen) for row in rows}
+        verify(self, rows)
+        for row in rows:
+            for place in range(before[row.number], len(row.read)):
+                if mix(row.seed, place) % 2:
+                    row.seen[place] = _Seen(row.read[place], row.seen[place].top1, None, None)
+
+    undrafted = sampled(0, seed=1)
+    monkeypatch.setattr(NudgedDecoder, "_verify", verify_too_kindly)
+    statistic, bound = chi_square(undrafted, sampled(4, seed=2))
+    assert statistic > bound
+
+
+def test_a_draw_has_the_distribution_of_its_scores():
+    scores = torch.tensor([1.0, 0.0, -1.0, 2.0, float("-inf")])
+    draws = 20000
+    tokens = choose(scores.expand(draws, 5), [mix(11, i) for i in range(draws)])
+    expected = scores.softmax(-1) * draws
+    counts = torch.bincount(tokens, minlength=5)
+    assert counts[4] == 0
+    statistic = ((counts - expected)[:4] ** 2 / expected[:4]).sum()
+    assert statistic < 16.27  # The 0.999 quantile for three degrees of freedom.
+
+
+def test_a_draw_belongs_to_its_key():
+    scores = torch.randn(3, 50)
+    keys = [1, 2, 3]
+    assert choose(scores, keys).tolist() == [choose(scores[i : i + 1], [keys[i]]).item() for i in range(3)]
+    assert len({choose(torch.zeros(1, 1000), [key]).item() for key in range(20)}) > 15
+
+
+def test_keys_mix_well():
+    assert len({mix(a, b) for a in range(100) for b in range(100)}) == 10000
+    assert mix(1, 2) != mix(2, 1)
