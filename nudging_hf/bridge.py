@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,6 +23,17 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORD_END = re.compile(rb"(?<=\S) (?=\S)")
 _LEFT_CHARACTERS = 64  # Text to the left with which a word is encoded: longer than what any tokenizer looks back.
 _CHUNK_CHARACTERS = 256  # Text of a finished answer that is encoded once and for all, in pieces of about this length.
+
+
+class _Remembered(dict[int, bytes]):
+    """A function of tokens, asked once for each."""
+
+    def __init__(self, find: Callable[[int], bytes]):
+        self._find = find
+
+    def __missing__(self, token: int) -> bytes:
+        self[token] = self._find(token)
+        return self[token]
 
 
 class Vocabulary:
@@ -39,19 +50,17 @@ class Vocabulary:
         self._added = {i: token.content for i, token in added.items()}
         self._spellings = {i: tokenizer.convert_ids_to_tokens(i) for i in self.control}
         self._scheme = _byte_scheme(tokenizer)
-        self._bytes: dict[int, bytes] = {}
+        self._bytes = _Remembered(self._find_bytes)
         self._anchor: list[int] | None = None
         self._encode = lru_cache(maxsize=4096)(self._tokenize)
 
     def bytes_of(self, token: int) -> bytes:
         """What the token adds to a text, whatever stands before it; nothing for a control token."""
-        if token not in self._bytes:
-            self._bytes[token] = self._find_bytes(token)
         return self._bytes[token]
 
     def join(self, ids: Sequence[int]) -> bytes:
         """The text of the ids, without control tokens."""
-        return b"".join(map(self.bytes_of, ids))
+        return b"".join(map(self._bytes.__getitem__, ids))
 
     def encode_after(self, left: str, text: str) -> list[int]:
         """The ids of `text` as the tokenizer would write it after `left`, where the ids of `left` stand already.
@@ -181,12 +190,20 @@ class TwoVocabularies(_Answer):
         )
         self._chunks_end = 0  # Of the text, in bytes.
         self._chunk_ids: list[int] = []
+        self._nudging_ids: list[int] | None = []
+
+    def append(self, token: int) -> None:
+        super().append(token)
+        self._nudging_ids = None
 
     def nudging_ids(self) -> list[int]:
-        while (end := self._next_chunk_end()) is not None:
-            self._chunk_ids += self._encode_for_nudging(end)
-            self._chunks_end = end
-        return self._chunk_ids + self._encode_for_nudging(len(self.text))
+        """The answer so far in the nudging model's vocabulary."""
+        if self._nudging_ids is None:
+            while (end := self._next_chunk_end()) is not None:
+                self._chunk_ids += self._encode_for_nudging(end)
+                self._chunks_end = end
+            self._nudging_ids = self._chunk_ids + self._encode_for_nudging(len(self.text))
+        return self._nudging_ids
 
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
         """The words of a lookahead; a word for which the base has no ids is joined with the word after it."""

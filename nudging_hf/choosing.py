@@ -40,18 +40,24 @@ _BLIND_TO_IDS = (
 )
 
 
-def processed_scores(processors: LogitsProcessorList, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def processed_scores(
+    processors: LogitsProcessorList, prompt: torch.Tensor, answer: Sequence[int], logits: torch.Tensor
+) -> torch.Tensor:
     """The scores at the last positions of one row, as `generate` would process them one at a time.
 
     Args:
-        ids: the row's ids of shape (1, length); the last logits stand after all of them, those before after one
-            fewer each.
-        logits: raw logits of shape (positions, vocab_size).
+        prompt: ids of shape (1, prompt_length).
+        answer: the ids behind it.
+        logits: raw logits of shape (positions, vocab_size); the last stand after the whole answer, those before after
+            one id fewer each.
 
     Returns:
         float32 scores of shape (positions, vocab_size).
     """
+    if not processors:
+        return logits.float()
     scores = logits.to(torch.float32, copy=True)
+    ids = torch.cat([prompt, torch.tensor([answer], dtype=prompt.dtype, device=prompt.device)], dim=1)
     before = ids.shape[1] - scores.shape[0] + 1
     for processor in processors:
         if isinstance(processor, _BLIND_TO_IDS):

@@ -72,7 +72,7 @@ class Limits:
         if row.answer.ids[-1] in self._eos:
             return "eos"
         for criterion in self._others:
-            if criterion(row.padded_ids(row.answer.ids), None).all():
+            if criterion(row.ids(), None).all():
                 return "stop_string" if isinstance(criterion, StopStringCriteria) else "stopping_criteria"
         if row.length >= self.max_length:
             return "length"
@@ -94,14 +94,16 @@ class Row:
 
     Args:
         number: the row's place in the batch.
-        padded_prompt: the base's prompt as `generate` was given it, of shape (1, prompt_length).
+        prompt: the base's as `generate` was given it, padding included, of shape (1, prompt_length).
+        nudging_prompt: the nudging model's, of shape (1, nudging_prompt_length).
         answer: the answer so far.
         base_processors, nudging_processors: each model's logits processors for this row.
         seed: what its draws are made of.
     """
 
     number: int
-    padded_prompt: torch.Tensor
+    prompt: torch.Tensor
+    nudging_prompt: torch.Tensor
     answer: OneVocabulary | TwoVocabularies
     base_processors: LogitsProcessorList
     nudging_processors: LogitsProcessorList
@@ -124,12 +126,12 @@ class Row:
 
     @property
     def length(self) -> int:
-        return self.padded_prompt.shape[1] + len(self.answer.ids)
+        return self.prompt.shape[1] + len(self.answer.ids)
 
-    def padded_ids(self, answer: Sequence[int]) -> torch.Tensor:
-        """The prompt as it was given, and an answer behind it, of shape (1, length)."""
-        new = torch.tensor([answer], dtype=torch.long, device=self.padded_prompt.device)
-        return torch.cat([self.padded_prompt, new], dim=1)
+    def ids(self) -> torch.Tensor:
+        """Prompt and answer, of shape (1, length)."""
+        new = torch.tensor([self.answer.ids], dtype=torch.long, device=self.prompt.device)
+        return torch.cat([self.prompt, new], dim=1)
 
     def append(self, token: int, nudged: bool) -> None:
         place = len(self.answer.ids)
@@ -340,8 +342,7 @@ class NudgedDecoder:
         logits = self.nudging.read(readings)
         scores = []
         for row in rows:
-            ids = torch.tensor([readings[row.number].ids], device=self.nudging.model.device)
-            row_scores = processed_scores(row.nudging_processors, ids, logits[row.number])
+            row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, row.written, logits[row.number])
             if self._may_not_end(row):
                 row_scores[:, self.voices.nudging_eos] = float("-inf")
             scores.append(row_scores)
@@ -383,7 +384,7 @@ class NudgedDecoder:
         logits = self.base.read(readings)
         raw = torch.cat([logits[row.number] for row in rows])
         scores = torch.cat([
-            processed_scores(row.base_processors, row.padded_ids(row.read), logits[row.number]) for row in rows
+            processed_scores(row.base_processors, row.prompt, row.read, logits[row.number]) for row in rows
         ])  # fmt: skip
         keys = None
         if self.voices.base_samples:

@@ -162,19 +162,18 @@ def _decode(
         raise ValueError(f"{batch} answers must be padded to one length: set `pad_token_id`, or the base's EOS.")
 
     prompts = unpadded(input_ids, attention_mask)
-    nudging_ids = _nudging_prompts(call, prompts, generation_config.num_return_sequences)
+    given = _nudging_prompts(call, prompts, generation_config.num_return_sequences)
     nudging_model_config = own_generation_config(call.nudging_model, bool(generation_config.do_sample))
     voices = _voices(call, generation_config, nudging_model_config, input_ids.shape[1])
-    device = call.nudging_model.device
+    nudging_ids = [torch.tensor([ids], device=call.nudging_model.device) for ids in given]
     rows = [
         Row(
             number=i,
-            padded_prompt=input_ids[i : i + 1].to(model.device),
-            answer=call.answer_class(call.vocabulary, call.nudging_vocabulary, prompts[i], nudging_ids[i]),
+            prompt=input_ids[i : i + 1].to(model.device),
+            nudging_prompt=nudging_ids[i],
+            answer=call.answer_class(call.vocabulary, call.nudging_vocabulary, prompts[i], given[i]),
             base_processors=processors_of_row(logits_processor, i, batch),
-            nudging_processors=own_processors(
-                call.nudging_model, nudging_model_config, torch.tensor([nudging_ids[i]], device=device)
-            ),
+            nudging_processors=own_processors(call.nudging_model, nudging_model_config, nudging_ids[i]),
             seed=seed,
             algorithm=rounds(call.config.nudge_threshold, call.config.takeover_on_agreement),
         )

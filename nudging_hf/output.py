@@ -87,5 +87,5 @@ def nudging_output(
 
 def _steps(rows: list[list[Any]], width: int) -> tuple[torch.Tensor, ...]:
     """One tensor of shape (batch_size, vocab_size) for each new token; 0 behind a row's end."""
-    nothing = torch.zeros_like(rows[0][0])
+    nothing: Any = next((torch.zeros_like(step) for row in rows for step in row), None)
     return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]).float() for i in range(width))

@@ -395,8 +395,9 @@ def test_the_sentences_are_made_of_the_figures():
         return demo.Result(contestant, answers, passes, 7, 1.0)
 
     said = " ".join(demo.summary([result(demo.BASE, 2, 1000), result(demo.NUDGED, 9, 400)]))
-    assert "answers 9 of 10 questions right; 2 alone." in said
-    assert "50% of the words" in said and "400 forward passes, and 1,000 alone" in said
+    assert "Right answers to 10 questions: 9 nudged, 2 by the base alone." in said
+    assert "+7 against the base alone." in said
+    assert "50% of the words" in said and "400 forward passes for them, and 1,000 for its own" in said
     assert demo.summary([result(demo.BASE, 2, 1000)]) == []
 
 

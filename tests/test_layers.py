@@ -18,8 +18,8 @@ LAYERS = [
     {"generate"},
     {"registration", "streaming"},
     {"demo"},
-    {"cli"},
     {"__init__"},
+    {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}
 CARRIED = [module for modules in LAYERS[:6] for module in sorted(modules)]
@@ -33,7 +33,11 @@ def imports_of(module: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level <= 1, f"{module} reaches out of the package"
-            names.add("." * node.level + (node.module or ""))
+            if node.module is None:  # from . import name: a module, or what the package itself holds
+                siblings = {path.stem for path in PACKAGE.glob("*.py")}
+                names |= {"." + (alias.name if alias.name in siblings else "__init__") for alias in node.names}
+            else:
+                names.add("." * node.level + node.module)
     return names
 
 

@@ -1,0 +1,497 @@
+"""The demonstration: a pair of models on questions with known answers. It knows models and scores, never a terminal.
+
+A pair's folder holds `heldout.jsonl`, the questions, and `models/base` and `models/nudging`. Two more are used where
+they stand: `models/nudging-shared`, a nudging model with the base's own vocabulary, and `models/large-aligned`, what
+the base becomes by training instead of nudging. A row of `heldout.jsonl`:
+
+    {"task": "sums", "prompt": what the base is given, "messages": what an aligned model is given, as chat messages,
+     "pattern": a regular expression with one group, "answer": what its last match in a right answer holds}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .generate import generate
+from .streaming import MarkingStreamer
+
+MAX_NEW_TOKENS = 220  # Half as many again as the longest right answer of examples/mini, in tokens.
+Piece = tuple[str, bool]  # A piece of an answer, and whether the nudging model wrote it.
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, in the words of both prompts, and how to find the answer given to it."""
+
+    task: str
+    prompt: str
+    messages: list[dict[str, str]]
+    pattern: str
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """The question itself, as the aligned models are asked it."""
+        return self.messages[-1]["content"]
+
+    def given(self, text: str) -> str | None:
+        """The answer that a text gives: what the last match of `pattern` holds, if there is one."""
+        found = re.findall(self.pattern, text)
+        return found[-1] if found else None
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a `heldout.jsonl`.
+
+    Raises:
+        ValueError: for a row that is no question, naming its line.
+    """
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            question = Question(**json.loads(line))
+            groups = re.compile(question.pattern).groups
+            _ = question.text
+        except (ValueError, TypeError, LookupError, re.error) as error:
+            raise ValueError(f"{path}, line {number}, is no question: {error}.") from error
+        if groups != 1:
+            raise ValueError(f"{path}, line {number}: `pattern` must have one group, got {groups}.")
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} holds no questions.")
+    return questions
+
+
+def first_of_each_task(questions: Iterable[Question], count: int) -> list[Question]:
+    """The first `count` questions of each task, in their order."""
+    taken: Counter[str] = Counter()
+    first = []
+    for question in questions:
+        if taken[question.task] < count:
+            taken[question.task] += 1
+            first.append(question)
+    return first
+
+
+@dataclass(frozen=True)
+class LM:
+    """A causal LM and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, folder: Path) -> LM:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
+
+    def plain_prompts(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompts of a base, ids and attention mask of shape (batch, length), padded on the left."""
+        return self._encode([question.prompt for question in questions], add_special_tokens=True)
+
+    def chat_prompts(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompts of an aligned model, likewise."""
+        texts = [
+            self.tokenizer.apply_chat_template(question.messages, add_generation_prompt=True, tokenize=False)
+            for question in questions
+        ]
+        return self._encode(texts, add_special_tokens=False)  # A template writes its control tokens itself.
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = self.tokenizer(
+            texts, add_special_tokens=add_special_tokens, padding=True, padding_side="left", return_tensors="pt"
+        )
+        return encoded.input_ids, encoded.attention_mask
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The models of a pair's folder, and its questions."""
+
+    folder: Path
+    questions: list[Question]
+    base: LM
+    nudging: LM
+    nudging_shared: LM | None
+    large_aligned: LM | None
+
+    @classmethod
+    def load(cls, folder: Path) -> Pair:
+        """Loads a pair's folder.
+
+        Raises:
+            FileNotFoundError: where the questions, the base or the nudging model are missing.
+            ValueError: where `heldout.jsonl` is not made of questions.
+        """
+        models = folder / "models"
+        for needed in (folder / "heldout.jsonl", models / "base", models / "nudging"):
+            if not needed.exists():
+                raise FileNotFoundError(f"{needed} is missing: name the folder of another pair by --pair.")
+        questions = read_questions(folder / "heldout.jsonl")
+        shared, large = models / "nudging-shared", models / "large-aligned"
+        return cls(
+            folder=folder,
+            questions=questions,
+            base=LM.load(models / "base"),
+            nudging=LM.load(models / "nudging"),
+            nudging_shared=LM.load(shared) if shared.exists() else None,
+            large_aligned=LM.load(large) if large.exists() else None,
+        )
+
+
+def find_pair() -> Path:
+    """`examples/mini` of the current folder, or else of the checkout that the package is installed from.
+
+    Raises:
+        FileNotFoundError: where there is neither.
+    """
+    for start in (Path(), Path(__file__).parents[1]):
+        if (start / "examples" / "mini" / "heldout.jsonl").exists():
+            return start / "examples" / "mini"
+    raise FileNotFoundError("No examples/mini here: run from a checkout of the project, or name a folder by --pair.")
+
+
+# What is measured ---------------------------------------------------------------------------------------------------
+
+
+def count_nudged_words(pieces: Iterable[Piece]) -> tuple[int, int]:
+    """How many words of an answer the nudging model wrote, wholly or in part.
+
+    Args:
+        pieces: the answer, cut anywhere, with the author of each piece.
+
+    Returns:
+        The words of which it wrote at least one character, and all words: what stands between white space.
+    """
+    characters = ((character, nudged) for text, nudged in pieces for character in text)
+    words = [
+        any(nudged for _, nudged in word)
+        for is_space, word in groupby(characters, key=lambda character: character[0].isspace())
+        if not is_space
+    ]
+    return sum(words), len(words)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, piece by piece."""
+
+    question: Question
+    pieces: list[Piece]
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.pieces)
+
+    @property
+    def given(self) -> str | None:
+        return self.question.given(self.text)
+
+    @property
+    def correct(self) -> bool:
+        return self.given == self.question.answer
+
+    @property
+    def nudged_spans(self) -> list[tuple[int, int]]:
+        """Where the nudging model wrote, in characters of `text`: starts and ends."""
+        spans, end = [], 0
+        for nudged, pieces in groupby(self.pieces, key=lambda piece: piece[1]):
+            start, end = end, end + sum(len(text) for text, _ in pieces)
+            if nudged:
+                spans.append((start, end))
+        return spans
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who answers: one model alone or two together.
+
+    Args:
+        name: as tables have it.
+        large: of the large size, a base or an aligned model.
+        small: a nudging model.
+        chat: whether a model that answers alone is given chat messages.
+    """
+
+    name: str
+    large: LM | None = None
+    small: LM | None = None
+    chat: bool = True
+
+    @property
+    def is_nudged(self) -> bool:
+        return self.large is not None and self.small is not None
+
+
+BASE, NUDGING, NUDGED, SHARED, ALIGNED = (
+    "base alone",
+    "nudging alone",
+    "nudged",
+    "nudged (shared)",
+    "large aligned",
+)
+
+
+def contestants(pair: Pair) -> list[Contestant]:
+    """All that a pair's folder has models for."""
+    found = [
+        Contestant(BASE, large=pair.base, chat=False),
+        Contestant(NUDGING, small=pair.nudging),
+        Contestant(NUDGED, large=pair.base, small=pair.nudging),
+    ]
+    if pair.nudging_shared is not None:
+        found.append(Contestant(SHARED, large=pair.base, small=pair.nudging_shared))
+    if pair.large_aligned is not None:
+        found.append(Contestant(ALIGNED, large=pair.large_aligned))
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """A contestant's answers and what they took.
+
+    Args:
+        large_passes, small_passes: forward passes of the large and of the small model, all batches together; `None`
+            where it took no part.
+        seconds: of the wall clock.
+    """
+
+    contestant: Contestant
+    answers: list[Answer]
+    large_passes: int | None
+    small_passes: int | None
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return self.contestant.name
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(answer.question.task for answer in self.answers))
+
+    def accuracy(self, task: str | None = None) -> float:
+        """The share of right answers, to the questions of one task or to all."""
+        marks = [answer.correct for answer in self.answers if task in (None, answer.question.task)]
+        return sum(marks) / len(marks)
+
+    @property
+    def right(self) -> int:
+        return sum(answer.correct for answer in self.answers)
+
+    @property
+    def nudged_words(self) -> tuple[int, int]:
+        """Nudged words and words of all answers."""
+        counts = [count_nudged_words(answer.pieces) for answer in self.answers]
+        return sum(nudged for nudged, _ in counts), sum(words for _, words in counts)
+
+
+# How it is measured -------------------------------------------------------------------------------------------------
+
+
+def stream_answer(pair: Pair, question: Question, threshold: float, write: Callable[[str, bool], None]) -> Answer:
+    """The nudged answer to one question, handed to `write(text, nudged)` as it is written."""
+    streamer = MarkingStreamer(pair.base.tokenizer, write)
+    return _nudged(pair.base, pair.nudging, [question], threshold, streamer)[0]
+
+
+def evaluate(
+    contestant: Contestant,
+    questions: Sequence[Question],
+    threshold: float,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda answered: None,
+) -> Result:
+    """Lets a contestant answer, greedily, `batch_size` questions at a time.
+
+    Args:
+        progress: called with the number of questions after each batch of them.
+    """
+    began = time.monotonic()
+    answers: list[Answer] = []
+    with _counted_passes(contestant.large) as large, _counted_passes(contestant.small) as small:
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            answers += _answer(contestant, batch, threshold)
+            progress(len(batch))
+    return Result(
+        contestant=contestant,
+        answers=answers,
+        large_passes=large.total() if contestant.large else None,
+        small_passes=small.total() if contestant.small else None,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _answer(contestant: Contestant, questions: Sequence[Question], threshold: float) -> list[Answer]:
+    if contestant.large is not None and contestant.small is not None:
+        return _nudged(contestant.large, contestant.small, questions, threshold)
+    lm = contestant.large or contestant.small
+    assert lm is not None
+    ids, mask = lm.chat_prompts(questions) if contestant.chat else lm.plain_prompts(questions)
+    sequences = lm.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=lm.tokenizer.pad_token_id,
+    )
+    texts = lm.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+    by_small = contestant.small is not None
+    return [Answer(question, [(text, by_small)]) for question, text in zip(questions, texts, strict=True)]
+
+
+def _nudged(
+    base: LM, nudging: LM, questions: Sequence[Question], threshold: float, streamer: MarkingStreamer | None = None
+) -> list[Answer]:
+    ids, mask = base.plain_prompts(questions)
+    nudging_ids, nudging_mask = nudging.chat_prompts(questions)
+    out = generate(
+        base.model,
+        input_ids=ids,
+        attention_mask=mask,
+        tokenizer=base.tokenizer,
+        nudging_model=nudging.model,
+        nudging_tokenizer=nudging.tokenizer,
+        nudging_input_ids=nudging_ids,
+        nudging_attention_mask=nudging_mask,
+        nudge_threshold=threshold,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=base.tokenizer.pad_token_id,
+        streamer=streamer,
+        return_dict_in_generate=True,
+    )
+    assert not isinstance(out, torch.Tensor) and out.nudged_mask is not None
+    pieces: list[Piece] = []
+    marking = MarkingStreamer(base.tokenizer, lambda text, nudged: pieces.append((text, nudged)))
+    answers = []
+    for question, new, written in zip(questions, out.sequences[:, ids.shape[1] :], out.nudged_mask, strict=True):
+        for token, nudged in zip(new, written.tolist(), strict=True):
+            marking.put_marked(token[None], nudged)
+        marking.end()
+        answers.append(Answer(question, pieces.copy()))
+        pieces.clear()
+    return answers
+
+
+@contextmanager
+def _counted_passes(lm: LM | None) -> Iterator[Counter[str]]:
+    """Counts a model's forward passes, whoever asks for them."""
+    passes: Counter[str] = Counter()
+    if lm is None:
+        yield passes
+        return
+    hook = lm.model.register_forward_pre_hook(lambda *_: passes.update(["forward"]))
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+# How it is told -----------------------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[Result]) -> str:
+    """One line a contestant: accuracies, the share of nudged words, forward passes."""
+    if not results:
+        return ""
+    tasks = results[0].tasks
+    rows = [
+        ["", *[""] * len(tasks), "", "nudged", "passes", "passes"],
+        ["", *tasks, "all", "words", "large", "small"],
+    ]
+    for result in results:
+        rows.append([
+            result.name,
+            *(f"{result.accuracy(task):.0%}" for task in tasks),
+            f"{result.accuracy():.0%}",
+            _share(*result.nudged_words) if result.contestant.is_nudged else "-",
+            *("-" if passes is None else f"{passes:,}" for passes in (result.large_passes, result.small_passes)),
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(2, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def summary(results: Sequence[Result]) -> list[str]:
+    """What the figures show, in sentences made of them."""
+    found = {result.name: result for result in results}
+    if NUDGED not in found:
+        return []
+    nudged, count = found[NUDGED], len(found[NUDGED].answers)
+    others = {
+        SHARED: "nudged by the model that shares the base's vocabulary",
+        BASE: "by the base alone",
+        NUDGING: "by the nudging model alone",
+        ALIGNED: "by the large aligned model",
+    }
+    present = [(how, found[name]) for name, how in others.items() if name in found]
+    right = ", ".join([f"{nudged.right} nudged", *(f"{result.right} {how}" for how, result in present)])
+    gains = [
+        f"{nudged.right - found[name].right:+d} against {who}"
+        for name, who in ((BASE, "the base alone"), (NUDGING, "the nudging model alone"))
+        if name in found
+    ]
+    wrote = f"The nudging model wrote {_share(*nudged.nudged_words)} of the words of the nudged answers"
+    if BASE in found:
+        passes = f"{nudged.large_passes:,} forward passes for them, and {found[BASE].large_passes:,}"
+        wrote += f"; the base made {passes} for its own"
+    return [
+        f"Right answers to {count} questions: {right}.",
+        *([f"What nudging changes: {', '.join(gains)}."] if gains else []),
+        f"{wrote}.",
+        f"A share of {count} questions is uncertain by about {98 / count**0.5:.0f} points either way.",  # 1.96 / 2
+    ]
+
+
+def as_dict(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """All figures and answers, for JSON."""
+    return [
+        {
+            "name": result.name,
+            "accuracy": {**{task: result.accuracy(task) for task in result.tasks}, "all": result.accuracy()},
+            "right": result.right,
+            "questions": len(result.answers),
+            "nudged_words": result.nudged_words[0] if result.contestant.is_nudged else None,
+            "words": result.nudged_words[1],
+            "large_forward_passes": result.large_passes,
+            "small_forward_passes": result.small_passes,
+            "seconds": round(result.seconds, 3),
+            "answers": [
+                {
+                    "task": answer.question.task,
+                    "question": answer.question.text,
+                    "answer": answer.question.answer,
+                    "given": answer.given,
+                    "correct": answer.correct,
+                    "text": answer.text,
+                    "nudged_spans": answer.nudged_spans if result.contestant.is_nudged else None,
+                }
+                for answer in result.answers
+            ],
+        }
+        for result in results
+    ]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
