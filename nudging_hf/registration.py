@@ -22,9 +22,10 @@ def register() -> None:
 
     @functools.wraps(original)
     def nudged_or_plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("nudging_model") is None:
-            return original(self, *args, **kwargs)
-        return generate(self, *args, **kwargs)
+        if kwargs.get("nudging_model") is not None:
+            return generate(self, *args, **kwargs)
+        kwargs.pop("nudging_model", None)
+        return original(self, *args, **kwargs)
 
     nudged_or_plain._nudging_hf_original = original  # type: ignore[attr-defined]
     GenerationMixin.generate = nudged_or_plain

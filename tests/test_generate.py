@@ -402,19 +402,6 @@ def test_the_nudging_model_goes_by_its_own_generation_config(shared):
 # Odd text ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_base_tokens_of_a_nudged_row_end_no_nudge_inside_a_character(seed):
-    """Where the nudging model begins, what the base wrote before is whole characters."""
-    chosen = pair("llama", seed, "two")
-    vocabulary = nudging_hf.bridge.Vocabulary(chosen.tokenizer)
-    eos = chosen.base.generation_config.eos_token_id
-    for result in nudge(chosen, *prompts(chosen, 3, seed), max_new_tokens=40, nudge_threshold=0.6):
-        for i in range(1, len(result.ids)):
-            if result.nudged[i] and not result.nudged[i - 1]:
-                inside = nudging_hf.bridge.ends_inside_character(vocabulary.join(result.ids[:i]))
-                assert not inside or eos is not None
-
-
 def test_eos_as_the_first_token_is_an_empty_answer(shared):
     given = prompts(shared, 2, 0)
     eos = shared.nudging_model.generation_config.eos_token_id
@@ -537,3 +524,13 @@ def test_plain_generate_is_as_it_was(shared, inputs):
     assert torch.equal(shared.base.generate(**plain), registered)
     with pytest.raises(ValueError, match="nudging_model"):
         shared.base.generate(**plain, nudging_model=shared.nudging_model)
+
+
+def test_a_registered_generate_without_a_nudging_model_is_the_plain_one(shared, inputs):
+    plain = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "max_new_tokens": 6}
+    expected = shared.base.generate(**plain)
+    nudging_hf.register()
+    try:
+        assert torch.equal(shared.base.generate(**plain, nudging_model=None), expected)
+    finally:
+        nudging_hf.unregister()
