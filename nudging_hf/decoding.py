@@ -47,10 +47,12 @@ class Limits:
 
     Args:
         criteria: as `generate` prepared them.
+        base_eos: the base's EOS ids, which end no answer: it never writes one, and what the nudging model writes as a
+            word is one.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList):
-        self._eos: set[int] = set()
+    def __init__(self, criteria: StoppingCriteriaList, base_eos: Sequence[int]):
+        self._last_tokens: set[int] = set()
         self._times: list[MaxTimeCriteria] = []
         self._others: list[Any] = []
         self.max_length: float = float("inf")
@@ -60,7 +62,7 @@ class Limits:
             elif isinstance(criterion, MaxTimeCriteria):
                 self._times.append(criterion)
             elif isinstance(criterion, EosTokenCriteria):
-                self._eos |= set(criterion.eos_token_id.tolist())
+                self._last_tokens |= set(criterion.eos_token_id.tolist()) - set(base_eos)
             else:
                 self._others.append(criterion)
 
@@ -69,8 +71,8 @@ class Limits:
 
     def reached(self, row: Row) -> str | None:
         """Why the row ends with the token that it has just accepted, if it does."""
-        if row.answer.ids[-1] in self._eos:
-            return "eos"
+        if row.answer.ids[-1] in self._last_tokens:
+            return "stopping_criteria"
         for criterion in self._others:
             if criterion(row.ids(), None).all():
                 return "stop_string" if isinstance(criterion, StopStringCriteria) else "stopping_criteria"

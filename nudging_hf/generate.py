@@ -189,7 +189,7 @@ def _decode(
         rows,
         call.config,
         voices,
-        Limits(stopping_criteria),
+        Limits(stopping_criteria, voices.base_eos),
         streamer=call.streamer,
         record=full,
         record_logits=scores or logits,

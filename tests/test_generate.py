@@ -7,6 +7,7 @@ import torch
 from running import inputs_of, nudge
 from tiny import pair, prompts
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     MambaConfig,
@@ -264,6 +265,27 @@ def test_stopping_criteria_hold_at_every_token(shared):
     assert new_tokens(stopped, inputs)[0] == free[0][:first]
     width = inputs["input_ids"].shape[1]
     assert criterion.lengths == list(range(width + 1, width + first + 1))
+
+
+def test_an_eos_criterion_of_the_callers_own_ends_a_row(shared):
+    inputs = inputs_of(shared, *prompts(shared, 1, 1))
+    free = new_tokens(nudging_hf.generate(shared.base, **inputs, max_new_tokens=30), inputs)[0]
+    criterion = EosTokenCriteria(torch.tensor([free[7]]))
+    stopped = nudging_hf.generate(shared.base, **inputs, max_new_tokens=30, stopping_criteria=[criterion])
+    assert new_tokens(stopped, inputs)[0] == free[: free.index(free[7]) + 1]
+
+
+def test_what_the_base_takes_for_its_end_is_a_word_like_any_other_of_the_nudging_models(shared):
+    given = prompts(shared, 1, 1)
+    settings = {"max_new_tokens": 20, "nudge_threshold": 1.01, "takeover_on_agreement": False}
+    [free] = nudge(shared, *given, **settings)
+    config = shared.base.generation_config
+    eos, config.eos_token_id = config.eos_token_id, free.ids[4]
+    try:
+        [again] = nudge(shared, *given, **settings)
+    finally:
+        config.eos_token_id = eos
+    assert again.ids[:-1] == free.ids[:-1]  # The last is the end mark, or the budget's last.
 
 
 def test_max_time_ends_all_rows_also_within_a_lookahead(shared, inputs):
