@@ -119,14 +119,13 @@ class CachedLM:
         device = self.model.device
         tokens = [ids + [ids[-1] if ids else 0] * (width - len(ids)) for ids in new]
         inputs: dict[str, Any] = {"input_ids": torch.tensor(tokens, device=device)}
+        begins = torch.tensor(kept, device=device)[:, None]
         if self._takes_positions:
-            positions = [
-                [n + min(i, max(len(ids) - 1, 0)) for i in range(width)] for n, ids in zip(kept, new, strict=True)
-            ]
-            inputs["position_ids"] = torch.tensor(positions, device=device)
+            lasts = torch.tensor([max(len(ids) - 1, 0) for ids in new], device=device)[:, None]
+            inputs["position_ids"] = begins + torch.arange(width, device=device).minimum(lasts)
         if any(n < self._slots for n in kept):
-            mask = [[0] * (self._slots - n) + [1] * (n + width) for n in kept]
-            inputs["attention_mask"] = torch.tensor(mask, device=device)
+            slots = torch.arange(self._slots + width, device=device)
+            inputs["attention_mask"] = (slots >= self._slots - begins).long()
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = logits_to_keep
         if self.use_cache:
