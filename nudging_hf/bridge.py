@@ -274,7 +274,9 @@ def ends_inside_character(text: bytes) -> bool:
     """Whether the text ends in a proper beginning of a UTF-8 character. Bytes that are no UTF-8 are not inside one."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(text[-3:])
-    return decoder.getstate()[0] != b""
+    begun = decoder.getstate()[0]
+    # Python waits for the third byte of a surrogate, though none makes it a character.
+    return begun != b"" and not b"\xed\xa0" <= begun <= b"\xed\xbf"
 
 
 def to_text(text: bytes) -> str:

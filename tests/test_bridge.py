@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -60,6 +60,10 @@ def test_words(text, words):
 
 
 @given(st.binary(max_size=8))
+@example(b"\xed\xa0")
+@example(b"\xed\x9f")
+@example(b"\xf0\x9f\x98")
+@example(b"\xf4\x90")
 def test_inside_a_character_is_a_matter_of_what_may_follow(raw):
     """Some byte that may follow completes or continues a character, and none of them would stand alone."""
     inside = ends_inside_character(raw)

@@ -12,7 +12,7 @@ from nudging_hf.choosing import choose, mix
 from nudging_hf.decoding import NudgedDecoder, _Seen
 
 VOCABULARY = ["<eos>", "<pad>", " a", " b", " c", " d", "e", "f"]
-ROWS, ROUNDS, LENGTH = 500, 3, 3
+ROWS, ROUNDS, LENGTH = 500, 2, 4
 
 
 def chi_square(counts: Counter, others: Counter) -> tuple[float, float]:
@@ -47,7 +47,7 @@ def toy_pair():
 
 
 def sampled(num_draft_tokens: int, seed: int) -> Counter:
-    """How often each answer of `LENGTH` tokens was sampled."""
+    """How often each pair of second and third tokens was sampled: there the base writes most."""
     base, nudging_model, tokenizer = toy_pair()
     ids, _ = padded([[2, 3]] * ROWS, 1)
     answers: Counter = Counter()
@@ -66,7 +66,7 @@ def sampled(num_draft_tokens: int, seed: int) -> Counter:
             do_sample=True,
             max_new_tokens=LENGTH,
         )
-        answers.update(map(tuple, out[:, 2:].tolist()))
+        answers.update((second, third) for _, second, third, _ in out[:, 2:].tolist())
     return answers
 
 
