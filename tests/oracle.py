@@ -1,7 +1,8 @@
-"""A plain decoder of the rules in shared/design.md. It knows no cache, no draft, no batch and nothing of the package.
+"""A plain decoder of the rules of nudging. It knows no cache, no draft, no batch and nothing of the package.
 
 It recomputes everything from whole token lists at each step, greedily, for one row: slow, and meant to be obviously
-right. "Rule n" in a comment is the step of the nudging round in section 1 of design.md.
+right. "Rule n" in a comment is a step of a nudging round: 1 lookahead, 2 termination, 3 words, 4 the questions to the
+base, 5 a fresh round.
 """
 
 import codecs
