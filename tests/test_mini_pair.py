@@ -80,8 +80,10 @@ def test_the_held_out_file_is_what_its_command_writes(world):
     ]
 
 
-def test_a_nudged_base_is_right_more_often_than_either_model_alone(pair):
-    questions = demo.first_of_each_task(pair.questions, 4)
+def test_a_nudged_base_is_right_more_often_than_either_model_alone(pair, world):
+    """On dev questions: the held-out ones are for reports."""
+    dev = world.problem_set("dev", world.DEV_SEED, 4)
+    questions = [demo.Question(**world.row(problem)) for problem in dev]
     results = {
         contestant.name: demo.evaluate(contestant, questions, threshold=0.4, batch_size=16)
         for contestant in demo.contestants(pair)
