@@ -208,11 +208,10 @@ class TwoVocabularies(_Answer):
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
         """The words of a lookahead; a word for which the base has no ids is joined with the word after it."""
         text = self.nudging_vocabulary.join(lookahead)
-        bounds = [0, *word_starts(text), len(text)]
         left = self._base_left()
         words: list[Word] = []
         start = 0
-        for end in bounds[1:]:
+        for end in (*word_starts(text), len(text)):
             word = to_text(text[start:end])
             ids = tuple(self.vocabulary.encode_after(left, word))
             if ids or (end == len(text) and words):
