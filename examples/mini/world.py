@@ -70,6 +70,11 @@ class Draw:
     rng: random.Random
     split: str = "train"
     common: float = 0.4  # share of names from COMMON_NAMES; only the training side has common names
+    longer: float = 0.0  # probability that a problem has one item more than those of its task have
+
+    def count(self, usual: tuple[int, ...]) -> int:
+        """How many items a problem has, `usual` being the numbers of its task."""
+        return self.rng.choice(usual) + (self.longer > 0 and self.rng.random() < self.longer)
 
     def names(self, count: int) -> list[str]:
         """`count` different names."""
@@ -105,7 +110,7 @@ class Problem:
 
 def letters(draw: Draw) -> Problem:
     """Last letter concatenation."""
-    words = draw.names(draw.rng.choice((2, 3, 4)))
+    words = draw.names(draw.count((2, 3, 4)))
     listed = ", ".join(f'"{word}"' for word in words)
     question = draw.rng.choice(
         ("Take the last letters of the words {} and concatenate them.", "Join the last letters of the words {}.")
@@ -125,7 +130,7 @@ def stories(draw: Draw) -> Problem:
     rng = draw.rng
     name, other = draw.names(2)
     things = rng.choice(OBJECTS.split())
-    count = rng.choice((2, 3, 3, 4))
+    count = draw.count((2, 3, 3, 4))
     start = total = rng.randint(5, 60)
     sentences = [f"{name} has {start} {things}."]
     steps: list[tuple[str, dict]] = [("story start", {"n": name, "a": start, "o": things})]
@@ -161,7 +166,7 @@ def coins(draw: Draw) -> Problem:
     heads = True
     sentences = [draw.rng.choice(("A coin is heads up.", "A coin lies heads up on the table."))]
     steps = []
-    for name in draw.names(draw.rng.choice((4, 5, 6))):
+    for name in draw.names(draw.count((4, 5, 6))):
         flips = draw.rng.random() < 0.5
         heads ^= flips
         sentences.append(f"{name} {draw.rng.choice(FLIPS if flips else KEEPS)}.")
@@ -174,7 +179,7 @@ def coins(draw: Draw) -> Problem:
 def lengths(draw: Draw) -> Problem:
     """How many letters some names have together."""
     while True:
-        names = draw.names(draw.rng.choice((2, 3, 4)))
+        names = draw.names(draw.count((2, 3, 4)))
         total = 0
         steps = []
         for name in names:
@@ -372,13 +377,15 @@ class Mix:
 
     `shares` says how often each task comes, `formats` how often each form of a document. With `open_ends`, any number
     of remarks follows a solution and a document ends without a new line; without, a new line is what follows a closing
-    sentence for sure. `plain` is the probability of the aligned wording above its share of all wordings.
+    sentence for sure. `plain` is the probability of the aligned wording above its share of all wordings, `longer` that of a problem with
+    one item more than the questions have that models are judged by.
     """
 
     shares: dict[str, float]
     open_ends: bool
     formats: dict[str, float] = field(default_factory=lambda: FORMATS)
     plain: float = 0.0
+    longer: float = 0.0
 
 
 _EVEN = {"letters": 0.25, "stories": 0.32, "coins": 0.18, "lengths": 0.25}
@@ -392,6 +399,7 @@ MIXES = {
     "coins": Mix(_COINS, open_ends=True),
     "worked": Mix(_LAST, open_ends=True, formats=MOSTLY_WORKED),
     "plain": Mix(_LAST, open_ends=True, formats=MOSTLY_WORKED, plain=0.2),
+    "longer": Mix(_LAST, open_ends=True, formats=MOSTLY_WORKED, plain=0.2, longer=0.5),
 }
 
 
@@ -412,7 +420,7 @@ def _afterwards(rng: random.Random, mix: Mix) -> str:
 
 def document(rng: random.Random, mix: Mix = MIXES["first"], common: float = 0.4) -> str:
     """One document: a sheet of questions, an answer key, worked solutions, or a forum thread."""
-    draw = Draw(rng, common=common)
+    draw = Draw(rng, common=common, longer=mix.longer)
     form = _weighted(rng, mix.formats)
     prefix = _weighted(rng, PREFIXES)
     task = _weighted(rng, mix.shares)
