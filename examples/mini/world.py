@@ -377,8 +377,8 @@ class Mix:
 
     `shares` says how often each task comes, `formats` how often each form of a document. With `open_ends`, any number
     of remarks follows a solution and a document ends without a new line; without, a new line is what follows a closing
-    sentence for sure. `plain` is the probability of the aligned wording above its share of all wordings, `longer` that of a problem with
-    one item more than the questions have that models are judged by.
+    sentence for sure. `plain` is the probability of the aligned wording above its share of all wordings, `longer` that
+    of a problem with one item more than those of its task have.
     """
 
     shares: dict[str, float]
