@@ -3,22 +3,30 @@
 Source: Fei, Razeghi, Singh, "Nudging: Inference-time Alignment of LLMs via Guided Decoding" (arXiv 2410.09300).
 """
 
+from .chats import INSTRUCTION_TEMPLATE, REASONING_TEMPLATE, chat_inputs, plain_prompt
 from .config import NudgingConfig
 from .gate import StopWhenUnsure, Top1Recorder
 from .generate import generate
 from .output import NudgingOutput
+from .provenance import Span, spans_of
 from .registration import register, unregister
 from .streaming import MarkingStreamer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "INSTRUCTION_TEMPLATE",
+    "REASONING_TEMPLATE",
     "MarkingStreamer",
     "NudgingConfig",
     "NudgingOutput",
+    "Span",
     "StopWhenUnsure",
     "Top1Recorder",
+    "chat_inputs",
     "generate",
+    "plain_prompt",
     "register",
+    "spans_of",
     "unregister",
 ]

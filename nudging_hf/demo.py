@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .generate import generate
+from .provenance import Piece, count_nudged_words, pieces_of, spans
 from .streaming import MarkingStreamer
 
 MAX_NEW_TOKENS = 220  # Half as many again as the longest right answer of examples/mini, in tokens.
-Piece = tuple[str, bool]  # A piece of an answer, and whether the nudging model wrote it.
 
 
 @dataclass(frozen=True)
@@ -168,24 +167,6 @@ def find_pair() -> Path:
 # What is measured ---------------------------------------------------------------------------------------------------
 
 
-def count_nudged_words(pieces: Iterable[Piece]) -> tuple[int, int]:
-    """How many words of an answer the nudging model wrote, wholly or in part.
-
-    Args:
-        pieces: the answer, cut anywhere, with the author of each piece.
-
-    Returns:
-        The words of which it wrote at least one character, and all words: what stands between white space.
-    """
-    characters = ((character, nudged) for text, nudged in pieces for character in text)
-    words = [
-        any(nudged for _, nudged in word)
-        for is_space, word in groupby(characters, key=lambda character: character[0].isspace())
-        if not is_space
-    ]
-    return sum(words), len(words)
-
-
 @dataclass(frozen=True)
 class Answer:
     """One answer, piece by piece."""
@@ -195,7 +176,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return "".join(text for text, _ in self.pieces)
+        return "".join(piece.text for piece in self.pieces)
 
     @property
     def given(self) -> str | None:
@@ -208,12 +189,7 @@ class Answer:
     @property
     def nudged_spans(self) -> list[tuple[int, int]]:
         """Where the nudging model wrote, in characters of `text`: starts and ends."""
-        spans, end = [], 0
-        for nudged, pieces in groupby(self.pieces, key=lambda piece: piece[1]):
-            start, end = end, end + sum(len(text) for text, _ in pieces)
-            if nudged:
-                spans.append((start, end))
-        return spans
+        return [(span.start, span.end) for span in spans(self.pieces) if span.nudged]
 
 
 @dataclass(frozen=True)
@@ -352,7 +328,7 @@ def _answer(contestant: Contestant, questions: Sequence[Question], threshold: fl
     )
     texts = lm.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
     by_small = contestant.small is not None
-    return [Answer(question, [(text, by_small)]) for question, text in zip(questions, texts, strict=True)]
+    return [Answer(question, [Piece(text, by_small)]) for question, text in zip(questions, texts, strict=True)]
 
 
 def _nudged(
@@ -376,17 +352,7 @@ def _nudged(
         streamer=streamer,
         return_dict_in_generate=True,
     )
-    assert not isinstance(out, torch.Tensor) and out.nudged_mask is not None
-    pieces: list[Piece] = []
-    marking = MarkingStreamer(base.tokenizer, lambda text, nudged: pieces.append((text, nudged)))
-    answers = []
-    for question, new, written in zip(questions, out.sequences[:, ids.shape[1] :], out.nudged_mask, strict=True):
-        for token, nudged in zip(new, written.tolist(), strict=True):
-            marking.put_marked(token[None], nudged)
-        marking.end()
-        answers.append(Answer(question, pieces.copy()))
-        pieces.clear()
-    return answers
+    return [Answer(*answer) for answer in zip(questions, pieces_of(out, base.tokenizer), strict=True)]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,11 +30,17 @@ from .host import (
     own_generation_config,
     own_processors,
     pad_token_id,
+    plain_generate,
     processors_of_row,
 )
+from .named_model import named_nudging_model
 from .output import NudgingOutput, nudging_output, padded_sequences
 from .prompts import nudging_prompts, unpadded
 from .rounds import rounds
+
+# Where a Hub folder's own `generate` is called, transformers hands on how it was to be reached.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+_FOLDER_ARGUMENTS = ("code_revision", "revision", "subfolder", "trust_remote_code")
 
 OWN_ARGUMENTS = (
     "nudging_model",
@@ -74,8 +81,10 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     Args:
         model (`PreTrainedModel`):
             The base, a decoder-only language model; also as the first positional argument.
-        nudging_model (`PreTrainedModel`):
-            The small aligned model.
+        nudging_model (`PreTrainedModel` or `str`, *optional*):
+            The small aligned model, or the folder or Hub name that it is loaded from, once for each base, to the
+            base's device and in its dtype. Left out, the one that the base's generation config names in
+            `nudging_model_name_or_path`. `None` says: generate plainly, whatever is said of nudging.
         tokenizer, nudging_tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Of the base and of the nudging model; left out, they are loaded from the models' `name_or_path`.
             `base_tokenizer` is another name for the first.
@@ -84,8 +93,8 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
             the base's prompt is one user turn of the nudging tokenizer's chat template, or is taken as it is where
             the tokenizer has none.
         nudge_threshold, num_nudging_tokens, takeover_on_agreement, num_draft_tokens:
-            The knobs of [`NudgingConfig`], also as `nudging_config=NudgingConfig(...)` or as fields of a generation
-            config. Keywords come first, then `nudging_config`, then the generation config.
+            The knobs of [`NudgingConfig`], also as `nudging_config=`, a `NudgingConfig` or a dict, or as fields of a
+            generation config. Keywords come first, then `nudging_config`, then the generation config.
         kwargs:
             Everything else that `generate` takes. `StoppingCriteria` are called for one row at a time, with ids of
             shape (1, length) and `scores=None`, at every token; `LogitsProcessor`s of the caller's own likewise for
@@ -103,18 +112,28 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
         if not args:
             raise ValueError("Nothing to nudge: give the base as the first argument or as `model=`.")
         model, *args = args  # type: ignore[assignment]
+    plain = kwargs.get("nudging_model", model) is None
     own = {name: kwargs.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
+    hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    for name in _FOLDER_ARGUMENTS:
+        kwargs.pop(name, None)
     if is_prepared(kwargs.get("generation_config")):  # transformers calls, by `custom_generate=`.
+        if plain:
+            raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
         generation_config = kwargs["generation_config"]
+        _find_nudging_model(model, own, generation_config, hub)
         _refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, {})
         kwargs["nudging_call"] = _call(model, own, None, generation_config)
         return _decode(model, *args, **kwargs)
+    if plain:
+        return plain_generate(model)(model, *args, **kwargs)
 
     arguments = dict(inspect.signature(GenerationMixin.generate).bind(model, *args, **kwargs).arguments)
     arguments.update(arguments.pop("kwargs", {}))
     del arguments["self"]
     tokenizer = arguments.pop("tokenizer", None)
     generation_config = merged_generation_config(model, **arguments)
+    _find_nudging_model(model, own, generation_config, hub)
     _refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, arguments)
     call = _call(model, own, tokenizer, generation_config, arguments.get("streamer"))
     prompts = arguments.get("inputs", arguments.get("input_ids"))
@@ -242,13 +261,38 @@ def _voices(call: NudgingCall, generation_config: Any, nudging_config: Any, prom
     )
 
 
+def _find_nudging_model(
+    model: PreTrainedModel, own: dict[str, Any], generation_config: Any, hub: Mapping[str, Any]
+) -> None:
+    """Puts the nudging model that is only named, and its tokenizer, in its place among the call's own arguments."""
+    given = own["nudging_model"]
+    if given is None:
+        given = getattr(generation_config, "nudging_model_name_or_path", None)
+    if isinstance(given, (str, os.PathLike)):
+        own["nudging_model"], tokenizer = named_nudging_model(model, os.fspath(given), hub)
+        if own["nudging_tokenizer"] is None:
+            own["nudging_tokenizer"] = tokenizer
+
+
+def _knobs(nudging_config: Any) -> Mapping[str, Any]:
+    """The knobs that `nudging_config=` sets."""
+    if nudging_config is None:
+        return {}
+    # By its name: the class that a Hub folder carries and that of the installed package are two.
+    knobs = vars(nudging_config) if type(nudging_config).__name__ == NudgingConfig.__name__ else nudging_config
+    if not isinstance(knobs, Mapping):
+        raise ValueError(f"`nudging_config` must be a `NudgingConfig` or a dict, got {type(nudging_config).__name__}.")
+    if unknown := sorted(set(knobs) - set(NudgingConfig.field_names())):
+        raise ValueError(
+            f"`nudging_config` knows {', '.join(NudgingConfig.field_names())}, got {', '.join(map(repr, unknown))}."
+        )
+    return knobs
+
+
 def _call(
     model: PreTrainedModel, own: Mapping[str, Any], tokenizer: Any, generation_config: Any, streamer: Any = None
 ) -> NudgingCall:
     """What the call says of nudging, completed: tokenizers loaded, knobs resolved."""
-    nudging_config = own["nudging_config"]
-    if nudging_config is not None and not isinstance(nudging_config, NudgingConfig):
-        raise ValueError(f"`nudging_config` must be a `NudgingConfig`, got {type(nudging_config).__name__}.")
     nudging_model = own["nudging_model"]
     tokenizer = tokenizer if tokenizer is not None else own["base_tokenizer"]
     ids, mask = own["nudging_input_ids"], own["nudging_attention_mask"]
@@ -264,9 +308,7 @@ def _call(
         nudging_vocabulary=_vocabulary(own["nudging_tokenizer"], nudging_model, "nudging_tokenizer", "nudging model"),
         nudging_input_ids=ids,
         nudging_attention_mask=mask,
-        config=NudgingConfig.resolve(
-            [own, vars(nudging_config) if nudging_config else {}, generation_config.to_dict()]
-        ),
+        config=NudgingConfig.resolve([own, _knobs(own["nudging_config"]), generation_config.to_dict()]),
         streamer=streamer,
     )
 
@@ -317,6 +359,11 @@ def _take_over_stop_strings(arguments: dict[str, Any], model: Any, stop_strings:
 
 def _refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, arguments: Mapping[str, Any]) -> None:
     """Raises a `ValueError` that says what was given and what to give instead."""
+    if nudging_model is None:
+        raise ValueError(
+            "There is no nudging model: give one as `nudging_model=`, or name one as `nudging_model_name_or_path` in "
+            "the base's generation_config.json."
+        )
     if not isinstance(nudging_model, torch.nn.Module) or not hasattr(nudging_model, "generation_config"):
         raise ValueError(
             f"`nudging_model` must be a causal language model of transformers, got {type(nudging_model).__name__}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def own_generation_config(model: Any, do_sample: bool) -> GenerationConfig:
     config.min_length = config.min_new_tokens = config.forced_eos_token_id = None
     model._prepare_special_tokens(config, device=model.device)
     return config
+
+
+# Where a patched `generate` keeps the one that it replaced.
+ORIGINAL = "_nudging_hf_original"
+
+
+def plain_generate(model: Any) -> Callable[..., Any]:
+    """The `generate` of the model's class, as it is without nudging."""
+    own = type(model).generate
+    return getattr(own, ORIGINAL, own)
 
 
 def is_prepared(generation_config: GenerationConfig | None) -> bool:

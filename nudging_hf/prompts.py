@@ -1,4 +1,4 @@
-"""The two prompts of a nudged answer. It knows tokenizers and chat templates, never models."""
+"""The prompts of a batch as ids, and the nudging model's where none was given. It knows tokenizers, never models."""
 
 from __future__ import annotations
 

@@ -8,12 +8,14 @@ from typing import Any
 from transformers import GenerationMixin
 
 from .generate import generate
+from .host import ORIGINAL
 
 
 def register() -> None:
     """Lets every model's `generate` take `nudging_model=` and the other arguments of [`nudging_hf.generate`].
 
-    A call without `nudging_model` goes to the `generate` that was there before. Registering twice is registering once.
+    A model whose generation config names a nudging model is nudged without it. All other calls go to the `generate`
+    that was there before. Registering twice is registering once.
     Models whose class overrides `generate`, and instances whose `generate` was replaced, are not reached.
     """
     if is_registered():
@@ -22,21 +24,22 @@ def register() -> None:
 
     @functools.wraps(original)
     def nudged_or_plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("nudging_model") is not None:
+        config = kwargs.get("generation_config") or self.generation_config
+        nudged = "nudging_model" in kwargs or getattr(config, "nudging_model_name_or_path", None) is not None
+        if nudged and kwargs.get("custom_generate") is None:
             return generate(self, *args, **kwargs)
-        kwargs.pop("nudging_model", None)
         return original(self, *args, **kwargs)
 
-    nudged_or_plain._nudging_hf_original = original  # type: ignore[attr-defined]
+    setattr(nudged_or_plain, ORIGINAL, original)
     GenerationMixin.generate = nudged_or_plain
 
 
 def unregister() -> None:
     """Leaves `generate` as `register` found it. Does nothing where nothing is registered."""
     if is_registered():
-        GenerationMixin.generate = GenerationMixin.generate._nudging_hf_original
+        GenerationMixin.generate = getattr(GenerationMixin.generate, ORIGINAL)
 
 
 def is_registered() -> bool:
     """Whether `generate` takes `nudging_model=` now."""
-    return hasattr(GenerationMixin.generate, "_nudging_hf_original")
+    return hasattr(GenerationMixin.generate, ORIGINAL)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .bridge import Vocabulary
+from .provenance import PieceReader
+from .terminal import Ink
 
 
 class MarkingStreamer(BaseStreamer):
@@ -20,16 +20,18 @@ class MarkingStreamer(BaseStreamer):
 
     Args:
         tokenizer: the base's.
-        write: called as `write(text, nudged)`; `text` is not empty.
+        write: called as `write(text, nudged)`; `text` is not empty. Left out, the answer goes to standard output, with
+            the nudging model's words in colour, or in marks where that is no terminal.
 
     Example:
-        nudging_hf.generate(model, **inputs, nudging_model=m, streamer=MarkingStreamer(tokenizer, show))
+        nudging_hf.generate(model, **inputs, nudging_model=m, streamer=MarkingStreamer(tokenizer))
     """
 
-    def __init__(self, tokenizer: Any, write: Callable[[str, bool], None]):
-        self._vocabulary = Vocabulary(tokenizer)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._write = write
+    def __init__(self, tokenizer: Any, write: Callable[[str, bool], None] | None = None):
+        self._reader = PieceReader(tokenizer)
+        ink = Ink.of_stdout()
+        self._write = ink.write if write is None else write
+        self._end = ink.end if write is None else lambda: None
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt, which `generate` hands to every streamer first, and leaves it out."""
@@ -37,13 +39,11 @@ class MarkingStreamer(BaseStreamer):
     def put_marked(self, value: torch.Tensor, nudged: bool) -> None:
         """Takes new tokens of shape (n,) and whether the nudging model wrote them."""
         for token in value.tolist():
-            self._hand_on(self._decoder.decode(self._vocabulary.bytes_of(token)), nudged)
+            for piece in self._reader.read(token, nudged):
+                self._write(piece.text, piece.nudged)
 
     def end(self) -> None:
         """Hands on what an answer left unfinished, and makes ready for the next one."""
-        self._hand_on(self._decoder.decode(b"", final=True), nudged=False)
-        self._decoder.reset()
-
-    def _hand_on(self, text: str, nudged: bool) -> None:
-        if text:
-            self._write(text, nudged)
+        for piece in self._reader.finish():
+            self._write(piece.text, piece.nudged)
+        self._end()

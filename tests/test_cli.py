@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import nudging_hf
 from nudging_hf import cli, demo
+from nudging_hf.provenance import Piece, count_nudged_words
+from nudging_hf.terminal import Ink
 
 PROMPT = "What is the name of the thing?"
 QUESTIONS = [
@@ -124,7 +126,7 @@ def test_the_prompt_comes_from_standard_input_too(models, capsys, monkeypatch, a
 
 def test_both_prompts_are_as_they_were_asked_for(pair_folder, models, capsys):
     text, _ = expected(pair_folder, base_prompt=f"Be brief.\nQ: {PROMPT}\n", system="Be brief.")
-    template = ["--system", "Be brief.", "--base-template", "{system}\\nQ: {prompt}\\n"]
+    template = ["--system", "Be brief.", "--base-template", "{system}\\nQ: {user}\\n"]
     _, out, _ = run(capsys, "generate", *models, "--max-new-tokens", 24, *template, PROMPT)
     assert out.rstrip() == text.rstrip()
 
@@ -133,7 +135,7 @@ def test_a_nudging_model_without_a_template_reads_the_base_s_prompt(pair_folder,
     nudging = demo.LM.load(pair_folder / "models/nudging")
     nudging.tokenizer.chat_template = None
     save(tmp_path / "plain", nudging.model, nudging.tokenizer)
-    base = ["--base", pair_folder / "models/base", "--base-template", "Q: {prompt}\\n"]
+    base = ["--base", pair_folder / "models/base", "--base-template", "Q: {user}\\n"]
     args = [*base, "--nudging-model", tmp_path / "plain", "--max-new-tokens", 24, PROMPT]
     code, out, _ = run(capsys, "generate", *args)
     whole = demo.LM.load(pair_folder / "models/base")
@@ -184,10 +186,9 @@ def test_a_seed_makes_a_sample_repeatable(models, capsys):
     [
         (["--base", "/no/such/folder"], "--base: there is no folder /no/such/folder."),
         (["--nudging-model", "./nowhere"], "--nudging-model: there is no folder ./nowhere."),
-        (["--base-template", "{question}"], "knows the fields {prompt} and {system}, got {question}"),
-        (["--base-template", "{prompt"], "--base-template: "),
-        (["--base-template", "Answer:"], "no field {prompt}"),
-        (["--base-template", "{system}{prompt}"], "give --system too"),
+        (["--base-template", "{question}"], "knows the fields {user} and {system}, got {question}"),
+        (["--base-template", "{user"], "The base's template: "),
+        (["--base-template", "Answer:"], "needs {user} once"),
         (["--threshold", "-1"], "`nudge_threshold` is compared with a probability"),
         (["--temperature", "1"], "--temperature needs --sample"),
         (["--device", "nothing"], "--device nothing: "),
@@ -231,7 +232,7 @@ def test_an_interrupt_leaves_the_terminal_plain(models, capsys, monkeypatch):
         streamer.put_marked(torch.tensor([70, 71]), True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "generate", interrupted)
+    monkeypatch.setattr("nudging_hf.cli.generate.generate", interrupted)
     code, out, _ = run(capsys, "generate", *models, PROMPT, terminal=True)
     assert code == 130
     assert out.startswith("\033[1;32m") and out.endswith("\033[0m\n")
@@ -250,7 +251,7 @@ def test_a_reader_that_has_had_enough_is_no_error(models, capsys, monkeypatch):
 @given(st.lists(st.tuples(st.text(alphabet="ab \n", min_size=1, max_size=3), st.booleans())))
 def test_ink_marks_exactly_what_was_nudged(pieces):
     out = io.StringIO()
-    with cli.Ink(out, coloured=False, marked=True) as ink:
+    with Ink(out, coloured=False, marked=True) as ink:
         for text, nudged in pieces:
             ink.write(text, nudged)
     inside, marked = False, []
@@ -269,34 +270,41 @@ def test_ink_marks_exactly_what_was_nudged(pieces):
 
 # What the demonstration measures ------------------------------------------------------------------------------------
 
-PIECES = st.lists(st.tuples(st.text(alphabet="ab \n\u00e9\u3000", max_size=4), st.booleans()))
+PIECES = st.lists(st.builds(Piece, st.text(alphabet="ab \n\u00e9\u3000", max_size=4), st.booleans()))
 
 
 @given(PIECES)
 def test_words_are_those_of_split_whoever_wrote_them(pieces):
-    text = "".join(text for text, _ in pieces)
+    text = "".join(piece.text for piece in pieces)
     words = len(text.split())
-    nudged, counted = demo.count_nudged_words(pieces)
+    nudged, counted = count_nudged_words(pieces)
     assert counted == words and 0 <= nudged <= words
-    assert demo.count_nudged_words([(text, True) for text, _ in pieces]) == (words, words)
-    assert demo.count_nudged_words([(text, False) for text, _ in pieces]) == (0, words)
+    assert count_nudged_words([Piece(piece.text, True) for piece in pieces]) == (words, words)
+    assert count_nudged_words([Piece(piece.text, False) for piece in pieces]) == (0, words)
 
 
 @given(PIECES)
 def test_where_a_text_is_cut_does_not_matter(pieces):
-    characters = [(character, nudged) for text, nudged in pieces for character in text]
-    assert demo.count_nudged_words(characters) == demo.count_nudged_words(pieces)
+    characters = [Piece(character, piece.nudged) for piece in pieces for character in piece.text]
+    assert count_nudged_words(characters) == count_nudged_words(pieces)
 
 
 @given(PIECES, PIECES)
 def test_nudged_words_add_up_at_white_space(left, right):
-    (a, b), (c, d) = demo.count_nudged_words(left), demo.count_nudged_words(right)
-    assert demo.count_nudged_words([*left, (" ", True), *right]) == (a + c, b + d)
+    (a, b), (c, d) = count_nudged_words(left), count_nudged_words(right)
+    assert count_nudged_words([*left, Piece(" ", True), *right]) == (a + c, b + d)
 
 
 def test_a_word_is_nudged_if_any_of_its_characters_is():
-    pieces = [(" So", True), (" the sum", False), (" is", True), ("n't", False), (" 4", False), ("2", True)]
-    assert demo.count_nudged_words(pieces) == (3, 5)
+    pieces = [
+        Piece(" So", True),
+        Piece(" the sum", False),
+        Piece(" is", True),
+        Piece("n't", False),
+        Piece(" 4", False),
+        Piece("2", True),
+    ]
+    assert count_nudged_words(pieces) == (3, 5)
 
 
 def test_the_last_match_is_the_answer_given():
@@ -304,13 +312,15 @@ def test_the_last_match_is_the_answer_given():
     assert question.given("First 7, then 42.") == "42"
     assert question.given("42, no: 7.") == "7"
     assert question.given("Who knows?") is None
-    assert demo.Answer(question, [("4", True), ("2", False)]).correct
+    assert demo.Answer(question, [Piece("4", True), Piece("2", False)]).correct
     assert not demo.Answer(question, []).correct
 
 
 def test_spans_are_where_the_nudging_model_wrote():
     question = demo.Question(**QUESTIONS[0])
-    answer = demo.Answer(question, [("ab", False), ("c", True), ("\u00e9", True), (" d", False), ("e", True)])
+    answer = demo.Answer(
+        question, [Piece("ab", False), Piece("c", True), Piece("\u00e9", True), Piece(" d", False), Piece("e", True)]
+    )
     assert [answer.text[start:end] for start, end in answer.nudged_spans] == ["c\u00e9", "e"]
 
 
@@ -390,7 +400,9 @@ def test_the_sentences_are_made_of_the_figures():
     question = demo.Question(**QUESTIONS[0])
 
     def result(name, right, passes):
-        answers = [demo.Answer(question, [("So", True), (" a" if i < right else " b", False)]) for i in range(10)]
+        answers = [
+            demo.Answer(question, [Piece("So", True), Piece(" a" if i < right else " b", False)]) for i in range(10)
+        ]
         contestant = demo.Contestant(name, large=SimpleNamespace(), small=SimpleNamespace())
         return demo.Result(contestant, answers, passes, 7, 1.0)
 

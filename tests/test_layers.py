@@ -12,50 +12,67 @@ PACKAGE = Path(nudging_hf.__file__).parent
 LAYERS = [
     {"config", "rounds"},
     {"gate", "bridge", "choosing", "host"},
-    {"cached_lm", "prompts"},
+    {"cached_lm", "prompts", "named_model"},
     {"decoding"},
     {"output"},
     {"generate"},
+    {"provenance", "terminal", "chats"},
     {"registration", "streaming"},
     {"demo"},
     {"__init__"},
+    {"cli.arguments"},
+    {"cli.demo", "cli.generate"},
     {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}
 CARRIED = [module for modules in LAYERS[:6] for module in sorted(modules)]
 
 
-def imports_of(module: str) -> set[str]:
-    """The names of all modules that a module imports, siblings with a leading dot."""
-    names = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+def name_of(path: Path) -> str:
+    """A module's name within the package: "cli.demo" for cli/demo.py, "cli" for cli/__init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+PATHS = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports_of(module: str) -> tuple[set[str], set[str]]:
+    """The names of the package's own modules that a module imports, and those of all other modules."""
+    own, others = set(), set()
+    home = PATHS[module].relative_to(PACKAGE).parent.parts
+    for node in ast.walk(ast.parse(PATHS[module].read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            others |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            others.add(node.module)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level <= 1, f"{module} reaches out of the package"
-            if node.module is None:  # from . import name: a module, or what the package itself holds
-                siblings = {path.stem for path in PACKAGE.glob("*.py")}
-                names |= {"." + (alias.name if alias.name in siblings else "__init__") for alias in node.names}
-            else:
-                names.add("." * node.level + node.module)
-    return names
+            assert node.level <= len(home) + 1, f"{module} reaches out of the package"
+            start = [*home[: len(home) - node.level + 1], *(node.module or "").split(".")]
+            start = ".".join(part for part in start if part)
+            # from . import name: a module, or what the package itself holds
+            candidates = [f"{start}.{alias.name}".strip(".") for alias in node.names]
+            own |= {name if name in PATHS else start or "__init__" for name in candidates}
+    return own, others
 
 
 def test_every_module_has_its_floor():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(FLOOR)
+    assert set(PATHS) == set(FLOOR)
 
 
 @pytest.mark.parametrize("module", sorted(FLOOR))
 def test_imports_point_downward(module):
-    siblings = {name[1:] for name in imports_of(module) if name.startswith(".")}
-    assert all(FLOOR[sibling] < FLOOR[module] for sibling in siblings)
+    own, _ = imports_of(module)
+    assert all(FLOOR[name] < FLOOR[module] for name in own)
 
 
 @pytest.mark.parametrize("module", CARRIED)
 def test_what_a_hub_folder_carries_needs_torch_and_transformers_alone(module):
-    roots = {name.split(".")[0] for name in imports_of(module) if not name.startswith(".")}
+    _, others = imports_of(module)
+    roots = {name.split(".")[0] for name in others}
     assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers"}
 
 
 def test_the_algorithm_knows_no_torch():
-    assert all(name.split(".")[0] in sys.stdlib_module_names for name in imports_of("rounds"))
+    own, others = imports_of("rounds")
+    assert not own and all(name.split(".")[0] in sys.stdlib_module_names for name in others)

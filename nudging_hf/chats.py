@@ -1,0 +1,175 @@
+"""Chats as the inputs of both models. It knows messages, templates and tokenizers, never models."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import BatchEncoding
+
+# The plain prompts of the nudging paper (arXiv 2410.09300).
+REASONING_TEMPLATE = "{system}\nQuestion: {user}\n"
+INSTRUCTION_TEMPLATE = "{system}\nInstruction: {user}\n"
+
+Message = Mapping[str, Any]
+
+
+def messages_of(user: str, system: str | None = None) -> list[dict[str, str]]:
+    """A chat of a single question."""
+    question = {"role": "user", "content": user}
+    return [question] if system is None else [{"role": "system", "content": system}, question]
+
+
+def chat_inputs(
+    chats: Sequence[Message] | Sequence[Sequence[Message]],
+    tokenizer: Any,
+    nudging_tokenizer: Any,
+    base_template: str = REASONING_TEMPLATE,
+) -> BatchEncoding:
+    """The inputs of both models for one chat or several, to be given to `generate` as they are.
+
+    The base, which knows no chats, is given [`plain_prompt`]; the nudging model its own chat template, or the base's
+    prompt where it has none. A chat template that refuses a system message is given its text at the head of the first
+    user turn.
+
+    Args:
+        chats: a list of messages `{"role": ..., "content": ...}`, or a list of such lists, one a row. Roles are
+            "system", "user" and "assistant"; the last message is the user's.
+        tokenizer, nudging_tokenizer: of the base and of the nudging model.
+        base_template: see [`plain_prompt`].
+
+    Returns:
+        `input_ids`, `attention_mask`, `nudging_input_ids` and `nudging_attention_mask`, each of shape
+        (batch, length), padded on the left.
+
+    Raises:
+        ValueError: for a chat or a template that cannot be made a prompt of.
+
+    Example:
+        inputs = nudging_hf.chat_inputs(messages, tokenizer, nudging_tokenizer)
+        base.generate(**inputs, nudging_model=nudger)
+    """
+    many: Any = [chats] if chats and isinstance(chats[0], Mapping) else chats
+    if not many:
+        raise ValueError("There is no chat: give a list of messages, or a list of such lists.")
+    plain = [plain_prompt(chat, base_template) for chat in many]
+    rows = [tokenizer(text)["input_ids"] for text in plain]
+    nudging_rows = [
+        _chat_ids(nudging_tokenizer, chat) if nudging_tokenizer.chat_template else nudging_tokenizer(text)["input_ids"]
+        for chat, text in zip(many, plain, strict=True)
+    ]
+    ids, mask = padded(rows, tokenizer)
+    nudging_ids, nudging_mask = padded(nudging_rows, nudging_tokenizer)
+    return BatchEncoding({
+        "input_ids": ids,
+        "attention_mask": mask,
+        "nudging_input_ids": nudging_ids,
+        "nudging_attention_mask": nudging_mask,
+    })  # fmt: skip
+
+
+def plain_prompt(messages: Sequence[Message], template: str = REASONING_TEMPLATE) -> str:
+    r"""What a base is given of a chat: plain text.
+
+    Each user turn is the template, filled in. After the first turn, and where there is no system message, `{system}`
+    is left out together with the white space behind it. Answers of earlier turns stand between, each ended by a line
+    break.
+
+    Args:
+        messages: `{"role": ..., "content": ...}`; the first may be the system's, the last is the user's.
+        template: one turn, with the fields `{user}` and, where the base is to see it, `{system}`; a brace itself is
+            written twice. `"{system}\nQuestion: {user}\n"` is the paper's for reasoning.
+
+    Raises:
+        ValueError: for messages in another order, content that is not text, or a template without `{user}`.
+    """
+    later = turn_template(template)
+    system, turns = checked_messages(messages)
+    text = template.format(system=system, user=turns[0]) if system is not None else later.format(user=turns[0])
+    for said, asked in zip(turns[1::2], turns[2::2], strict=True):
+        text += said + ("" if said.endswith("\n") else "\n") + later.format(user=asked)
+    return text
+
+
+def turn_template(template: str) -> str:
+    """The template of a turn without a system message.
+
+    Raises:
+        ValueError: for a template that `plain_prompt` cannot fill in.
+    """
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"The base's template: {error}; a brace itself is written twice.") from error
+    if unknown := set(fields) - {"user", "system"}:
+        raise ValueError(f"The base's template knows the fields {{user}} and {{system}}, got {{{min(unknown)}}}.")
+    if fields.count("user") != 1 or fields.count("system") > 1:
+        raise ValueError(
+            f"The base's template needs {{user}} once, and {{system}} once at the most, got {template!r}."
+        )
+    return re.sub(r"(?<!\{)\{system\}\s*", "", template)
+
+
+def checked_messages(messages: Sequence[Message]) -> tuple[str | None, list[str]]:
+    """The system message of a chat, if it has one, and its turns: the user's and the assistant's by turns.
+
+    Raises:
+        ValueError: for messages in another order, or content that is not text.
+    """
+    said = [(_role(message), _text(message)) for message in messages]
+    system = said.pop(0)[1] if said and said[0][0] == "system" else None
+    expected = ["user", "assistant"] * len(said)
+    if len(said) % 2 == 0 or any(role != due for (role, _), due in zip(said, expected, strict=False)):
+        roles = ", ".join(_role(message) for message in messages)
+        raise ValueError(
+            "A chat goes: a system message or none, then user and assistant by turns, the user last; got messages of: "
+            f"{roles or 'nobody'}."
+        )
+    return system, [text for _, text in said]
+
+
+def _role(message: Message) -> str:
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise ValueError(f'A message is {{"role": ..., "content": ...}}, got {message!r}.')
+    return message["role"]
+
+
+def _text(message: Message) -> str:
+    """The content of a message, which may come in parts."""
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or any(part.get("type") != "text" for part in parts):
+        raise ValueError(f"The content of a message must be text, got {content!r}.")
+    return "".join(part["text"] for part in parts)
+
+
+def _chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The nudging model's prompt for a chat, by its chat template."""
+    system, turns = checked_messages(messages)
+    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    try:
+        if system is not None:
+            try:
+                return _templated(tokenizer, [{"role": "system", "content": system}, *chat])
+            except TemplateError:  # Gemma's, for one, knows no system.
+                chat[0]["content"] = f"{system}\n\n{chat[0]['content']}"
+        return _templated(tokenizer, chat)
+    except TemplateError as error:
+        raise ValueError(f"The nudging model's chat template refuses the messages: {error}") from error
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def padded(rows: Sequence[list[int]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of shape (batch, length), padded on the left; masked padding may be any token."""
+    pads = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None]
+    width = max(map(len, rows))
+    ids = torch.tensor([[pads[0]] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

@@ -1,0 +1,54 @@
+"""The command line: `nudging-hf`. It knows arguments, terminals and exit codes, never how an answer is written."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import demo, generate
+from .arguments import first_line
+
+_USER_ERROR, _INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `nudging-hf`.
+
+    Args:
+        argv: the arguments; left out, those of the process.
+
+    Returns:
+        The exit code: 0, 2 for what the user can mend, 130 after an interrupt.
+
+    Raises:
+        SystemExit: for `--help`, `--version` and arguments that cannot be parsed.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("nudging-hf: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # Whoever read the output, `head` for one, has had enough of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"nudging-hf: error: {first_line(error)}", file=sys.stderr)
+        return _USER_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nudging-hf",
+        description="Nudging: a small aligned model writes the words where a large base model is unsure.",
+    )
+    parser.add_argument("--version", action="version", version=f"nudging-hf {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    generate.add_command(commands)
+    demo.add_command(commands)
+    return parser

@@ -1,0 +1,71 @@
+"""Nudged text in a terminal. It knows pieces of text and their authors, never tokens or models."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+OPENING, CLOSING = "⟦", "⟧"
+_COLOUR, _PLAIN = "\033[1;32m", "\033[0m"
+
+
+class Ink:
+    """Writes an answer so that the nudging model's words stand out; the white space around them does not.
+
+    As a context manager it leaves the terminal plain and on a new line, also after an interrupt.
+
+    Args:
+        out: where to.
+        coloured: whether nudged words are in colour.
+        marked: whether they stand between marks.
+    """
+
+    def __init__(self, out: TextIO, coloured: bool, marked: bool):
+        self._out = out
+        self._before = _COLOUR * coloured + OPENING * marked
+        self._after = CLOSING * marked + _PLAIN * coloured
+        self._nudged = False  # Whether what was written last is.
+        self._space = ""  # White space that waits for the author of what comes after it.
+
+    @classmethod
+    def of_stdout(cls, color: str = "auto") -> Ink:
+        """For standard output: in colour where it has some (see `is_coloured`), and else in marks."""
+        coloured = is_coloured(color)
+        return cls(sys.stdout, coloured, marked=not coloured)
+
+    def write(self, text: str, nudged: bool) -> None:
+        """Writes a piece of an answer, and whether the nudging model wrote it."""
+        body = text.strip()
+        if not body:
+            self._space += text
+            return
+        start = text.index(body)
+        self._space += text[:start]
+        if nudged != self._nudged:
+            self._out.write(self._space + self._before if nudged else self._after + self._space)
+            self._nudged = nudged
+        else:
+            self._out.write(self._space)
+        self._out.write(body)
+        self._space = text[start + len(body) :]
+        self._out.flush()
+
+    def end(self) -> None:
+        """Leaves the terminal plain and on a new line, ready for another answer."""
+        self._out.write((self._after if self._nudged else "") + self._space.rstrip("\n") + "\n")
+        self._out.flush()
+        self._nudged, self._space = False, ""
+
+    def __enter__(self) -> Ink:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+
+def is_coloured(choice: str = "auto") -> bool:
+    """Whether standard output is to have colours: "always", "never", or "auto", which looks at it."""
+    if choice == "auto":
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return choice == "always"
