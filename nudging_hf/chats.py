@@ -29,6 +29,7 @@ def chat_inputs(
     tokenizer: Any,
     nudging_tokenizer: Any,
     base_template: str = REASONING_TEMPLATE,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> BatchEncoding:
     """The inputs of both models for one chat or several, to be given to `generate` as they are.
 
@@ -41,6 +42,8 @@ def chat_inputs(
             "system", "user" and "assistant"; the last message is the user's.
         tokenizer, nudging_tokenizer: of the base and of the nudging model.
         base_template: see [`plain_prompt`].
+        chat_template_kwargs: what the nudging model's chat template is to be told besides, such as
+            `{"enable_thinking": False}`.
 
     Returns:
         `input_ids`, `attention_mask`, `nudging_input_ids` and `nudging_attention_mask`, each of shape
@@ -58,10 +61,10 @@ def chat_inputs(
         raise ValueError("There is no chat: give a list of messages, or a list of such lists.")
     plain = [plain_prompt(chat, base_template) for chat in many]
     rows = [tokenizer(text)["input_ids"] for text in plain]
-    nudging_rows = [
-        _chat_ids(nudging_tokenizer, chat) if nudging_tokenizer.chat_template else nudging_tokenizer(text)["input_ids"]
-        for chat, text in zip(many, plain, strict=True)
-    ]
+    if nudging_tokenizer.chat_template:
+        nudging_rows = [_chat_ids(nudging_tokenizer, chat, chat_template_kwargs or {}) for chat in many]
+    else:
+        nudging_rows = [nudging_tokenizer(text)["input_ids"] for text in plain]
     ids, mask = padded(rows, tokenizer)
     nudging_ids, nudging_mask = padded(nudging_rows, nudging_tokenizer)
     return BatchEncoding({
@@ -147,23 +150,24 @@ def _text(message: Message) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def _chat_ids(tokenizer: Any, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> list[int]:
     """The nudging model's prompt for a chat, by its chat template."""
     system, turns = checked_messages(messages)
     chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     try:
         if system is not None:
             try:
-                return _templated(tokenizer, [{"role": "system", "content": system}, *chat])
+                return _templated(tokenizer, [{"role": "system", "content": system}, *chat], kwargs)
             except TemplateError:  # Gemma's, for one, knows no system.
                 chat[0]["content"] = f"{system}\n\n{chat[0]['content']}"
-        return _templated(tokenizer, chat)
+        return _templated(tokenizer, chat, kwargs)
     except TemplateError as error:
         raise ValueError(f"The nudging model's chat template refuses the messages: {error}") from error
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+def _templated(tokenizer: Any, messages: list[dict[str, str]], kwargs: Mapping[str, Any]) -> list[int]:
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **kwargs)
+    return encoded["input_ids"]
 
 
 def padded(rows: Sequence[list[int]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:

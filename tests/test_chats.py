@@ -119,6 +119,17 @@ def test_a_template_that_knows_no_system_is_given_its_text_in_the_user_s_turn():
         chat_inputs([USER], pair.tokenizer, strict)
 
 
+def test_the_nudging_model_s_template_may_be_told_more():
+    pair = tiny.pair("llama", 1, "two")
+    thinking = copy.deepcopy(pair.nudging_tokenizer)
+    thinking.chat_template += "{% if think %}<think>{% endif %}"
+    plain, told = (
+        chat_inputs([USER], pair.tokenizer, thinking, chat_template_kwargs=kwargs).nudging_input_ids[0]
+        for kwargs in (None, {"think": True})
+    )
+    assert thinking.decode(told) == thinking.decode(plain) + "<think>"
+
+
 def test_a_nudging_model_without_a_template_is_given_the_base_s_prompt():
     pair = tiny.pair("llama", 1, "two")
     plain = copy.deepcopy(pair.nudging_tokenizer)

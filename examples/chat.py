@@ -1,0 +1,55 @@
+r"""Several turns with a pair of two tokenizer families: the base reads plain text, the nudging model its chat template.
+
+    python examples/chat.py
+    python examples/chat.py --base meta-llama/Llama-3.1-70B --nudging-model Qwen/Qwen2.5-1.5B-Instruct \
+        --device-map auto
+
+The two vocabularies meet in the text, so nothing is said here about tokenizers. `nudging-hf chat` is the same with a
+prompt to type at.
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nudging_hf
+
+MINI = Path(__file__).parent / "mini" / "models"
+QUESTIONS = [
+    'Question: Join the last letters of the words "Breto", "Dal".',
+    "Question: Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
+]
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("questions", nargs="*", default=QUESTIONS, help="one a turn")
+parser.add_argument("--base", default=MINI / "base")
+parser.add_argument("--nudging-model", default=MINI / "nudging")
+parser.add_argument("--threshold", type=float, default=0.4)
+parser.add_argument("--base-template", default="{system}\n{user}\n", help="a turn as the base reads it")
+parser.add_argument("--device-map", help='such as "auto"; needs accelerate')
+args = parser.parse_args()
+
+tokenizer = AutoTokenizer.from_pretrained(args.base)
+base = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto", device_map=args.device_map)
+nudging_tokenizer = AutoTokenizer.from_pretrained(args.nudging_model)
+nudging_model = AutoModelForCausalLM.from_pretrained(args.nudging_model, dtype="auto", device_map=args.device_map)
+
+messages = [{"role": "system", "content": "Answer the question and show every step on the way."}]
+for question in args.questions:
+    messages.append({"role": "user", "content": question})
+    print(f"\n> {question}")
+    inputs = nudging_hf.chat_inputs(messages, tokenizer, nudging_tokenizer, args.base_template)
+    ids = nudging_hf.generate(
+        base,
+        **inputs.to(base.device),
+        tokenizer=tokenizer,
+        nudging_model=nudging_model,
+        nudging_tokenizer=nudging_tokenizer,
+        nudge_threshold=args.threshold,
+        max_new_tokens=256,
+        do_sample=False,
+        streamer=nudging_hf.MarkingStreamer(tokenizer),
+    )
+    answer = tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    messages.append({"role": "assistant", "content": answer})
