@@ -1,7 +1,10 @@
-r"""Several questions at once: rows of a batch go on at their own pace, and each gets the answer that it gets alone.
+r"""Several questions at once: rows go on at their own pace, and each gets the answer that it gets alone.
 
-python examples/batch.py
-python examples/batch.py --base allenai/OLMo-2-1124-7B --nudging-model allenai/OLMo-2-0425-1B-Instruct --device-map auto
+On the pair in miniature, and on a real one:
+
+    python examples/batch.py
+    python examples/batch.py --threshold 0.3 \
+        --base allenai/OLMo-2-1124-7B --nudging-model allenai/OLMo-2-0425-1B-Instruct
 """
 
 import argparse

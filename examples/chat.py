@@ -1,8 +1,10 @@
-r"""Several turns with a pair of two tokenizer families: the base reads plain text, the nudging model its chat template.
+r"""Several turns with a pair of two tokenizer families.
+
+The base reads plain text, the nudging model its chat template.
 
     python examples/chat.py
-    python examples/chat.py --base meta-llama/Llama-3.1-70B --nudging-model Qwen/Qwen2.5-1.5B-Instruct \
-        --device-map auto
+    python examples/chat.py --device-map auto \
+        --base meta-llama/Llama-3.1-70B --nudging-model Qwen/Qwen2.5-1.5B-Instruct
 
 The two vocabularies meet in the text, so nothing is said here about tokenizers. `nudging-hf chat` is the same with a
 prompt to type at.

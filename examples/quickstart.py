@@ -1,7 +1,10 @@
 r"""One question, one nudged answer, and who wrote what of it.
 
-python examples/quickstart.py
-python examples/quickstart.py --base google/gemma-2-27b --nudging-model google/gemma-2-2b-it --threshold 0.3 --device-map auto
+On the pair in miniature, and on a real one:
+
+    python examples/quickstart.py
+    python examples/quickstart.py --threshold 0.3 --device-map auto \
+        --base google/gemma-2-27b --nudging-model google/gemma-2-2b-it
 """
 
 import argparse

@@ -1,7 +1,10 @@
 r"""An answer as it is written: in colour, with who wrote what, and as plain text from another thread.
 
-python examples/streaming.py
-python examples/streaming.py --base meta-llama/Llama-2-70b-hf --nudging-model meta-llama/Llama-2-7b-chat-hf --device-map auto
+On the pair in miniature, and on a real one:
+
+    python examples/streaming.py
+    python examples/streaming.py --device-map auto \
+        --base meta-llama/Llama-2-70b-hf --nudging-model meta-llama/Llama-2-7b-chat-hf
 """
 
 import argparse
