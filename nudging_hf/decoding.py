@@ -383,7 +383,8 @@ class NudgedDecoder:
             else:
                 row.read = row.answer.ids[:-1]
             readings[row.number] = Reading([*row.answer.prompt, *row.read], len(row.read) + 1 - len(row.seen))
-        logits = self.base.read(readings)
+        # Processors are where the caller's ids are, which need not be where the base is.
+        logits = {number: read.to(rows[0].prompt.device) for number, read in self.base.read(readings).items()}
         raw = torch.cat([logits[row.number] for row in rows])
         scores = torch.cat([
             processed_scores(row.base_processors, row.prompt, row.read, logits[row.number]) for row in rows

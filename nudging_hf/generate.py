@@ -18,20 +18,26 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
 
 from .bridge import OneVocabulary, TwoVocabularies, Vocabulary, answer_class
-from .cached_lm import CachedLM
+from .cached_lm import CachedLM, Prompts
 from .choosing import new_seeds
 from .config import NudgingConfig
 from .decoding import Limits, NudgedDecoder, Row, Voices
 from .host import (
     eos_token_ids,
+    input_device,
     is_prepared,
     keeps_recurrent_state,
     merged_generation_config,
+    overrides_generate,
     own_generation_config,
     own_processors,
     pad_token_id,
+    placeholder_ids,
     plain_generate,
     processors_of_row,
+    reads_more_than_text,
+    shared_by_ranks,
+    without_wrapper,
 )
 from .named_model import named_nudging_model
 from .output import NudgingOutput, nudging_output, padded_sequences
@@ -80,7 +86,8 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
 
     Args:
         model (`PreTrainedModel`):
-            The base, a decoder-only language model; also as the first positional argument.
+            The base, a decoder-only language model; also as the first positional argument. It may read images, sounds
+            or videos, given as to its own `generate` (`pixel_values`, ...); the nudging model reads text alone.
         nudging_model (`PreTrainedModel` or `str`, *optional*):
             The small aligned model, or the folder or Hub name that it is loaded from, once for each base, to the
             base's device and in its dtype. Left out, the one that the base's generation config names in
@@ -91,7 +98,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
         nudging_input_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
             The nudging model's prompts, with `nudging_attention_mask` where they are padded. Left out, the text of
             the base's prompt is one user turn of the nudging tokenizer's chat template, or is taken as it is where
-            the tokenizer has none.
+            the tokenizer has none; images are left out of it.
         nudge_threshold, num_nudging_tokens, takeover_on_agreement, num_draft_tokens:
             The knobs of [`NudgingConfig`], also as `nudging_config=`, a `NudgingConfig` or a dict, or as fields of a
             generation config. Keywords come first, then `nudging_config`, then the generation config.
@@ -112,6 +119,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
         if not args:
             raise ValueError("Nothing to nudge: give the base as the first argument or as `model=`.")
         model, *args = args  # type: ignore[assignment]
+    model = without_wrapper(model)
     plain = kwargs.get("nudging_model", model) is None
     own = {name: kwargs.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
     hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -170,10 +178,12 @@ def _decode(
     transformers hands a loop those of `generate`'s arguments that its signature names: `attention_mask`, named, would
     come twice.
     """
-    attention_mask, use_cache = model_kwargs.pop("attention_mask", None), model_kwargs.pop("use_cache")
-    prepared = {"past_key_values", "position_ids", "logits_to_keep"}
-    if unknown := sorted(name for name, value in model_kwargs.items() if value is not None and name not in prepared):
-        raise ValueError(f"Nudging passes nothing but ids to the base's forward pass, got {', '.join(unknown)}.")
+    attention_mask, use_cache = model_kwargs.get("attention_mask"), model_kwargs.pop("use_cache")
+    model_kwargs.pop("past_key_values", None)  # Empty: `CachedLM` makes its own.
+    prepared = {"attention_mask", "position_ids", "logits_to_keep"}
+    more = sorted(name for name, value in model_kwargs.items() if name not in prepared and value not in (None, {}))
+    if more:
+        _refuse_what_the_base_cannot_read(model, more, use_cache)
     batch = input_ids.shape[0]
     call = nudging_call
     pad = pad_token_id(generation_config)
@@ -181,14 +191,15 @@ def _decode(
         raise ValueError(f"{batch} answers must be padded to one length: set `pad_token_id`, or the base's EOS.")
 
     prompts = unpadded(input_ids, attention_mask)
-    given = _nudging_prompts(call, prompts, generation_config.num_return_sequences)
+    given = _nudging_prompts(call, prompts, generation_config.num_return_sequences, placeholder_ids(model))
     nudging_model_config = own_generation_config(call.nudging_model, bool(generation_config.do_sample))
     voices = _voices(call, generation_config, nudging_model_config, input_ids.shape[1])
-    nudging_ids = [torch.tensor([ids], device=call.nudging_model.device) for ids in given]
+    nudging_ids = [torch.tensor([ids], device=input_device(call.nudging_model)) for ids in given]
+    seeds = shared_by_ranks(model, new_seeds(batch)) if generation_config.do_sample else [0] * batch
     rows = [
         Row(
             number=i,
-            prompt=input_ids[i : i + 1].to(model.device),
+            prompt=input_ids[i : i + 1],
             nudging_prompt=nudging_ids[i],
             answer=call.answer_class(call.vocabulary, call.nudging_vocabulary, prompts[i], given[i]),
             base_processors=processors_of_row(logits_processor, i, batch),
@@ -196,11 +207,11 @@ def _decode(
             seed=seed,
             algorithm=rounds(call.config.nudge_threshold, call.config.takeover_on_agreement),
         )
-        for i, seed in enumerate(new_seeds(batch) if generation_config.do_sample else [0] * batch)
+        for i, seed in enumerate(seeds)
     ]
     full = generation_config.return_dict_in_generate
     scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
-    base = CachedLM(model, batch, use_cache)
+    base = CachedLM(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None)
     nudging = CachedLM(call.nudging_model, batch, use_cache)
     NudgedDecoder(
         base,
@@ -219,11 +230,16 @@ def _decode(
     return nudging_output(sequences, rows, base, nudging, scores, logits) if full else sequences
 
 
-def _nudging_prompts(call: NudgingCall, prompts: list[list[int]], copies: int) -> list[list[int]]:
-    """The nudging model's prompts, one a row; `copies` rows in succession, of `num_return_sequences`, share one."""
+def _nudging_prompts(
+    call: NudgingCall, prompts: list[list[int]], copies: int, placeholders: set[int]
+) -> list[list[int]]:
+    """The nudging model's prompts, one a row; `copies` rows in succession, of `num_return_sequences`, share one.
+
+    Where they are made of the base's prompts, what stands there in the place of images is left out.
+    """
     if call.nudging_input_ids is None:
         given = nudging_prompts(
-            prompts,
+            [[token for token in prompt if token not in placeholders] for prompt in prompts],
             call.vocabulary.tokenizer,
             call.nudging_vocabulary.tokenizer,
             one_vocabulary=call.answer_class is OneVocabulary,
@@ -254,7 +270,7 @@ def _voices(call: NudgingCall, generation_config: Any, nudging_config: Any, prom
     return Voices(
         base_eos=eos_token_ids(generation_config),
         nudging_eos=nudging_eos,
-        nudging_control=torch.tensor(control, dtype=torch.long, device=call.nudging_model.device),
+        nudging_control=torch.tensor(control, dtype=torch.long, device=input_device(call.nudging_model)),
         base_samples=bool(generation_config.do_sample),
         nudging_samples=bool(nudging_config.do_sample),
         min_new_tokens=fewest,
@@ -272,6 +288,8 @@ def _find_nudging_model(
         own["nudging_model"], tokenizer = named_nudging_model(model, os.fspath(given), hub)
         if own["nudging_tokenizer"] is None:
             own["nudging_tokenizer"] = tokenizer
+    elif given is not None:
+        own["nudging_model"] = without_wrapper(given)
 
 
 def _knobs(nudging_config: Any) -> Mapping[str, Any]:
@@ -304,8 +322,10 @@ def _call(
         )
     return NudgingCall(
         nudging_model=nudging_model,
-        vocabulary=_vocabulary(tokenizer, model, "tokenizer", "base"),
-        nudging_vocabulary=_vocabulary(own["nudging_tokenizer"], nudging_model, "nudging_tokenizer", "nudging model"),
+        vocabulary=loaded_vocabulary(tokenizer, model, "tokenizer", "base"),
+        nudging_vocabulary=loaded_vocabulary(
+            own["nudging_tokenizer"], nudging_model, "nudging_tokenizer", "nudging model"
+        ),
         nudging_input_ids=ids,
         nudging_attention_mask=mask,
         config=NudgingConfig.resolve([own, _knobs(own["nudging_config"]), generation_config.to_dict()]),
@@ -317,7 +337,15 @@ def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _vocabulary(tokenizer: Any, model: PreTrainedModel, argument: str, whose: str) -> Vocabulary:
+def loaded_vocabulary(tokenizer: Any, model: PreTrainedModel, argument: str, whose: str) -> Vocabulary:
+    """The vocabulary of a tokenizer, or where it is `None` of the one that the model's `name_or_path` names.
+
+    Args:
+        argument, whose: how an error calls the tokenizer and the model.
+
+    Raises:
+        ValueError: for what is no tokenizer, and where none can be loaded.
+    """
     if tokenizer is None:
         tokenizer = _load_tokenizer(model.name_or_path, argument, whose)
     if not callable(getattr(tokenizer, "convert_ids_to_tokens", None)):
@@ -395,6 +423,22 @@ def _refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, 
         raise ValueError(
             f"Nudging rolls its caches back row by row, which `cache_implementation={config.cache_implementation!r}` "
             "cannot do: leave it out."
+        )
+
+
+def _refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: bool) -> None:
+    """Raises a `ValueError` where inputs besides ids, of these names, cannot be read once and for all."""
+    name, given = type(model).__name__, ", ".join(f"`{each}`" for each in more)
+    if not reads_more_than_text(model):
+        raise ValueError(f"The base, {name}, reads text alone, and nudging gives it nothing but ids: got {given}.")
+    if overrides_generate(model):
+        raise ValueError(
+            f"The base, {name}, reads {given} by a `generate` of its own, which nudging does not go through: "
+            "give its language model and text alone."
+        )
+    if not use_cache:
+        raise ValueError(
+            f"What goes beyond text is read once, into the cache: with {given} leave out `use_cache=False`."
         )
 
 

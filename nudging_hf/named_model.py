@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .host import input_device
+
 _LOADED: WeakKeyDictionary[Any, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
 
 
@@ -27,8 +29,8 @@ def named_nudging_model(base: PreTrainedModel, name: str, hub: Mapping[str, Any]
     if name not in loaded:
         loaded[name] = _load(base, name, hub)
     model, tokenizer = loaded[name]
-    if model.device != base.device:  # The base has been moved.
-        model.to(base.device)
+    if model.device != input_device(base):  # The base has been moved.
+        model.to(input_device(base))
     return model, tokenizer
 
 
@@ -36,17 +38,24 @@ def _load(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any
     where, options = name, dict(hub)
     if name.startswith("./"):
         where = base.name_or_path
+        if not where:
+            raise ValueError(
+                f"The nudging model {name!r} is beside the base, which was not loaded from a folder: "
+                "give the model itself as `nudging_model=`."
+            )
         if Path(where).is_dir():
             where = str(Path(where, name))
         else:
             options.update(subfolder=name[2:], revision=getattr(base.config, "_commit_hash", None))
     dtype = base.dtype if base.dtype.is_floating_point else "auto"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The nudging model {name!r} cannot be loaded: {error} Give the model itself as `nudging_model=`, or mend "
             "`nudging_model_name_or_path` in the base's generation_config.json."
         ) from error
-    return model.to(base.device), tokenizer
+    return model.to(input_device(base)), tokenizer

@@ -466,7 +466,7 @@ def refused(model, inputs, match, **kwargs):
         ({"num_draft_tokens": -1}, "num_draft_tokens"),
         ({"nudging_config": 0.4}, "NudgingConfig"),
         ({"nudging_config": {"threshold": 0.4}}, "nudge_threshold.*got 'threshold'"),
-        ({"nudging_model": "./nowhere"}, "'./nowhere' cannot be loaded"),
+        ({"nudging_model": "/nowhere"}, "'/nowhere' cannot be loaded"),
         ({"nudging_model": 7}, "from_pretrained"),
         ({"nudge_treshold": 0.4}, "nudge_treshold"),
         ({"nudging_input_ids": [[1, 2]]}, "nudging_input_ids"),

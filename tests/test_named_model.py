@@ -118,7 +118,12 @@ def test_a_callable_finds_it_too(pair, folder, inputs, expected):
         pair.base.generate(**inputs, custom_generate=nudging_hf.generate)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "no-such/name"])
+def test_beside_a_base_that_was_made_in_memory_lies_nothing(pair, inputs):
+    with pytest.raises(ValueError, match="which was not loaded from a folder"):
+        nudging_hf.generate(pair.base, **inputs, nudging_model="./nudging")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "no-such/name"])
 def test_what_cannot_be_loaded_is_refused(pair, inputs, name):
     with pytest.raises(ValueError, match=f"(?s)'{name}' cannot be loaded.*`nudging_model=`"):
         nudging_hf.generate(pair.base, **inputs, nudging_model=name, local_files_only=True)
