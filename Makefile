@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow demo format clean
+.PHONY: help venv test test-slow demo hub format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ test-slow: $(STAMP) ## the tests that take longer
 
 demo: $(STAMP) ## see nudging at work, on a CPU
 	$(BIN)/nudging-hf demo
+
+hub: $(STAMP) ## copy the code into hub_custom_code
+	$(BIN)/nudging-hf hub code hub_custom_code
 
 format: $(STAMP) ## sort the imports, mend what ruff can mend, format
 	$(BIN)/ruff check --fix .

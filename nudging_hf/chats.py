@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -105,16 +104,22 @@ def turn_template(template: str) -> str:
         ValueError: for a template that `plain_prompt` cannot fill in.
     """
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"The base's template: {error}; a brace itself is written twice.") from error
+    fields = [field for _, field, _, _ in parts if field is not None]
     if unknown := set(fields) - {"user", "system"}:
         raise ValueError(f"The base's template knows the fields {{user}} and {{system}}, got {{{min(unknown)}}}.")
     if fields.count("user") != 1 or fields.count("system") > 1:
-        raise ValueError(
-            f"The base's template needs {{user}} once, and {{system}} once at the most, got {template!r}."
-        )
-    return re.sub(r"(?<!\{)\{system\}\s*", "", template)
+        raise ValueError(f"The base's template needs {{user}} once, and {{system}} at most once, got {template!r}.")
+    if any(specification or conversion for _, _, specification, conversion in parts):
+        raise ValueError(f"A field of the base's template is a name alone, such as {{user}}, got {template!r}.")
+    later, behind_system = "", False
+    for literal, field, _, _ in parts:
+        literal = literal.lstrip() if behind_system else literal
+        later += literal.replace("{", "{{").replace("}", "}}") + ("{user}" if field == "user" else "")
+        behind_system = field == "system"
+    return later
 
 
 def checked_messages(messages: Sequence[Message]) -> tuple[str | None, list[str]]:

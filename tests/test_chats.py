@@ -28,6 +28,8 @@ TEXT = st.text(alphabet="ab {}%\n\u00e9", max_size=8)
         ([SYSTEM, USER], nudging_hf.INSTRUCTION_TEMPLATE, "Be brief.\nInstruction: Why?\n"),
         ([SYSTEM, USER], "{user}", "Why?"),
         ([USER], "{{user}} {user} {{system}}", "{user} Why? {system}"),
+        ([SYSTEM, USER], "{{{system}}} {user}", "{Be brief.} Why?"),
+        ([USER], "{{{system}}} {user}", "{} Why?"),
         (
             [SYSTEM, USER, SAID, AGAIN],
             nudging_hf.REASONING_TEMPLATE,
@@ -73,9 +75,11 @@ def test_no_prompt_is_made_of_something_else(messages, match):
     [
         ("Answer:", "needs {user} once"),
         ("{user}{user}", "needs {user} once"),
-        ("{system}{system}{user}", "once at the most"),
+        ("{system}{system}{user}", "at most once"),
         ("{question}", "got {question}"),
         ("{}{user}", "got {}"),
+        ("{user!r}", "a name alone"),
+        ("{user:>9}", "a name alone"),
         ("{user", "a brace itself is written twice"),
     ],
 )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, generate
+from . import chat, demo, generate, hub
 from .arguments import first_line
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -50,5 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nudging-hf {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate.add_command(commands)
+    chat.add_command(commands)
     demo.add_command(commands)
+    hub.add_command(commands)
     return parser

@@ -38,7 +38,8 @@ def _integer(text: str, least: int) -> int:
     return int(text)
 
 
-def _drafts(text: str) -> int | str:
+def drafts(text: str) -> int | str:
+    """A whole number of at least 0, or `adaptive`."""
     return text if text == ADAPTIVE else count(text)
 
 
@@ -154,7 +155,12 @@ def add_prompts(parser: argparse.ArgumentParser, base_template: str) -> None:
         metavar="TEXT",
         help="the system message of the nudging model; the base sees it where --base-template has {system}",
     )
-    prompts.add_argument(
+    add_base_template(prompts, base_template)
+
+
+def add_base_template(parser: Any, base_template: str) -> None:
+    """Adds `--base-template`, which is `base_template` where it is left out."""
+    parser.add_argument(
         "--base-template",
         type=lambda text: text.replace("\\n", "\n"),
         metavar="TEXT",
@@ -171,7 +177,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     add_threshold(nudging)
     nudging.add_argument(
         "--num-draft-tokens",
-        type=_drafts,
+        type=drafts,
         default=NudgingConfig().num_draft_tokens,
         metavar="N",
         help="how many tokens of the nudging model the base checks at once, which changes the speed and never the "

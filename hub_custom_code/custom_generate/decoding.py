@@ -1,0 +1,407 @@
+"""The in-process executor: rows times two models. It knows questions, drafts and limits, never the algorithm's rules.
+
+`rounds` asks what the nudging model would write here and what the base's verdict is here. The executor gathers the
+questions of all rows, answers those of one kind in one forward pass, and answers early: the base is fed the text *and*
+what the nudging model has written after it, and the verdicts at all these positions are kept. If the answer goes on
+along the nudging model's text, the next verdicts are there already; where it leaves it, what is left is dropped and
+both caches roll back. So drafts save passes and cannot change an answer.
+
+Sampling: a token is a function of its row's seed, its place and the distribution there, so a verdict is the same
+whether it was asked for early or late. A drafted token is accepted if it is the one that is drawn, i.e. with the
+base's probability p of it: the rule of speculative sampling (Leviathan et al., arXiv 2211.17192), which accepts with
+min(1, p / q) and else draws from the residual, for a draft that the algorithm has read already, so that q = 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from .bridge import OneVocabulary, TwoVocabularies, to_text
+from .cached_lm import CachedLM, Reading
+from .choosing import choose, mix, processed_scores
+from .config import NudgingConfig
+from .gate import top1_probabilities
+from .rounds import Accept, Lookahead, Question, Reply, Step, Verdict
+
+_MOST_ADAPTIVE_DRAFTS = 16
+_CHARACTER_BYTES = 4  # Of UTF-8, at the most.
+_BASE_STREAM, _NUDGING_STREAM = 0, 1  # Each model draws by keys of its own.
+
+
+class Limits:
+    """The criteria that end an answer wherever it stands, in the middle of a word too.
+
+    Args:
+        criteria: as `generate` prepared them.
+        base_eos: the base's EOS ids, which end no answer: it never writes one, and what the nudging model writes as a
+            word is one.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, base_eos: Sequence[int]):
+        self._last_tokens: set[int] = set()
+        self._times: list[MaxTimeCriteria] = []
+        self._others: list[Any] = []
+        self.max_length: float = float("inf")
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                self.max_length = min(self.max_length, criterion.max_length)
+            elif isinstance(criterion, MaxTimeCriteria):
+                self._times.append(criterion)
+            elif isinstance(criterion, EosTokenCriteria):
+                self._last_tokens |= set(criterion.eos_token_id.tolist()) - set(base_eos)
+            else:
+                self._others.append(criterion)
+
+    def time_is_up(self) -> bool:
+        return any(time.time() - limit.initial_timestamp > limit.max_time for limit in self._times)
+
+    def reached(self, row: Row) -> str | None:
+        """Why the row ends with the token that it has just accepted, if it does."""
+        if row.answer.ids[-1] in self._last_tokens:
+            return "stopping_criteria"
+        for criterion in self._others:
+            if criterion(row.ids(), None).all():
+                return "stop_string" if isinstance(criterion, StopStringCriteria) else "stopping_criteria"
+        if row.length >= self.max_length:
+            return "length"
+        return "time" if self.time_is_up() else None
+
+
+class _Seen(NamedTuple):
+    """What the base says at one position."""
+
+    token: int
+    top1: float
+    logits: torch.Tensor | None
+    scores: torch.Tensor | None
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer on its way, and what is known ahead of it.
+
+    Args:
+        number: the row's place in the batch.
+        prompt: the base's as `generate` was given it, padding included, of shape (1, prompt_length).
+        nudging_prompt: the nudging model's, of shape (1, nudging_prompt_length).
+        answer: the answer so far.
+        base_processors, nudging_processors: each model's logits processors for this row.
+        seed: what its draws are made of.
+    """
+
+    number: int
+    prompt: torch.Tensor
+    nudging_prompt: torch.Tensor
+    answer: OneVocabulary | TwoVocabularies
+    base_processors: LogitsProcessorList
+    nudging_processors: LogitsProcessorList
+    seed: int
+    algorithm: Generator[Step, Reply, str]
+    question: Question | None = None
+    nudged: list[bool] = field(default_factory=list)
+    finish_reason: str | None = None
+    end_marks: int = 0  # Of the answer's tokens: 1 where the base's EOS was put behind it.
+    # What the base said at each position of the answer, and of the draft that it has read behind it.
+    seen: list[_Seen] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    draft_length: int = 8
+    draft_size: int = 0
+    draft_hits: int = 0
+    # What the nudging model has written: its ids for a text that the answer had, a continuation, and whether EOS.
+    written: list[int] = field(default_factory=list)
+    written_eos: bool = False
+    written_key: int | None = None
+
+    @property
+    def length(self) -> int:
+        return self.prompt.shape[1] + len(self.answer.ids)
+
+    def ids(self) -> torch.Tensor:
+        """Prompt and answer, of shape (1, length)."""
+        new = torch.tensor([self.answer.ids], dtype=torch.long, device=self.prompt.device)
+        return torch.cat([self.prompt, new], dim=1)
+
+    def append(self, token: int, nudged: bool) -> None:
+        place = len(self.answer.ids)
+        if place < len(self.read) and self.read[place] == token:
+            self.draft_hits += 1
+        else:
+            del self.read[place:], self.seen[place + 1 :]
+        self.answer.append(token)
+        self.nudged.append(nudged)
+
+    def continuation(self) -> list[int]:
+        """What the nudging model has already written after the answer as it stands.
+
+        It was drawn along the ids of another text, and is good for this one if this one's ids begin them.
+        """
+        context = self.answer.nudging_ids()
+        if self.written[: len(context)] != context:
+            self.forget_written()
+            self.written = list(context)
+        return self.written[len(context) :]
+
+    def nudging_key(self) -> int:
+        """Of the nudging model's next draw: a function of the text, so that a text is always continued alike."""
+        if self.written_key is None:
+            self.written_key = reduce(mix, self.written, mix(self.seed, _NUDGING_STREAM))
+        return self.written_key
+
+    def forget_written(self) -> None:
+        self.written, self.written_eos, self.written_key = [], False, None
+
+    def write(self, token: int, is_eos: bool) -> None:
+        """Takes down what the nudging model writes next."""
+        if is_eos:
+            self.written_eos = True
+            return
+        self.written.append(token)
+        if self.written_key is not None:
+            self.written_key = mix(self.written_key, token)
+
+    def adapt_draft(self) -> None:
+        """Chooses how far to draft next: twice as far where all of the last draft was good, else as far as it was."""
+        if self.draft_size:
+            good = self.draft_hits >= self.draft_size
+            self.draft_length = min(2 * self.draft_length, _MOST_ADAPTIVE_DRAFTS) if good else max(1, self.draft_hits)
+        self.draft_hits = self.draft_size = 0
+
+
+@dataclass(frozen=True)
+class Voices:
+    """What each model may say.
+
+    Args:
+        base_eos: the base's EOS ids; it is never confident about one. The first is the end mark.
+        nudging_eos: the nudging model's EOS ids; any of them ends an answer.
+        nudging_control: its control tokens, of shape (n,), EOS left out: never drawn.
+        base_samples, nudging_samples: whether each draws its tokens.
+        min_new_tokens: base tokens before which the nudging model may not end an answer.
+    """
+
+    base_eos: Sequence[int]
+    nudging_eos: Sequence[int]
+    nudging_control: torch.Tensor
+    base_samples: bool
+    nudging_samples: bool
+    min_new_tokens: int
+
+
+class NudgedDecoder:
+    """Writes the nudged answers of a batch.
+
+    Args:
+        base, nudging: both models, with as many rows as there are answers.
+        rows: the answers to write; each ends with a `finish_reason`.
+        config: every knob.
+        voices: what each model may say.
+        limits: what ends an answer early.
+        streamer: is given each token as it is accepted, and its author where it has a `put_marked`; for a single row.
+        record: whether the base is to say its top-1 probability at every token, also where nobody asked for it (at
+            the cost of a pass at the end); `record_logits` keeps logits and processed scores too.
+    """
+
+    def __init__(
+        self,
+        base: CachedLM,
+        nudging: CachedLM,
+        rows: list[Row],
+        config: NudgingConfig,
+        voices: Voices,
+        limits: Limits,
+        streamer: Any = None,
+        record: bool = False,
+        record_logits: bool = False,
+    ):
+        self.base = base
+        self.nudging = nudging
+        self.rows = rows
+        self.config = config
+        self.voices = voices
+        self.limits = limits
+        self.streamer = streamer
+        self.record = record
+        self.record_logits = record_logits
+
+    def run(self) -> None:
+        """Writes all answers to their end."""
+        for row in self.rows:
+            self._resume(row, None)
+        while True:
+            if self.limits.time_is_up():
+                for row in self._open():
+                    self._finish(row, "time")
+            for row in self._open():
+                self._proceed(row)
+            if short := [row for row in self._open() if self._lacks_text(row)]:
+                self._write(short)
+            elif due := [row for row in self.rows if self._lacks_verdict(row)]:
+                self._verify(due)
+            else:
+                break
+
+    def _open(self) -> list[Row]:
+        return [row for row in self.rows if row.finish_reason is None]
+
+    # The algorithm's side: questions are answered as far as what is known carries.
+
+    def _proceed(self, row: Row) -> None:
+        while row.finish_reason is None and (answer := self._known_answer(row)) is not None:
+            self._resume(row, answer)
+
+    def _known_answer(self, row: Row) -> Lookahead | Verdict | None:
+        if row.question is Question.LOOKAHEAD:
+            return self._lookahead(row)
+        place = len(row.answer.ids)
+        if place >= len(row.seen):
+            return None
+        token, top1, *_ = row.seen[place]
+        text = to_text(row.answer.vocabulary.bytes_of(token))
+        return Verdict(token, text, top1, token in self.voices.base_eos, row.answer.inside_character)
+
+    def _resume(self, row: Row, answer: Lookahead | Verdict | None) -> None:
+        """Answers a question, and takes what is accepted, up to the next question or the end."""
+        try:
+            step = row.algorithm.send(answer)
+            while isinstance(step, Accept):
+                for token in step.ids:
+                    self._append(row, token, step.nudged)
+                    if reason := self.limits.reached(row):
+                        return self._finish(row, reason)
+                step = next(row.algorithm)
+            row.question = step
+            if step is Question.LOOKAHEAD and self._eos_is_early(row):
+                row.forget_written()
+        except StopIteration as end:
+            if end.value == "eos" and self.voices.base_eos:
+                self._append(row, self.voices.base_eos[0], nudged=False)  # The end mark, nobody's word.
+                row.end_marks = 1
+            self._finish(row, end.value)
+
+    def _append(self, row: Row, token: int, nudged: bool) -> None:
+        row.append(token, nudged)
+        if hasattr(self.streamer, "put_marked"):
+            self.streamer.put_marked(torch.tensor([token]), nudged)
+        elif self.streamer is not None:
+            self.streamer.put(torch.tensor([token]))
+
+    def _finish(self, row: Row, reason: str) -> None:
+        row.finish_reason = reason
+        row.algorithm.close()
+        self.nudging.release(row.number)
+        if not self._lacks_verdict(row):
+            self.base.release(row.number)
+
+    # The nudging model's side.
+
+    def _lookahead(self, row: Row) -> Lookahead | None:
+        """The lookahead at this point, if the nudging model has written enough for it."""
+        written = row.continuation()
+        length = self.config.num_nudging_tokens
+        longest = length + _CHARACTER_BYTES - 1  # A single word that ends inside a character is drawn on.
+        while length <= len(written):
+            if length < longest and row.answer.is_one_unfinished_word(written[:length]):
+                length += 1
+            else:
+                return Lookahead(row.answer.words(written[:length]), ended=False)
+        return Lookahead(row.answer.words(written), ended=True) if row.written_eos else None
+
+    def _lacks_text(self, row: Row) -> bool:
+        """Whether the nudging model must write before the row's question can be answered, or answered early."""
+        if row.question is Question.LOOKAHEAD:
+            return True  # One that is known has been answered already.
+        written = row.continuation()
+        return not row.written_eos and not self._eos_is_early(row) and len(written) < self._draft_room(row)
+
+    def _eos_is_early(self, row: Row) -> bool:
+        """Whether what the nudging model writes here depends on more than the text.
+
+        Before `min_new_tokens` its EOS is suppressed by a count of base tokens, and with two vocabularies a text does
+        not tell how many it comes to. Then nothing is drafted, and each lookahead is written afresh.
+        """
+        return isinstance(row.answer, TwoVocabularies) and len(row.answer.ids) < self.voices.min_new_tokens
+
+    def _write(self, rows: list[Row]) -> None:
+        """Lets the nudging model write one more token in each of these rows."""
+        readings = {}
+        for row in rows:
+            row.continuation()  # What stands written is now along the answer's own text.
+            readings[row.number] = Reading([*row.answer.nudging_prompt, *row.written], 1)
+        logits = self.nudging.read(readings)
+        scores = []
+        for row in rows:
+            row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, row.written, logits[row.number])
+            if self._may_not_end(row):
+                row_scores[:, self.voices.nudging_eos] = float("-inf")
+            scores.append(row_scores)
+        keys = [row.nudging_key() for row in rows] if self.voices.nudging_samples else None
+        allowed = torch.cat(scores).index_fill(-1, self.voices.nudging_control, float("-inf"))
+        for row, token in zip(rows, choose(allowed, keys).tolist(), strict=True):
+            row.write(token, token in self.voices.nudging_eos)
+
+    def _may_not_end(self, row: Row) -> bool:
+        fewest = self.voices.min_new_tokens
+        return len(row.answer.ids) < fewest and row.answer.count(row.continuation()) < fewest
+
+    # The base's side.
+
+    def _lacks_verdict(self, row: Row) -> bool:
+        """Whether the base must read: for a verdict, or for what is to be recorded of an answer that has ended."""
+        if row.finish_reason is None:
+            return row.question is Question.VERDICT and len(row.seen) <= len(row.answer.ids)
+        return self.record and len(row.seen) < len(row.answer.ids)
+
+    def _draft_room(self, row: Row) -> int:
+        """How many drafted tokens the base is to read behind the answer."""
+        drafts = self.config.num_draft_tokens
+        wanted = row.draft_length if isinstance(drafts, str) else drafts
+        return int(max(0, min(wanted, self.limits.max_length - row.length - 1)))
+
+    def _verify(self, rows: list[Row]) -> None:
+        """Lets the base read each row's answer and draft, and say its verdict at every position it has not read."""
+        readings = {}
+        for row in rows:
+            if row.finish_reason is None:
+                row.adapt_draft()
+                draft = row.answer.draft(row.continuation(), self._draft_room(row))
+                row.read = [*row.answer.ids, *draft]
+                row.draft_size = len(draft)
+            else:
+                row.read = row.answer.ids[:-1]
+            readings[row.number] = Reading([*row.answer.prompt, *row.read], len(row.read) + 1 - len(row.seen))
+        # Processors are where the caller's ids are, which need not be where the base is.
+        logits = {number: read.to(rows[0].prompt.device) for number, read in self.base.read(readings).items()}
+        raw = torch.cat([logits[row.number] for row in rows])
+        scores = torch.cat([
+            processed_scores(row.base_processors, row.prompt, row.read, logits[row.number]) for row in rows
+        ])  # fmt: skip
+        keys = None
+        if self.voices.base_samples:
+            keys = [
+                mix(mix(row.seed, _BASE_STREAM), place)
+                for row in rows
+                for place in range(len(row.seen), len(row.read) + 1)
+            ]
+        said = torch.stack([top1_probabilities(raw).double(), choose(scores, keys).double()]).cpu()  # One transfer.
+        recorded = zip(*said.tolist(), raw, scores, strict=True)
+        for row in rows:
+            for _ in range(len(row.seen), len(row.read) + 1):
+                top1, token, raw_logits, row_scores = next(recorded)
+                kept = (raw_logits, row_scores) if self.record_logits else (None, None)
+                row.seen.append(_Seen(int(token), top1, *kept))
+            if row.finish_reason is not None:
+                self.base.release(row.number)

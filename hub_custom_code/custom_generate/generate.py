@@ -1,0 +1,463 @@
+"""The door: what a user's `generate` call says, checked, completed, and handed to transformers and to the decoder.
+
+transformers merges the generation config, prepares prompts, processors and criteria, and calls the decoding loop back.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
+
+from .bridge import OneVocabulary, TwoVocabularies, Vocabulary, answer_class
+from .cached_lm import CachedLM, Prompts
+from .choosing import new_seeds
+from .config import NudgingConfig
+from .decoding import Limits, NudgedDecoder, Row, Voices
+from .host import (
+    eos_token_ids,
+    input_device,
+    is_prepared,
+    keeps_recurrent_state,
+    merged_generation_config,
+    overrides_generate,
+    own_generation_config,
+    own_processors,
+    pad_token_id,
+    placeholder_ids,
+    plain_generate,
+    processors_of_row,
+    reads_more_than_text,
+    shared_by_ranks,
+    without_wrapper,
+)
+from .named_model import named_nudging_model
+from .output import NudgingOutput, nudging_output, padded_sequences
+from .prompts import nudging_prompts, unpadded
+from .rounds import rounds
+
+# Where a Hub folder's own `generate` is called, transformers hands on how it was to be reached.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+_FOLDER_ARGUMENTS = ("code_revision", "revision", "subfolder", "trust_remote_code")
+
+OWN_ARGUMENTS = (
+    "nudging_model",
+    "nudging_tokenizer",
+    "nudging_input_ids",
+    "nudging_attention_mask",
+    "nudging_config",
+    "base_tokenizer",
+)
+
+
+@dataclass(frozen=True)
+class NudgingCall:
+    """What a call says of nudging, checked: handed past transformers to the decoding loop."""
+
+    nudging_model: PreTrainedModel
+    vocabulary: Vocabulary
+    nudging_vocabulary: Vocabulary
+    nudging_input_ids: torch.Tensor | None
+    nudging_attention_mask: torch.Tensor | None
+    config: NudgingConfig
+    streamer: Any = None
+
+    @property
+    def answer_class(self) -> type[OneVocabulary] | type[TwoVocabularies]:
+        return _answer_class(self.vocabulary, self.nudging_vocabulary)
+
+
+@torch.no_grad()
+def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) -> NudgingOutput | torch.Tensor:
+    """`model.generate(...)`, nudged: the base `model` writes, and where it is unsure the nudging model does.
+
+    `nudging_hf.generate(model, **inputs, nudging_model=m)`, `model.generate(**inputs, nudging_model=m)` after
+    `nudging_hf.register()`, and `model.generate(**inputs, custom_generate=nudging_hf.generate, nudging_model=m)` give
+    the same ids. Through `custom_generate` transformers keeps `tokenizer`, `stop_strings` and `streamer` to itself:
+    there, give `base_tokenizer` for the first, and use another door for the other two.
+
+    Args:
+        model (`PreTrainedModel`):
+            The base, a decoder-only language model; also as the first positional argument. It may read images, sounds
+            or videos, given as to its own `generate` (`pixel_values`, ...); the nudging model reads text alone.
+        nudging_model (`PreTrainedModel` or `str`, *optional*):
+            The small aligned model, or the folder or Hub name that it is loaded from, once for each base, to the
+            base's device and in its dtype. Left out, the one that the base's generation config names in
+            `nudging_model_name_or_path`. `None` says: generate plainly, whatever is said of nudging.
+        tokenizer, nudging_tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Of the base and of the nudging model; left out, they are loaded from the models' `name_or_path`.
+            `base_tokenizer` is another name for the first.
+        nudging_input_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
+            The nudging model's prompts, with `nudging_attention_mask` where they are padded. Left out, the text of
+            the base's prompt is one user turn of the nudging tokenizer's chat template, or is taken as it is where
+            the tokenizer has none; images are left out of it.
+        nudge_threshold, num_nudging_tokens, takeover_on_agreement, num_draft_tokens:
+            The knobs of [`NudgingConfig`], also as `nudging_config=`, a `NudgingConfig` or a dict, or as fields of a
+            generation config. Keywords come first, then `nudging_config`, then the generation config.
+        kwargs:
+            Everything else that `generate` takes. `StoppingCriteria` are called for one row at a time, with ids of
+            shape (1, length) and `scores=None`, at every token; `LogitsProcessor`s of the caller's own likewise for
+            the base, also at drafted positions, so they must not keep count of their calls.
+
+    Returns:
+        Ids of shape `(batch_size, length)`, or a [`NudgingOutput`] where `return_dict_in_generate=True`.
+
+    Raises:
+        ValueError: for what nudging cannot do (beam search, encoder-decoder models, caches that cannot roll back, a
+            streamer for several rows, ...), for a missing tokenizer or prompt, and for values out of range. The
+            message says what was given and what to give instead.
+    """
+    if model is None:
+        if not args:
+            raise ValueError("Nothing to nudge: give the base as the first argument or as `model=`.")
+        model, *args = args  # type: ignore[assignment]
+    model = without_wrapper(model)
+    plain = kwargs.get("nudging_model", model) is None
+    own = {name: kwargs.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
+    hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    for name in _FOLDER_ARGUMENTS:
+        kwargs.pop(name, None)
+    if is_prepared(kwargs.get("generation_config")):  # transformers calls, by `custom_generate=`.
+        if plain:
+            raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
+        generation_config = kwargs["generation_config"]
+        _find_nudging_model(model, own, generation_config, hub)
+        _refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, {})
+        kwargs["nudging_call"] = _call(model, own, None, generation_config)
+        return _decode(model, *args, **kwargs)
+    if plain:
+        return plain_generate(model)(model, *args, **kwargs)
+
+    arguments = dict(inspect.signature(GenerationMixin.generate).bind(model, *args, **kwargs).arguments)
+    arguments.update(arguments.pop("kwargs", {}))
+    del arguments["self"]
+    tokenizer = arguments.pop("tokenizer", None)
+    generation_config = merged_generation_config(model, **arguments)
+    _find_nudging_model(model, own, generation_config, hub)
+    _refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, arguments)
+    call = _call(model, own, tokenizer, generation_config, arguments.get("streamer"))
+    prompts = arguments.get("inputs", arguments.get("input_ids"))
+    rows = generation_config.num_return_sequences * (1 if prompts is None else len(prompts))
+    if call.streamer is not None and rows > 1:
+        raise ValueError(f"A streamer takes a single answer, got {rows} rows: generate them one at a time.")
+    if generation_config.stop_strings is not None:
+        _take_over_stop_strings(arguments, model, generation_config.stop_strings, call.vocabulary.tokenizer)
+    return GenerationMixin.generate(model, **arguments, custom_generate=_decode, nudging_call=call)
+
+
+def _signature() -> inspect.Signature:
+    """transformers hands a `custom_generate` function those arguments of its own that its signature names."""
+    names = (*OWN_ARGUMENTS, *NudgingConfig.field_names())
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    parameters = inspect.signature(generate).parameters
+    return inspect.Signature([parameters["args"], parameters["model"], *own, parameters["kwargs"]])
+
+
+generate.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+def _decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    nudging_call: NudgingCall,
+    logits_processor: Any,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> NudgingOutput | torch.Tensor:
+    """The decoding loop, as transformers calls it: everything is prepared, and no token has been read.
+
+    transformers hands a loop those of `generate`'s arguments that its signature names: `attention_mask`, named, would
+    come twice.
+    """
+    attention_mask, use_cache = model_kwargs.get("attention_mask"), model_kwargs.pop("use_cache")
+    model_kwargs.pop("past_key_values", None)  # Empty: `CachedLM` makes its own.
+    prepared = {"attention_mask", "position_ids", "logits_to_keep"}
+    more = sorted(name for name, value in model_kwargs.items() if name not in prepared and value not in (None, {}))
+    if more:
+        _refuse_what_the_base_cannot_read(model, more, use_cache)
+    batch = input_ids.shape[0]
+    call = nudging_call
+    pad = pad_token_id(generation_config)
+    if batch > 1 and pad is None:
+        raise ValueError(f"{batch} answers must be padded to one length: set `pad_token_id`, or the base's EOS.")
+
+    prompts = unpadded(input_ids, attention_mask)
+    given = _nudging_prompts(call, prompts, generation_config.num_return_sequences, placeholder_ids(model))
+    nudging_model_config = own_generation_config(call.nudging_model, bool(generation_config.do_sample))
+    voices = _voices(call, generation_config, nudging_model_config, input_ids.shape[1])
+    nudging_ids = [torch.tensor([ids], device=input_device(call.nudging_model)) for ids in given]
+    seeds = shared_by_ranks(model, new_seeds(batch)) if generation_config.do_sample else [0] * batch
+    rows = [
+        Row(
+            number=i,
+            prompt=input_ids[i : i + 1],
+            nudging_prompt=nudging_ids[i],
+            answer=call.answer_class(call.vocabulary, call.nudging_vocabulary, prompts[i], given[i]),
+            base_processors=processors_of_row(logits_processor, i, batch),
+            nudging_processors=own_processors(call.nudging_model, nudging_model_config, nudging_ids[i]),
+            seed=seed,
+            algorithm=rounds(call.config.nudge_threshold, call.config.takeover_on_agreement),
+        )
+        for i, seed in enumerate(seeds)
+    ]
+    full = generation_config.return_dict_in_generate
+    scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
+    base = CachedLM(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None)
+    nudging = CachedLM(call.nudging_model, batch, use_cache)
+    NudgedDecoder(
+        base,
+        nudging,
+        rows,
+        call.config,
+        voices,
+        Limits(stopping_criteria, voices.base_eos),
+        streamer=call.streamer,
+        record=full,
+        record_logits=scores or logits,
+    ).run()
+    if call.streamer is not None:
+        call.streamer.end()
+    sequences = padded_sequences(input_ids, rows, pad)
+    return nudging_output(sequences, rows, base, nudging, scores, logits) if full else sequences
+
+
+def _nudging_prompts(
+    call: NudgingCall, prompts: list[list[int]], copies: int, placeholders: set[int]
+) -> list[list[int]]:
+    """The nudging model's prompts, one a row; `copies` rows in succession, of `num_return_sequences`, share one.
+
+    Where they are made of the base's prompts, what stands there in the place of images is left out.
+    """
+    if call.nudging_input_ids is None:
+        given = nudging_prompts(
+            [[token for token in prompt if token not in placeholders] for prompt in prompts],
+            call.vocabulary.tokenizer,
+            call.nudging_vocabulary.tokenizer,
+            one_vocabulary=call.answer_class is OneVocabulary,
+        )
+    else:
+        given = unpadded(call.nudging_input_ids, call.nudging_attention_mask)
+        if len(given) * copies != len(prompts):
+            raise ValueError(
+                f"`nudging_input_ids` holds {len(given)} prompts, and the base was given {len(prompts) // copies}: "
+                "each row needs one of each."
+            )
+        given = [prompt for prompt in given for _ in range(copies)]
+    if not all(given):
+        raise ValueError("The nudging model's prompt is empty: give it at least one token in `nudging_input_ids`.")
+    return given
+
+
+def _voices(call: NudgingCall, generation_config: Any, nudging_config: Any, prompt_length: int) -> Voices:
+    tokenizer = call.nudging_vocabulary.tokenizer
+    nudging_eos = eos_token_ids(nudging_config) or [i for i in [tokenizer.eos_token_id] if i is not None]
+    if not nudging_eos:
+        raise ValueError(
+            "The nudging model has no EOS token, and only it ends an answer: set "
+            "`nudging_model.generation_config.eos_token_id`."
+        )
+    control = sorted(call.nudging_vocabulary.control - set(nudging_eos))
+    fewest = max(generation_config.min_new_tokens or 0, (generation_config.min_length or 0) - prompt_length)
+    return Voices(
+        base_eos=eos_token_ids(generation_config),
+        nudging_eos=nudging_eos,
+        nudging_control=torch.tensor(control, dtype=torch.long, device=input_device(call.nudging_model)),
+        base_samples=bool(generation_config.do_sample),
+        nudging_samples=bool(nudging_config.do_sample),
+        min_new_tokens=fewest,
+    )
+
+
+def _find_nudging_model(
+    model: PreTrainedModel, own: dict[str, Any], generation_config: Any, hub: Mapping[str, Any]
+) -> None:
+    """Puts the nudging model that is only named, and its tokenizer, in its place among the call's own arguments."""
+    given = own["nudging_model"]
+    if given is None:
+        given = getattr(generation_config, "nudging_model_name_or_path", None)
+    if isinstance(given, (str, os.PathLike)):
+        own["nudging_model"], tokenizer = named_nudging_model(model, os.fspath(given), hub)
+        if own["nudging_tokenizer"] is None:
+            own["nudging_tokenizer"] = tokenizer
+    elif given is not None:
+        own["nudging_model"] = without_wrapper(given)
+
+
+def _knobs(nudging_config: Any) -> Mapping[str, Any]:
+    """The knobs that `nudging_config=` sets."""
+    if nudging_config is None:
+        return {}
+    # By its name: the class that a Hub folder carries and that of the installed package are two.
+    knobs = vars(nudging_config) if type(nudging_config).__name__ == NudgingConfig.__name__ else nudging_config
+    if not isinstance(knobs, Mapping):
+        raise ValueError(f"`nudging_config` must be a `NudgingConfig` or a dict, got {type(nudging_config).__name__}.")
+    if unknown := sorted(set(knobs) - set(NudgingConfig.field_names())):
+        raise ValueError(
+            f"`nudging_config` knows {', '.join(NudgingConfig.field_names())}, got {', '.join(map(repr, unknown))}."
+        )
+    return knobs
+
+
+def _call(
+    model: PreTrainedModel, own: Mapping[str, Any], tokenizer: Any, generation_config: Any, streamer: Any = None
+) -> NudgingCall:
+    """What the call says of nudging, completed: tokenizers loaded, knobs resolved."""
+    nudging_model = own["nudging_model"]
+    tokenizer = tokenizer if tokenizer is not None else own["base_tokenizer"]
+    ids, mask = own["nudging_input_ids"], own["nudging_attention_mask"]
+    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.ndim != 2):
+        raise ValueError(f"`nudging_input_ids` must be a tensor of shape (batch_size, length), got {_shape(ids)}.")
+    if mask is not None and (ids is None or not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
+        raise ValueError(
+            f"`nudging_attention_mask` must have the shape of `nudging_input_ids`, {_shape(ids)}, got {_shape(mask)}."
+        )
+    return NudgingCall(
+        nudging_model=nudging_model,
+        vocabulary=loaded_vocabulary(tokenizer, model, "tokenizer", "base"),
+        nudging_vocabulary=loaded_vocabulary(
+            own["nudging_tokenizer"], nudging_model, "nudging_tokenizer", "nudging model"
+        ),
+        nudging_input_ids=ids,
+        nudging_attention_mask=mask,
+        config=NudgingConfig.resolve([own, _knobs(own["nudging_config"]), generation_config.to_dict()]),
+        streamer=streamer,
+    )
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def loaded_vocabulary(tokenizer: Any, model: PreTrainedModel, argument: str, whose: str) -> Vocabulary:
+    """The vocabulary of a tokenizer, or where it is `None` of the one that the model's `name_or_path` names.
+
+    Args:
+        argument, whose: how an error calls the tokenizer and the model.
+
+    Raises:
+        ValueError: for what is no tokenizer, and where none can be loaded.
+    """
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(model.name_or_path, argument, whose)
+    if not callable(getattr(tokenizer, "convert_ids_to_tokens", None)):
+        raise ValueError(f"`{argument}` must be a tokenizer of transformers, got {type(tokenizer).__name__}.")
+    return _vocabulary_of(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _load_tokenizer(name_or_path: str, argument: str, whose: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"No tokenizer was given for the {whose}, and none could be loaded from its `name_or_path`, "
+            f"{name_or_path!r}: pass `{argument}=`."
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
+    """One `Vocabulary` for each tokenizer, for as long as no token is added to it: what it finds out is kept."""
+    return Vocabulary(tokenizer)
+
+
+_answer_class = lru_cache(maxsize=8)(answer_class)
+
+
+def _take_over_stop_strings(arguments: dict[str, Any], model: Any, stop_strings: Any, tokenizer: Any) -> None:
+    """Makes a stopping criterion of them: transformers has no tokenizer to hand when it calls the decoding loop."""
+    criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
+    criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    arguments["stopping_criteria"] = criteria
+    if arguments.get("generation_config") is not None:
+        arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])
+        arguments["generation_config"].stop_strings = None
+    if "stop_strings" in arguments or model.generation_config.stop_strings is not None:
+        arguments["stop_strings"] = None
+
+
+def _refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` that says what was given and what to give instead."""
+    if nudging_model is None:
+        raise ValueError(
+            "There is no nudging model: give one as `nudging_model=`, or name one as `nudging_model_name_or_path` in "
+            "the base's generation_config.json."
+        )
+    if not isinstance(nudging_model, torch.nn.Module) or not hasattr(nudging_model, "generation_config"):
+        raise ValueError(
+            f"`nudging_model` must be a causal language model of transformers, got {type(nudging_model).__name__}: "
+            "load it with `AutoModelForCausalLM.from_pretrained`."
+        )
+    models: dict[str, Any] = {"base": model, "nudging model": nudging_model}
+    for whose, lm in models.items():
+        name = type(lm).__name__
+        if lm.config.is_encoder_decoder:
+            raise ValueError(f"The {whose} is an encoder-decoder model, {name}: give a decoder-only one.")
+        if config.use_cache and keeps_recurrent_state(lm):
+            raise ValueError(
+                f"The {whose}, {name}, keeps a recurrent state, which cannot be rolled back when a draft is rejected: "
+                "give an attention model, or `use_cache=False`."
+            )
+    mode = config.get_generation_mode(arguments.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"Nudging decodes greedily or by sampling, got {mode.value!r}: leave out `num_beams`, `assistant_model`, "
+            "`prompt_lookup_num_tokens`, `penalty_alpha` and `dola_layers`."
+        )
+    for name, why in _REFUSED.items():
+        given = arguments.get(name, getattr(config, name, None))
+        if given is not None and given is not False:
+            raise ValueError(f"`{name}={_short(given)}` does not go together with nudging: {why}.")
+    if config.guidance_scale not in (None, 1, 1.0):
+        raise ValueError(f"`guidance_scale={config.guidance_scale}` does not go together with nudging: leave it out.")
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        raise ValueError(
+            f"Nudging rolls its caches back row by row, which `cache_implementation={config.cache_implementation!r}` "
+            "cannot do: leave it out."
+        )
+
+
+def _refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: bool) -> None:
+    """Raises a `ValueError` where inputs besides ids, of these names, cannot be read once and for all."""
+    name, given = type(model).__name__, ", ".join(f"`{each}`" for each in more)
+    if not reads_more_than_text(model):
+        raise ValueError(f"The base, {name}, reads text alone, and nudging gives it nothing but ids: got {given}.")
+    if overrides_generate(model):
+        raise ValueError(
+            f"The base, {name}, reads {given} by a `generate` of its own, which nudging does not go through: "
+            "give its language model and text alone."
+        )
+    if not use_cache:
+        raise ValueError(
+            f"What goes beyond text is read once, into the cache: with {given} leave out `use_cache=False`."
+        )
+
+
+_REFUSED = {
+    "custom_generate": "it is a way of generating of its own; leave it out",
+    "past_key_values": "each row's cache is rolled back on its own; pass the whole text as `input_ids`",
+    "inputs_embeds": "the nudging model reads the prompt's text; pass `input_ids`",
+    "position_ids": "positions are counted from `attention_mask`; leave them out",
+    "negative_prompt_ids": "it belongs to `guidance_scale`; leave it out",
+    "synced_gpus": "rows go on at their own pace; leave it out",
+    "watermarking_config": "its processor counts on being called once a token, in order; leave it out",
+    "token_healing": "it rewrites the base's prompt alone; leave it out",
+    "forced_eos_token_id": "only the nudging model ends an answer; use `max_new_tokens`",
+    "prefill_chunk_size": "the prompt is read in the pass that verifies the first draft; leave it out",
+    "output_attentions": "passes read several tokens at a time; leave it out",
+    "output_hidden_states": "passes read several tokens at a time; leave it out",
+}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else f"<{type(value).__name__}>"

@@ -1,0 +1,171 @@
+"""What nudging uses of transformers that is not public, in one place. Tried on transformers 5.23.0."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+
+def merged_generation_config(
+    model: Any, generation_config: GenerationConfig | None = None, **kwargs: Any
+) -> GenerationConfig:
+    """The config that `model.generate(generation_config=generation_config, **kwargs)` would go by."""
+    return model._prepare_generation_config(generation_config, **kwargs)[0]
+
+
+def own_generation_config(model: Any, do_sample: bool) -> GenerationConfig:
+    """The config by which a model writes on its own, special tokens prepared, lengths left to the caller.
+
+    Args:
+        do_sample: `False` makes it greedy; `True` leaves it as the model's own config says.
+    """
+    config = merged_generation_config(model)
+    config.do_sample = bool(config.do_sample and do_sample)
+    config.min_length = config.min_new_tokens = config.forced_eos_token_id = None
+    model._prepare_special_tokens(config, device=input_device(model))
+    return config
+
+
+# Where a patched `generate` keeps the one that it replaced.
+ORIGINAL = "_nudging_hf_original"
+
+
+def plain_generate(model: Any) -> Callable[..., Any]:
+    """The `generate` of the model's class, as it is without nudging."""
+    own = type(model).generate
+    return getattr(own, ORIGINAL, own)
+
+
+def is_prepared(generation_config: GenerationConfig | None) -> bool:
+    """Whether `generate` has prepared the config, i.e. is calling a `custom_generate` function."""
+    return hasattr(generation_config, "_pad_token_tensor")
+
+
+def eos_token_ids(generation_config: GenerationConfig) -> list[int]:
+    """The EOS ids of a prepared config, in its order."""
+    eos = generation_config._eos_token_tensor
+    return [] if eos is None else eos.tolist()
+
+
+def pad_token_id(generation_config: GenerationConfig) -> int | None:
+    """The padding id of a prepared config; `generate` takes the first EOS where none is set."""
+    pad = generation_config._pad_token_tensor
+    return None if pad is None else int(pad)
+
+
+def own_processors(model: Any, generation_config: GenerationConfig, input_ids: torch.Tensor) -> LogitsProcessorList:
+    """The logits processors that a prepared config asks for, behind a prompt of shape (1, prompt_length)."""
+    return model._get_logits_processor(
+        generation_config=generation_config,
+        input_ids_seq_length=input_ids.shape[1],
+        encoder_input_ids=input_ids,
+        device=input_ids.device,
+        model_kwargs={"attention_mask": torch.ones_like(input_ids)},
+    )
+
+
+def processors_of_row(prepared: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
+    """The processors that `generate` prepared for a batch, bound to one row, to be called with that row alone."""
+    own = LogitsProcessorList()
+    for processor in prepared:
+        bound = copy.copy(processor)
+        if isinstance(bound, PrefixConstrainedLogitsProcessor):
+            allowed = bound._prefix_allowed_tokens_fn
+            bound._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed: allowed(row, ids)
+        elif isinstance(bound, RepetitionPenaltyLogitsProcessor):
+            if isinstance(bound.prompt_ignore_length, torch.Tensor):
+                bound.prompt_ignore_length = bound.prompt_ignore_length[row : row + 1]
+        elif isinstance(bound, EncoderRepetitionPenaltyLogitsProcessor):
+            prompt = row * bound.encoder_input_ids.shape[0] // rows
+            bound.encoder_input_ids = bound.encoder_input_ids[prompt : prompt + 1]
+        elif isinstance(bound, EncoderNoRepeatNGramLogitsProcessor):
+            bound.generated_ngrams = bound.generated_ngrams[row * bound.batch_size // rows :]
+            bound.batch_size = 1
+        else:  # Knows nothing of the batch, or is the caller's own, and the same for all rows.
+            bound = processor
+        own.append(bound)
+    return own
+
+
+def input_device(model: Any) -> torch.device:
+    """The device on which a model reads its ids, also where its weights are elsewhere until they are used."""
+    if model.device.type != "meta":
+        return model.device
+    # Offloaded by accelerate, whose hook brings the weights to where they are used.
+    return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
+
+
+def reads_more_than_text(model: Any) -> bool:
+    """Whether images, sounds or videos may stand in the model's prompts."""
+    modalities = model.input_modalities
+    return any(modality != "text" for modality in ([modalities] if isinstance(modalities, str) else modalities))
+
+
+def placeholder_ids(model: Any) -> set[int]:
+    """The tokens in whose place a model reads images, sounds or videos, and those that begin and end such a place."""
+    names = ["image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id"]
+    names += ["boi_token_id", "eoi_token_id", "boi_token_index", "eoi_token_index"]
+    return {token for name in names if isinstance(token := getattr(model.config, name, None), int)}
+
+
+def overrides_generate(model: Any) -> bool:
+    """Whether the model's class has a `generate` of its own, which `GenerationMixin.generate` does not go through."""
+    return type(model).generate is not GenerationMixin.generate
+
+
+def first_inputs(model: Any, input_ids: torch.Tensor, cache: Cache, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What `generate` gives a model in its first pass, which fills an empty cache.
+
+    Args:
+        input_ids: of shape (rows, width), padded on the left.
+        model_kwargs: as `generate` prepared them, the cache left out.
+    """
+    return model.prepare_inputs_for_generation(
+        input_ids, is_first_iteration=True, past_key_values=cache, use_cache=True, **model_kwargs
+    )
+
+
+def without_wrapper(model: Any) -> Any:
+    """The model of transformers inside a wrapper of PEFT, whose adapters stand in its layers; others as they are.
+
+    Raises:
+        ValueError: for what PEFT does not in the layers, but to the prompt.
+    """
+    # While PEFT's `generate` runs, the model inside prepares its inputs by the wrapper.
+    wrapper = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model)
+    peft_config = getattr(wrapper, "active_peft_config", None)
+    if peft_config is None:
+        return model
+    if peft_config.is_prompt_learning or getattr(peft_config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"The adapter, {type(peft_config).__name__}, goes by places in the prompt, which nudging does not know: "
+            "give an adapter of the layers, such as LoRA."
+        )
+    if wrapper is not model:
+        return model
+    model.get_base_model().generation_config = model.generation_config  # As the wrapper's own `generate` does.
+    return model.get_base_model()
+
+
+def shared_by_ranks(model: Any, seeds: list[int]) -> list[int]:
+    """The seeds of the first rank, where tensor parallelism has several that must draw alike."""
+    if (model.tp_size or 1) == 1:
+        return seeds
+    shared = torch.tensor(seeds, device=model.device)
+    torch.distributed.broadcast(shared, group=model._mesh_manager.get_mesh("tp").get_group(), group_src=0)
+    return shared.tolist()
+
+
+def keeps_recurrent_state(model: Any) -> bool:
+    """Whether the model keeps a state (Mamba, linear attention) from which no token can be taken back."""
+    return bool(model._is_stateful)

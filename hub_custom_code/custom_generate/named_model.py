@@ -1,0 +1,61 @@
+"""A nudging model that is given by its name: loaded once for a base, where the base is and of its dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .host import input_device
+
+_LOADED: WeakKeyDictionary[Any, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
+
+
+def named_nudging_model(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The nudging model `name` and its tokenizer, for `base`.
+
+    Args:
+        name: a folder, a name on the Hugging Face Hub, or `./` and a folder of the repository that the base itself
+            was loaded from.
+        hub: how to reach the Hub, as `from_pretrained` takes it (`token`, `cache_dir`, `local_files_only`, ...).
+
+    Raises:
+        ValueError: if it cannot be loaded; its weights must be safetensors, and code of its own is never run.
+    """
+    loaded = _LOADED.setdefault(base, {})
+    if name not in loaded:
+        loaded[name] = _load(base, name, hub)
+    model, tokenizer = loaded[name]
+    if model.device != input_device(base):  # The base has been moved.
+        model.to(input_device(base))
+    return model, tokenizer
+
+
+def _load(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any, Any]:
+    where, options = name, dict(hub)
+    if name.startswith("./"):
+        where = base.name_or_path
+        if not where:
+            raise ValueError(
+                f"The nudging model {name!r} is beside the base, which was not loaded from a folder: "
+                "give the model itself as `nudging_model=`."
+            )
+        if Path(where).is_dir():
+            where = str(Path(where, name))
+        else:
+            options.update(subfolder=name[2:], revision=getattr(base.config, "_commit_hash", None))
+    dtype = base.dtype if base.dtype.is_floating_point else "auto"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The nudging model {name!r} cannot be loaded: {error} Give the model itself as `nudging_model=`, or mend "
+            "`nudging_model_name_or_path` in the base's generation_config.json."
+        ) from error
+    return model.to(input_device(base)), tokenizer

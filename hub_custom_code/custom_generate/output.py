@@ -1,0 +1,91 @@
+"""What a nudged `generate` returns. It knows finished rows, never how they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .cached_lm import CachedLM
+from .decoding import Row
+
+
+@dataclass
+class NudgingOutput(GenerateDecoderOnlyOutput):
+    """The usual output of `generate`, and who wrote what.
+
+    `scores` and `logits` are the base's at each new token, whoever wrote it; `attentions`, `hidden_states` and
+    `past_key_values` are `None`.
+
+    Args:
+        nudged_mask (`torch.BoolTensor` of shape `(batch_size, new_tokens)`):
+            Which new tokens the nudging model wrote. False on the end mark and on padding.
+        base_top1_probs (`torch.FloatTensor` of shape `(batch_size, new_tokens)`):
+            The base's top-1 probability at each new token; NaN on padding.
+        nudge_rate (`torch.FloatTensor` of shape `(batch_size,)`):
+            The share of the answer's tokens, the end mark left out, that the nudging model wrote.
+        finish_reasons (`list[str]`):
+            Why each row ended: "eos" (the nudging model ended it), "length", "time", "stop_string",
+            "stopping_criteria" (one of the caller's own), or "stuck" (the base would end, and its vocabulary holds
+            nothing of what the nudging model would write).
+        base_forward_passes, nudging_forward_passes (`int`):
+            How many forward passes each model made, for all rows together.
+        base_tokens_fed, nudging_tokens_fed (`int`):
+            How many tokens each model read in them, prompts included, padding not.
+    """
+
+    nudged_mask: torch.Tensor | None = None
+    base_top1_probs: torch.Tensor | None = None
+    nudge_rate: torch.Tensor | None = None
+    finish_reasons: list[str | None] | None = None
+    base_forward_passes: int | None = None
+    nudging_forward_passes: int | None = None
+    base_tokens_fed: int | None = None
+    nudging_tokens_fed: int | None = None
+
+
+def padded_sequences(input_ids: torch.Tensor, rows: Sequence[Row], pad_token_id: int | None) -> torch.Tensor:
+    """Prompts and answers, of shape (batch_size, prompt_length + new_tokens), answers padded on the right."""
+    width = max(len(row.answer.ids) for row in rows)
+    # Where there is nothing to pad, there may be nothing to pad with.
+    padding = [[pad_token_id or 0] * (width - len(row.answer.ids)) for row in rows]
+    new = [[*row.answer.ids, *behind] for row, behind in zip(rows, padding, strict=True)]
+    return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+
+
+def nudging_output(
+    sequences: torch.Tensor, rows: Sequence[Row], base: CachedLM, nudging: CachedLM, scores: bool, logits: bool
+) -> NudgingOutput:
+    """The full output for finished rows; `scores` and `logits` say whether these were recorded and are wanted."""
+    width = max(len(row.answer.ids) for row in rows)
+    device = sequences.device
+    mask = torch.zeros(len(rows), width, dtype=torch.bool, device=device)
+    top1 = torch.full((len(rows), width), float("nan"), device=device)
+    rates = []
+    for i, row in enumerate(rows):
+        n = len(row.answer.ids)
+        mask[i, :n] = torch.tensor(row.nudged, dtype=torch.bool)
+        top1[i, :n] = torch.tensor([seen.top1 for seen in row.seen[:n]])
+        rates.append(sum(row.nudged) / max(1, n - row.end_marks))
+    return NudgingOutput(
+        sequences=sequences,
+        scores=_steps([[seen.scores for seen in row.seen] for row in rows], width) if scores else None,
+        logits=_steps([[seen.logits for seen in row.seen] for row in rows], width) if logits else None,
+        nudged_mask=mask,
+        base_top1_probs=top1,
+        nudge_rate=torch.tensor(rates, device=device),
+        finish_reasons=[row.finish_reason for row in rows],
+        base_forward_passes=base.forward_passes,
+        nudging_forward_passes=nudging.forward_passes,
+        base_tokens_fed=base.tokens_fed,
+        nudging_tokens_fed=nudging.tokens_fed,
+    )
+
+
+def _steps(rows: list[list[Any]], width: int) -> tuple[torch.Tensor, ...]:
+    """One tensor of shape (batch_size, vocab_size) for each new token; 0 behind a row's end."""
+    nothing: Any = next((torch.zeros_like(step) for row in rows for step in row), None)
+    return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]).float() for i in range(width))

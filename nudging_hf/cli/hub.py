@@ -1,0 +1,120 @@
+"""`nudging-hf hub`: models and code for the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ..chats import REASONING_TEMPLATE
+from ..config import NudgingConfig
+from ..hub import export, files_to_push, push, write_code
+from .arguments import add_base_template, drafts, loading_bars, positive
+
+
+def add_command(commands: Any) -> None:
+    """Adds `hub` to the commands of `nudging-hf`."""
+    parser = commands.add_parser("hub", help="models and code for the Hugging Face Hub")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    _add_export(actions)
+    _add_code(actions)
+    _add_push(actions)
+
+
+def _add_export(actions: Any) -> None:
+    parser = actions.add_parser(
+        "export",
+        help="write a model folder that nudges by itself",
+        description="Writes a model folder that nudges by itself where it is loaded with trust_remote_code=True: the "
+        "base, the nudging model (or its name on the Hub), the code, and a model card.",
+    )
+    parser.set_defaults(run=_run_export)
+    parser.add_argument("out", metavar="OUT", help="the folder to be written")
+    name: dict[str, Any] = {"required": True, "metavar": "NAME"}
+    parser.add_argument("--base", **name, help="the large base model: a folder, or a name on the Hugging Face Hub")
+    parser.add_argument(
+        "--nudging-model",
+        **name,
+        help="the small aligned model: a folder, which is copied, or a name on the Hub, which is recorded",
+    )
+    add_base_template(parser, REASONING_TEMPLATE)
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder")
+    knobs = parser.add_argument_group("knobs", "What is left out is not recorded.")
+    knobs.add_argument("--threshold", type=float, metavar="P", dest="nudge_threshold")
+    knobs.add_argument("--num-nudging-tokens", type=positive, metavar="N")
+    knobs.add_argument("--takeover-on-agreement", action=argparse.BooleanOptionalAction)
+    knobs.add_argument("--num-draft-tokens", type=drafts, metavar="N")
+
+
+def _run_export(args: argparse.Namespace) -> None:
+    given = {name: getattr(args, name) for name in NudgingConfig.field_names()}
+    knobs = {name: value for name, value in given.items() if value is not None}
+    with loading_bars(sys.stderr.isatty()):
+        out = export(
+            args.base,
+            args.nudging_model,
+            args.out,
+            base_template=args.base_template,
+            overwrite=args.overwrite,
+            **knobs,
+        )
+    _print_files(out)
+
+
+def _add_code(actions: Any) -> None:
+    parser = actions.add_parser(
+        "code",
+        help="put the code into a folder",
+        description="Writes FOLDER/custom_generate, so that FOLDER, or the repository that it is pushed to, can be "
+        "given as custom_generate=. Python files that are there are replaced; nothing else is touched.",
+    )
+    parser.set_defaults(run=_run_code)
+    parser.add_argument("folder", metavar="FOLDER")
+
+
+def _run_code(args: argparse.Namespace) -> None:
+    print(write_code(args.folder))
+
+
+def _add_push(actions: Any) -> None:
+    parser = actions.add_parser(
+        "push",
+        help="upload a folder",
+        description="Uploads a folder to a model repository on the Hub, which is made where there is none. It goes by "
+        "the token that `hf auth login` keeps.",
+    )
+    parser.set_defaults(run=_run_push)
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="such as owner/name")
+    parser.add_argument("--private", action="store_true", help="if the repository is new")
+    parser.add_argument("--revision", metavar="BRANCH", help="made where there is none (default: the main one)")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and contact nobody")
+
+
+def _run_push(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        validate_repo_id(args.repo_id)
+        _print_files(args.folder)
+    else:
+        print(push(args.folder, args.repo_id, private=args.private, revision=args.revision))
+
+
+def _print_files(folder: str | Path) -> None:
+    files = files_to_push(folder)
+    for path, size in files.items():
+        print(f"{_size(size):>10}  {path}")
+    print(f"{_size(sum(files.values())):>10}  {len(files)} files in {folder}")
+
+
+def _size(count: float) -> str:
+    """A number of bytes, such as "8.0 MB"."""
+    if count < 1000:
+        return f"{count} B"
+    for unit in ("kB", "MB"):
+        count /= 1000
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} GB"

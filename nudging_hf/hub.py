@@ -1,0 +1,374 @@
+"""What goes to the Hugging Face Hub: carried code, model folders, uploads. It knows files, never decoding."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import string
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from .chats import REASONING_TEMPLATE, turn_template
+from .config import NudgingConfig
+
+CODE, NUDGING_MODEL = "custom_generate", "nudging_model"
+# transformers reads `name op version`, and of several clauses in a line the first alone.
+REQUIREMENTS = ("torch>=2.6", "transformers>=5.23", "transformers<5.24")
+
+_PACKAGE = Path(__file__).parent
+_NOT_KEPT = ("_from_model_config", "transformers_version")
+_NOT_UPLOADED = ("*.pyc", "*.DS_Store", *DEFAULT_IGNORE_PATTERNS)
+
+
+# Code ----------------------------------------------------------------------------------------------------------------
+
+
+def carried_modules() -> list[Path]:
+    """The package's files that a Hub folder carries: generate.py and all that it imports, directly or not."""
+    found = [_PACKAGE / "generate.py"]
+    for path in found:  # It grows on the way.
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                sibling = _PACKAGE / f"{node.module}.py"
+                if sibling not in found:
+                    found.append(sibling)
+    return sorted(found)
+
+
+def write_code(folder: str | os.PathLike[str]) -> Path:
+    """Writes `folder/custom_generate`: the code with which `folder` can be given as `custom_generate=`.
+
+    The modules are the package's own, byte for byte. Modules that an earlier version left there are removed.
+
+    Returns:
+        The path of `custom_generate`.
+    """
+    code = Path(folder, CODE)
+    code.mkdir(parents=True, exist_ok=True)
+    for old in code.glob("*.py"):
+        old.unlink()
+    for module in carried_modules():
+        shutil.copyfile(module, code / module.name)
+    (code / "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS), encoding="utf-8")
+    return code
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def export(
+    base: str | os.PathLike[str],
+    nudging_model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base_template: str = REASONING_TEMPLATE,
+    overwrite: bool = False,
+    **knobs: Any,
+) -> Path:
+    r"""Writes a model folder that nudges by itself, where it is loaded with `trust_remote_code=True`.
+
+    The folder holds the base (safetensors, in the dtype in which it was saved), its tokenizer with a chat template
+    that makes the base's plain prompt, the code, the names and knobs in its generation config, and a model card. A
+    nudging model that is a folder is copied into it; one on the Hub is named.
+
+    Args:
+        base: the large base model: a folder, or a name on the Hugging Face Hub.
+        nudging_model: the small aligned model, likewise.
+        out: the folder to be written.
+        base_template: one turn of the base's prompt, as [`plain_prompt`] takes it.
+        overwrite: whether `out` may be a model folder that is there already; it is replaced when all else is done.
+        knobs: fields of [`NudgingConfig`] that the folder's generation config is to set.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        ValueError: for models that cannot be loaded, weights that are not safetensors, a template or knobs out of
+            range, and an `out` that would be lost.
+
+    Example:
+        nudging_hf.hub.export("models/base", "models/nudging", "models/nudged", nudge_threshold=0.4)
+    """
+    out, base, nudging_model = Path(out).resolve(), os.fspath(base), os.fspath(nudging_model)
+    NudgingConfig(**knobs)
+    plain_chat_template(base_template)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise ValueError(
+                f"{out} is there already: name another folder, or overwrite it (`overwrite=True`, `--overwrite`)."
+            )
+        if not (out / "config.json").is_file():
+            raise ValueError(f"{out} is no model folder, and stays: only a model folder is overwritten.")
+    copied = _is_folder(nudging_model, "nudging model")
+    if not copied:
+        validate_repo_id(nudging_model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        made = Path(scratch, out.name)
+        made.mkdir()
+        named = f"./{NUDGING_MODEL}" if copied else nudging_model
+        _save_base(base, made, base_template, knobs | {"nudging_model_name_or_path": named})
+        if copied:
+            model, tokenizer = _load(nudging_model, "nudging model")
+            model.save_pretrained(made / NUDGING_MODEL)
+            tokenizer.save_pretrained(made / NUDGING_MODEL)
+        write_code(made)
+        hub_names = [name for name in (base, nudging_model) if not Path(name).is_dir()]
+        (made / "README.md").write_text(_model_card(out.name, hub_names, named, knobs), encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        made.rename(out)
+    return out
+
+
+def _save_base(name: str, folder: Path, base_template: str, fields: dict[str, Any]) -> None:
+    """Saves the base and its tokenizer. On return nothing holds its weights any more."""
+    model, tokenizer = _load(name, "base")
+    # A fresh config: one that is marked as made from the model's loses fields of nudging when it is loaded.
+    own = model.generation_config.to_dict()
+    own = {key: value for key, value in own.items() if key not in _NOT_KEPT and value is not None}
+    model.generation_config = GenerationConfig(**own | fields)
+    tokenizer.chat_template = plain_chat_template(base_template, _opening(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _is_folder(name: str, whose: str) -> bool:
+    """Whether a model is a folder; else it is on the Hub."""
+    if Path(name).is_dir():
+        return True
+    if name.startswith((".", "/", "~")):
+        raise ValueError(f"The {whose}: there is no folder {name}.")
+    return False
+
+
+def _load(name: str, whose: str) -> tuple[Any, Any]:
+    """A model with its weights as they were saved, and its tokenizer, neither bound to code of their own."""
+    _is_folder(name, whose)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The {whose} {name!r} cannot be loaded. It must be a causal language model that transformers knows, with "
+            f"its tokenizer and its weights as safetensors, as `save_pretrained` writes them: {error}"
+        ) from error
+    # Code that transformers did without here must not be asked for where the folder is trusted.
+    vars(model.config).pop("auto_map", None)
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return model, tokenizer
+
+
+# Chats ---------------------------------------------------------------------------------------------------------------
+
+
+def plain_chat_template(base_template: str = REASONING_TEMPLATE, opening: str = "") -> str:
+    """The Jinja chat template that writes what [`plain_prompt`] writes, and refuses what it refuses.
+
+    Args:
+        base_template: one turn, as `plain_prompt` takes it.
+        opening: what stands before the prompt, such as a BOS token.
+
+    Raises:
+        ValueError: for a template that cannot be filled in.
+    """
+    later, first = _jinja_of(turn_template(base_template)), _jinja_of(base_template)
+    return _CHAT_TEMPLATE.substitute(opening=_quoted(opening), first=first, later=later)
+
+
+# Text stands in expressions alone: of the text around them Jinja would drop line breaks.
+_CHAT_TEMPLATE = string.Template("""\
+{%- macro text(message) -%}
+    {%- if message['content'] is string -%}
+        {{- message['content'] -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] != 'text' -%}
+                {{- raise_exception('The content of a message must be text.') -}}
+            {%- endif -%}
+            {{- part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set has_system = messages and messages[0]['role'] == 'system' -%}
+{%- set turns = messages[1:] if has_system else messages -%}
+{%- if turns | length % 2 == 0 -%}
+    {{- raise_exception('The last message of a chat must be the user\\'s.') -}}
+{%- endif -%}
+{{- $opening -}}
+{%- for message in turns -%}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+        {{- raise_exception('A chat goes: a system message or none, then user and assistant by turns.') -}}
+    {%- endif -%}
+    {%- if message['role'] == 'assistant' -%}
+        {%- set said = text(message) -%}
+        {{- said if said.endswith('\\n') else said ~ '\\n' -}}
+    {%- elif loop.first and has_system -%}
+        {%- set system, user = text(messages[0]), text(message) -%}
+        {{- $first -}}
+    {%- else -%}
+        {%- set user = text(message) -%}
+        {{- $later -}}
+    {%- endif -%}
+{%- endfor -%}
+""")
+
+
+def _jinja_of(template: str) -> str:
+    """A Jinja expression that is worth `template.format(user=user, system=system)`."""
+    parts = []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        if literal:
+            parts.append(_quoted(literal))
+        if field is not None:
+            parts.append(field)
+    return " ~ ".join(parts)
+
+
+def _quoted(text: str) -> str:
+    """A string of Jinja, whose escapes are Python's: of a character beyond 16 bits JSON's would make two."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _opening(tokenizer: Any) -> str:
+    """What a chat must begin with to be encoded as the tokenizer encodes a plain prompt.
+
+    A tokenizer adds its BOS to a text and not to a chat, whose template writes it. Behind a BOS that is written, some
+    leave out the space that they put before a text's first word.
+    """
+    ids, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    special = "".join(tokenizer.convert_ids_to_tokens(ids[: len(ids) - len(bare)]))
+    for opening in (special, f"{special} "):
+        if tokenizer(f"{opening}a", add_special_tokens=False).input_ids == ids:
+            return opening
+    raise ValueError(
+        f"The base's tokenizer encodes 'a' as {tokenizer.convert_ids_to_tokens(ids)}, which no chat template can: let "
+        "it add a BOS token or nothing."
+    )
+
+
+# Uploads -------------------------------------------------------------------------------------------------------------
+
+
+def files_to_push(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """What [`push`] uploads: paths within the folder, sorted, with their sizes in bytes.
+
+    Raises:
+        ValueError: if the folder carries no code.
+    """
+    root = Path(folder)
+    if not (root / CODE / "generate.py").is_file():
+        raise ValueError(
+            f"There is no {CODE}/generate.py in {root}: write the folder with `nudging-hf hub export`, or put the "
+            "code there with `nudging-hf hub code`."
+        )
+    found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return {
+        path: (root / path).stat().st_size for path in filter_repo_objects(found, ignore_patterns=list(_NOT_UPLOADED))
+    }
+
+
+def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Uploads a folder to a model repository on the Hugging Face Hub, which is made where there is none.
+
+    Args:
+        folder: what [`export`] wrote, or any folder with `custom_generate`.
+        repo_id: such as "owner/name".
+        private: whether a new repository is to be private; one that exists stays as it is.
+        revision: a branch, which is made where there is none; left out, the main one.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: for a folder without code, and a name that the Hub does not take.
+    """
+    files_to_push(folder)
+    validate_repo_id(repo_id)
+    api = HfApi()
+    # `None` leaves it to the owner's settings.
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=os.fspath(folder),
+        revision=revision,
+        ignore_patterns=list(_NOT_UPLOADED),
+        commit_message="Upload with nudging_hf",
+    )
+    return str(commit.commit_url)
+
+
+# The card of a model -------------------------------------------------------------------------------------------------
+
+
+def _model_card(title: str, hub_names: list[str], nudging_model: str, knobs: dict[str, Any]) -> str:
+    base_models = "".join(f"\n- {name}" for name in hub_names)
+    set_knobs = ", ".join(f"`{name}={value!r}`" for name, value in knobs.items())
+    return _MODEL_CARD.format(
+        title=title,
+        base_models=f"\nbase_model:{base_models}" if hub_names else "",
+        nudging_model=nudging_model,
+        knobs=f" with {set_knobs}" if knobs else "",
+    )
+
+
+_MODEL_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- custom_generate
+- nudging{base_models}
+---
+
+# {title}
+
+A base model, and a small aligned model that writes the words where the base is unsure: nudging
+([arXiv 2410.09300](https://arxiv.org/abs/2410.09300)). The nudging model is `{nudging_model}`, named in
+`generation_config.json`{knobs}; it is loaded with the first answer.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "..."  # this folder, or its name on the Hub
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(name)
+
+chat = [{{"role": "user", "content": "What do bees make honey from?"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+**Without `trust_remote_code=True` the base alone answers, and nothing says so**: transformers then leaves the code in
+`custom_generate/` alone. With the package `nudging_hf` installed, `nudging_hf.register()` nudges this model without
+it.
+
+- `model.generate(..., nudge_threshold=0.3)` changes a knob for one call, `nudging_model=None` asks the base alone,
+  `return_dict_in_generate=True` tells who wrote what (`nudged_mask`).
+- The chat template makes the plain prompt that a base understands. The nudging model is given the prompt's text as a
+  user turn of its own template, or what `nudging_input_ids=` says.
+- A `generation_config=` given to `from_pretrained` makes transformers leave the code alone too.
+- `save_pretrained` saves the weights and not the code: copy the folder instead.
+
+The weights are under the licences of the models that they come from; the code is under Apache-2.0.
+
+```bibtex
+@inproceedings{{fei2025nudging,
+  title     = {{Nudging: Inference-time Alignment of {{LLM}}s via Guided Decoding}},
+  author    = {{Fei, Yu and Razeghi, Yasaman and Singh, Sameer}},
+  booktitle = {{Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics}},
+  year      = {{2025}},
+  note      = {{arXiv:2410.09300}}
+}}
+```
+"""
