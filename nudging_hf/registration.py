@@ -1,19 +1,24 @@
-"""Teaches `model.generate` the keyword `nudging_model`, and makes it forget it again."""
+"""Teaches `model.generate` the keyword `nudging_model` and `pipeline` a task, and makes them forget both again."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-from transformers import GenerationMixin
+from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .generate import generate
 from .host import ORIGINAL
+
+TASK = "nudged-text-generation"
 
 
 def register() -> None:
     """Lets every model's `generate` take `nudging_model=` and the other arguments of [`nudging_hf.generate`].
 
+    `pipeline("nudged-text-generation", model=..., nudging_model=...)` makes a [`NudgedTextGenerationPipeline`] from
+    now on; `pipeline("text-generation", ...)` takes the arguments of `generate` as well.
     A model whose generation config names a nudging model is nudged without it. All other calls go to the `generate`
     that was there before. Registering twice is registering once.
     Models whose class overrides `generate`, and instances whose `generate` was replaced, are not reached.
@@ -32,11 +37,18 @@ def register() -> None:
 
     setattr(nudged_or_plain, ORIGINAL, original)
     GenerationMixin.generate = nudged_or_plain
+    PIPELINE_REGISTRY.supported_tasks[TASK] = {
+        # By its name, as transformers' own: `register_pipeline` would have `save_pretrained` copy our code.
+        "impl": "nudging_hf.pipelines.NudgedTextGenerationPipeline",
+        "pt": (AutoModelForCausalLM,),
+        "type": "text",
+    }
 
 
 def unregister() -> None:
-    """Leaves `generate` as `register` found it. Does nothing where nothing is registered."""
+    """Leaves `generate` and the tasks as `register` found them. Does nothing where nothing is registered."""
     if is_registered():
+        PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)
         GenerationMixin.generate = getattr(GenerationMixin.generate, ORIGINAL)
 
 

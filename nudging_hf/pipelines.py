@@ -1,0 +1,236 @@
+"""The pipeline of the task "nudged-text-generation". It knows prompts and records, never how an answer is decoded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import groupby, takewhile
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextGenerationPipeline
+from transformers.utils.chat_template_utils import Chat
+
+from .chats import REASONING_TEMPLATE, chat_inputs, turn_template
+from .generate import generate, loaded_vocabulary
+from .named_model import named_nudging_model
+from .provenance import Piece, Span, spans
+
+_PROMPTS = ("input_ids", "attention_mask", "nudging_input_ids", "nudging_attention_mask")
+
+# What the text-generation pipeline takes and this one cannot heed.
+_REFUSED = {
+    "continue_final_message": "the nudging model begins an answer; leave it out, and let the user's message come last",
+    "documents": "the base reads no chat template; write them into a message",
+    "prefix": "write it in front of the prompt, or into `base_template`",
+    "tools": "the base reads no chat template; write them into a message",
+}
+# What says how a string is encoded. A chat's two prompts are made by `base_template` and the chat template.
+_OF_STRINGS = (
+    "add_special_tokens",
+    "handle_long_generation",
+    "nudging_attention_mask",
+    "nudging_input_ids",
+    "padding",
+    "tokenizer_encode_kwargs",
+    "truncation",
+)
+
+
+class NudgedTextGenerationPipeline(TextGenerationPipeline):
+    """Text generation by a base that a small aligned model nudges where it is unsure.
+
+    A string is the base's prompt as it is, and one user turn of the nudging model's chat template. Of a chat, the base
+    is given [`plain_prompt`], and the nudging model its chat template: see [`chat_inputs`]. The ids are those that
+    [`nudging_hf.generate`] gives for these prompts. It decodes greedily, up to 256 new tokens, unless the base's
+    generation config, the constructor or a call says otherwise.
+
+    Args:
+        model (`PreTrainedModel`):
+            The base, a decoder-only language model. `pipeline` takes a folder or a name on the Hub as well.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The base's; left out, it is loaded from the model's `name_or_path`.
+        nudging_model (`PreTrainedModel` or `str`, *optional*):
+            The small aligned model, which is moved to the pipeline's device, or the folder or Hub name that it is
+            loaded from, in the base's dtype. Left out, the one that the base's generation config names in
+            `nudging_model_name_or_path`.
+        nudging_tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The nudging model's; left out, it is loaded from that model's `name_or_path`.
+        base_template (`str`, *optional*, defaults to [`REASONING_TEMPLATE`]):
+            One turn of a chat as the base is given it: see [`plain_prompt`].
+        kwargs:
+            What [`TextGenerationPipeline`] and [`nudging_hf.generate`] take, `nudge_threshold` for one; a call may say
+            otherwise. `return_dict_in_generate` has no effect: `return_nudged_spans` says who wrote what.
+
+    Raises:
+        ValueError: where there is no nudging model or tokenizer, and for what nudging or this pipeline cannot do.
+
+    Example:
+        nudging_hf.register()
+        pipe = pipeline("nudged-text-generation", model=base, nudging_model=nudger)
+        pipe([{"role": "user", "content": "What is 12 + 7?"}], return_nudged_spans=True)
+    """
+
+    _load_tokenizer = None  # Optional: a base that is given as an object may know where its tokenizer is.
+    _default_generation_config = GenerationConfig(max_new_tokens=256, do_sample=False)
+
+    def __init__(self, model: Any, tokenizer: Any = None, **kwargs: Any):
+        tokenizer = loaded_vocabulary(tokenizer, model, "tokenizer", "base").tokenizer
+        super().__init__(model, tokenizer=tokenizer, **kwargs)
+        if "nudging_model" not in self._forward_params:
+            named = getattr(self.model.generation_config, "nudging_model_name_or_path", None)
+            pair = self._nudging_pair(named, self._forward_params.get("nudging_tokenizer"))
+            self._preprocess_params.update(pair)
+            self._forward_params.update(pair)
+
+    def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:
+        """Answers one prompt or several.
+
+        Args:
+            text_inputs (`str`, a chat, or a list, generator or dataset of strings or of chats):
+                A chat is a list of messages `{"role": ..., "content": ...}`, the last of them the user's.
+            return_nudged_spans (`bool`, *optional*, defaults to `False`):
+                Whether each record says who wrote what.
+            return_full_text, return_tensors, num_return_sequences, batch_size, streamer, stop_sequence, ...:
+                As the text-generation pipeline takes them. A streamer takes one row at a time.
+            kwargs:
+                What the constructor takes beside the base and its tokenizer, for this call.
+
+        Returns:
+            A list of records for a single prompt, one for each of `num_return_sequences`; a list of such lists for a
+            list of prompts. A record holds `generated_text`, the prompt (of a chat: its messages) and the answer, or
+            `generated_token_ids`; and with `return_nudged_spans=True` `nudged_spans`: dicts of `text`, `nudged`,
+            `start` and `end`, as of a [`Span`], which joined are the answer's text, prompt left out.
+
+        Raises:
+            ValueError: for what is no prompt, and whatever [`nudging_hf.generate`] refuses.
+        """
+        if isinstance(text_inputs, (list, tuple)) and not text_inputs:
+            raise ValueError("There is no prompt: give a string, a chat (a list of messages), or a list of either.")
+        return super().__call__(text_inputs, **kwargs)
+
+    def _sanitize_parameters(
+        self, base_template: str | None = None, return_nudged_spans: bool | None = None, **parameters: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        for name, instead in _REFUSED.items():
+            if parameters.get(name):
+                raise ValueError(f"A nudged pipeline takes no `{name}`: {instead}.")
+        if "nudging_model" in parameters:
+            # Always both: a constructor's tokenizer does not belong to a call's model.
+            given = parameters["nudging_model"], parameters.get("nudging_tokenizer")
+            parameters.update(self._nudging_pair(*given))
+        preprocess, forward, postprocess = super()._sanitize_parameters(**parameters)
+        if base_template is not None:
+            turn_template(base_template)  # Refused now, not at the first chat.
+            preprocess["base_template"] = base_template
+        if return_nudged_spans is not None:
+            postprocess["return_nudged_spans"] = return_nudged_spans
+        return preprocess, forward, postprocess
+
+    def _nudging_pair(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """The nudging model, in its place, and its tokenizer, as keywords of `generate`."""
+        if isinstance(model, (str, os.PathLike)):
+            model, own_tokenizer = named_nudging_model(self.model, os.fspath(model), {})
+            tokenizer = own_tokenizer if tokenizer is None else tokenizer
+        elif not isinstance(model, torch.nn.Module):
+            raise ValueError(
+                f"A nudged pipeline needs `nudging_model=`, a causal language model of transformers or its name, got "
+                f"{'none' if model is None else type(model).__name__}: give one, name one as "
+                "`nudging_model_name_or_path` in the base's generation_config.json, or take the task "
+                '"text-generation", which also runs a base alone.'
+            )
+        elif getattr(model, "hf_device_map", None) is None and model.device != self.device:
+            model.to(self.device)
+        vocabulary = loaded_vocabulary(tokenizer, model, "nudging_tokenizer", "nudging model")
+        return {"nudging_model": model, "nudging_tokenizer": vocabulary.tokenizer}
+
+    def preprocess(self, prompt: Any, base_template: str = REASONING_TEMPLATE, **parameters: Any) -> Any:
+        """Both models' prompts, of shape (1, length); the nudging model's are left to `generate` for a string."""
+        if isinstance(prompt, str):
+            inputs = super().preprocess(prompt, **parameters)
+            if inputs["input_ids"].shape[1] == 0:
+                raise ValueError("The prompt is empty: give a string of at least one token.")
+            return inputs
+        if not isinstance(prompt, Chat):
+            raise ValueError(
+                'A prompt is a string or a chat, a list of messages {"role": ..., "content": ...}, and a list holds '
+                f"prompts of one kind; got {prompt!r}."
+            )
+        if unheeded := [name for name in _OF_STRINGS if parameters.get(name) is not None]:
+            raise ValueError(
+                f"`{unheeded[0]}` is for prompts that are strings, got a chat: leave it out, or give the base's "
+                "prompt as a string."
+            )
+        inputs = chat_inputs(prompt.messages, self.tokenizer, parameters["nudging_tokenizer"], base_template)
+        inputs["prompt_text"] = prompt
+        return inputs
+
+    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> dict[str, Any]:
+        prompts = {name: model_inputs[name] for name in _PROMPTS if name in model_inputs}
+        # Not `self.model.generate`: a model class, or a folder with code of its own, may have another.
+        arguments = {
+            "tokenizer": self.tokenizer,
+            **prompts,
+            **self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=True),
+        }
+        output: Any = generate(self.model, **arguments)
+        batch = len(prompts["input_ids"])
+        return {
+            "generated_sequence": _by_prompt(output.sequences, batch),
+            "input_ids": prompts["input_ids"],
+            "prompt_text": model_inputs["prompt_text"],
+            "nudged_mask": _by_prompt(output.nudged_mask, batch),
+        }
+
+    def postprocess(
+        self,
+        model_outputs: dict[str, Any],
+        return_nudged_spans: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        skip_special_tokens: bool | None = None,
+        **parameters: Any,
+    ) -> list[dict[str, Any]]:
+        """The records of one prompt, one for each answer."""
+        mask = model_outputs.pop("nudged_mask")[0]
+        decoding = {
+            "skip_special_tokens": True if skip_special_tokens is None else skip_special_tokens,
+            "clean_up_tokenization_spaces": clean_up_tokenization_spaces,
+        }
+        records = super().postprocess(model_outputs, **decoding, **parameters)
+        if return_nudged_spans:
+            answers = model_outputs["generated_sequence"][0][:, -mask.shape[1] :]
+            for record, ids, nudged in zip(records, answers.tolist(), mask.tolist(), strict=True):
+                found = _spans_as_decoded(ids, nudged, lambda ids: self.tokenizer.decode(ids, **decoding))
+                record["nudged_spans"] = [asdict(span) for span in found]
+        return records
+
+
+def _by_prompt(rows: torch.Tensor, prompts: int) -> torch.Tensor:
+    """Rows of shape (prompts * copies, length) as (prompts, copies, length)."""
+    return rows.reshape(prompts, -1, rows.shape[-1])
+
+
+def _spans_as_decoded(ids: list[int], nudged: list[bool], decode: Callable[[list[int]], str]) -> list[Span]:
+    """Who wrote what of `decode(ids)`.
+
+    Unlike [`spans_of`], which reads the tokens one by one, it goes by the text of a record: tokenizers may decode an
+    answer without its leading space, or clean it up. A character that is split over tokens comes whole and belongs to
+    the author of its last token.
+    """
+    text = decode(ids)
+    pieces: list[Piece] = []
+    start = 0
+    for author, run in groupby(enumerate(nudged), key=lambda numbered: numbered[1]):
+        n = 1 + [i for i, _ in run][-1]
+        # An unfinished character at the end of the first n tokens decodes to what the text does not hold there.
+        end = max(start, _shared(decode(ids[:n]), text)) if n < len(ids) else len(text)
+        if end > start:
+            pieces.append(Piece(text[start:end], author))
+        start = end
+    return spans(pieces)
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(text, other, strict=False)))
