@@ -54,20 +54,24 @@ class PieceReader:
     def __init__(self, tokenizer: Any):
         self._vocabulary = Vocabulary(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._last: tuple[bool, float | None] = (False, None)  # Whose the token is that was read last, and its top-1.
 
     def read(self, token: int, nudged: bool, top1: float | None = None) -> list[Piece]:
         """The text that has become whole with `token`: one piece, or none."""
-        return self._piece(self._vocabulary.bytes_of(token), False, nudged, top1)
+        new = self._vocabulary.bytes_of(token)
+        if new:  # An end mark adds nothing, and is nobody's.
+            self._last = (nudged, top1)
+        return self._piece(new)
 
     def finish(self) -> list[Piece]:
         """The rest of an answer that ends inside a character: one piece, or none. Makes ready for another answer."""
-        rest = self._piece(b"", True, False, None)
+        rest = self._piece(b"", final=True)
         self._decoder.reset()
         return rest
 
-    def _piece(self, new: bytes, final: bool, nudged: bool, top1: float | None) -> list[Piece]:
+    def _piece(self, new: bytes, final: bool = False) -> list[Piece]:
         text = self._decoder.decode(new, final)
-        return [Piece(text, nudged, top1)] if text else []
+        return [Piece(text, *self._last)] if text else []
 
 
 def pieces_of(output: Any, tokenizer: Any) -> list[list[Piece]]:

@@ -8,10 +8,19 @@ from typing import TextIO
 
 OPENING, CLOSING = "⟦", "⟧"
 _COLOUR, _PLAIN = "\033[1;32m", "\033[0m"
+# A control character in an answer would move the cursor, or more: for eyes, its picture stands there.
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 
 
 class Ink:
     """Writes an answer so that the nudging model's words stand out; the white space around them does not.
+
+    In colour or with marks, control characters other than tabs and line breaks are shown by their pictures (␛);
+    without either, as into a pipe, the answer is written as it is.
 
     As a context manager it leaves the terminal plain and on a new line, also after an interrupt.
 
@@ -23,6 +32,7 @@ class Ink:
 
     def __init__(self, out: TextIO, coloured: bool, marked: bool):
         self._out = out
+        self._shown = _PICTURES if coloured or marked else {}
         self._before = _COLOUR * coloured + OPENING * marked
         self._after = CLOSING * marked + _PLAIN * coloured
         self._nudged = False  # Whether what was written last is.
@@ -36,6 +46,7 @@ class Ink:
 
     def write(self, text: str, nudged: bool) -> None:
         """Writes a piece of an answer, and whether the nudging model wrote it."""
+        text = text.translate(self._shown)
         body = text.strip()
         if not body:
             self._space += text

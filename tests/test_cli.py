@@ -9,13 +9,10 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import nudging_hf
 from nudging_hf import cli, demo
-from nudging_hf.provenance import Piece, count_nudged_words
-from nudging_hf.terminal import Ink
+from nudging_hf.provenance import Piece
 
 PROMPT = "What is the name of the thing?"
 QUESTIONS = [
@@ -232,7 +229,7 @@ def test_an_interrupt_leaves_the_terminal_plain(models, capsys, monkeypatch):
         streamer.put_marked(torch.tensor([70, 71]), True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nudging_hf.cli.generate.generate", interrupted)
+    monkeypatch.setattr("nudging_hf.cli.answering.generate", interrupted)
     code, out, _ = run(capsys, "generate", *models, PROMPT, terminal=True)
     assert code == 130
     assert out.startswith("\033[1;32m") and out.endswith("\033[0m\n")
@@ -248,63 +245,7 @@ def test_a_reader_that_has_had_enough_is_no_error(models, capsys, monkeypatch):
     assert (code, capsys.readouterr().err) == (1, "")
 
 
-@given(st.lists(st.tuples(st.text(alphabet="ab \n", min_size=1, max_size=3), st.booleans())))
-def test_ink_marks_exactly_what_was_nudged(pieces):
-    out = io.StringIO()
-    with Ink(out, coloured=False, marked=True) as ink:
-        for text, nudged in pieces:
-            ink.write(text, nudged)
-    inside, marked = False, []
-    for character in out.getvalue():
-        if character in "⟦⟧":
-            assert inside == (character == "⟧")
-            inside = not inside
-        elif not character.isspace():
-            marked.append((character, inside))
-    assert not inside
-    assert marked == [(character, nudged) for text, nudged in pieces for character in text if not character.isspace()]
-    plain = out.getvalue().replace("⟦", "").replace("⟧", "")
-    assert plain.rstrip("\n") == "".join(text for text, _ in pieces).rstrip("\n")
-    assert "⟦ " not in out.getvalue() and " ⟧" not in out.getvalue()
-
-
 # What the demonstration measures ------------------------------------------------------------------------------------
-
-PIECES = st.lists(st.builds(Piece, st.text(alphabet="ab \n\u00e9\u3000", max_size=4), st.booleans()))
-
-
-@given(PIECES)
-def test_words_are_those_of_split_whoever_wrote_them(pieces):
-    text = "".join(piece.text for piece in pieces)
-    words = len(text.split())
-    nudged, counted = count_nudged_words(pieces)
-    assert counted == words and 0 <= nudged <= words
-    assert count_nudged_words([Piece(piece.text, True) for piece in pieces]) == (words, words)
-    assert count_nudged_words([Piece(piece.text, False) for piece in pieces]) == (0, words)
-
-
-@given(PIECES)
-def test_where_a_text_is_cut_does_not_matter(pieces):
-    characters = [Piece(character, piece.nudged) for piece in pieces for character in piece.text]
-    assert count_nudged_words(characters) == count_nudged_words(pieces)
-
-
-@given(PIECES, PIECES)
-def test_nudged_words_add_up_at_white_space(left, right):
-    (a, b), (c, d) = count_nudged_words(left), count_nudged_words(right)
-    assert count_nudged_words([*left, Piece(" ", True), *right]) == (a + c, b + d)
-
-
-def test_a_word_is_nudged_if_any_of_its_characters_is():
-    pieces = [
-        Piece(" So", True),
-        Piece(" the sum", False),
-        Piece(" is", True),
-        Piece("n't", False),
-        Piece(" 4", False),
-        Piece("2", True),
-    ]
-    assert count_nudged_words(pieces) == (3, 5)
 
 
 def test_the_last_match_is_the_answer_given():

@@ -31,7 +31,7 @@ def run(monkeypatch, capsys):
 WHAT_IS_SHOWN = {
     "quickstart.py": ["So the answer is 19.", 'The nudging model wrote: ["Let\'s"', "forward passes"],
     "batch.py": ["So the answer is 19.", '"ol"', "ended by eos", "for all 4 answers"],
-    "streaming.py": ["⟦Let's⟧ go", 'nudging model: "Let\'s"', "base:          ' go'", "\n\nLet's go"],
+    "streaming.py": ["⟦Let's⟧ go", "nudging model: 'Let'", "base:          ' go'", "\n\nLet's go"],
     "chat.py": ["> Question: Join", "⟦Let's⟧ go", '"ol"', "> Question: Mido"],
     "pipeline.py": ["So the answer is 19.", 'nudged: ["Let\'s"', "nudging_model=None: 'Question: "],
     "hub_export.py": ["custom_generate/generate.py", "Nudged: Let's go", "The base alone: Question: "],

@@ -17,11 +17,12 @@ LAYERS = [
     {"output"},
     {"generate"},
     {"provenance", "terminal", "chats"},
-    {"registration", "streaming"},
+    {"hub", "pipelines", "registration", "streaming", "page"},
     {"demo"},
     {"__init__"},
     {"cli.arguments"},
-    {"cli.demo", "cli.generate"},
+    {"cli.answering"},
+    {"cli.demo", "cli.generate", "cli.hub", "cli.chat"},
     {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}

@@ -37,8 +37,13 @@ def url(folder):
 
 
 @pytest.fixture(scope="module")
-def completions(url):
-    return openai.OpenAI(base_url=url, api_key="none", max_retries=0).chat.completions
+def client(url):
+    return openai.OpenAI(base_url=url, api_key="none")
+
+
+@pytest.fixture(scope="module")
+def completions(client):
+    return client.chat.completions
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,12 @@ def test_an_answer_is_the_nudged_one(completions, folder, nudged):
 def test_a_stream_is_the_answer(completions, folder, nudged):
     chunks = completions.create(model=str(folder), messages=CHAT, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == nudged()
+
+
+def test_completions_and_responses_are_nudged_too(client, folder, nudged):
+    prompt = nudging_hf.plain_prompt(CHAT, TEMPLATE)
+    assert client.completions.create(model=str(folder), prompt=prompt, max_tokens=256).choices[0].text == nudged()
+    assert client.responses.create(model=str(folder), input=CHAT, stream=False).output_text == nudged()
 
 
 def test_a_request_may_set_the_knobs(completions, folder, nudged):

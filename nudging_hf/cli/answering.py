@@ -1,0 +1,103 @@
+"""One answer in the terminal: streamed, timed and counted. It knows a chat and a pair, never what comes before."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..generate import generate
+from ..output import NudgingOutput
+from ..provenance import Piece, count_nudged_words, pieces_of
+from ..streaming import MarkingStreamer
+from ..terminal import CLOSING, OPENING, Ink, is_coloured
+from .arguments import LoadedPair, add_color
+
+
+class Answer:
+    """An answer that is being written, or was.
+
+    Attributes:
+        pieces: what has been written so far; with the base's top-1 probabilities once the answer has ended.
+        output ([`NudgingOutput`]): what `generate` returned; `None` before that, and after an interrupt.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.output: NudgingOutput | None = None
+        self._seconds = 0.0
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    def write(
+        self,
+        pair: LoadedPair,
+        messages: Sequence[dict[str, Any]],
+        base_template: str,
+        decoding: dict[str, Any],
+        ink: Ink,
+    ) -> None:
+        """Lets a pair answer a chat, and shows it as it comes.
+
+        Raises:
+            ValueError: for a chat, a template or a call that nudging refuses.
+        """
+        inputs = pair.inputs(list(messages), base_template)
+        began = time.monotonic()
+        with ink:
+
+            def show(text: str, nudged: bool) -> None:
+                self.pieces.append(Piece(text, nudged))
+                ink.write(text, nudged)
+
+            streamer = MarkingStreamer(pair.tokenizer, show)
+            output: Any = generate(pair.base, **inputs, **decoding, streamer=streamer, return_dict_in_generate=True)
+        self._seconds = time.monotonic() - began
+        self.output = output
+        self.pieces = pieces_of(output, pair.tokenizer)[0]
+
+    def figures(self) -> dict[str, str]:
+        """What there is to say of it, by name."""
+        nudged, words = count_nudged_words(self.pieces)
+        figures = {"nudged words": f"{nudged} of {words}" + (f" ({nudged / words:.0%})" if words else "")}
+        if self.output is not None:
+            assert self.output.nudged_mask is not None and self.output.finish_reasons is not None
+            figures["passes"] = (
+                f"base {self.output.base_forward_passes}, nudging model {self.output.nudging_forward_passes}"
+            )
+            figures["tokens"] = f"{self.output.nudged_mask.shape[1]} in {self._seconds:.1f} s"
+        return {**figures, "finished": self.finish_reason}
+
+    @property
+    def finish_reason(self) -> str:
+        """Why it ended: a reason of [`NudgingOutput`], or "interrupted"."""
+        reasons = self.output.finish_reasons if self.output is not None else None
+        return str(reasons[0]) if reasons else "interrupted"
+
+    def show_figures(self) -> None:
+        """Writes the figures to standard error, in one line."""
+        print(" | ".join(f"{name}: {value}" for name, value in self.figures().items()), file=sys.stderr)
+
+
+def add_output(parser: argparse.ArgumentParser) -> Any:
+    """Adds how answers are shown, and returns the group, for more."""
+    output = parser.add_argument_group("output")
+    add_color(output)
+    output.add_argument(
+        "--marks",
+        action=argparse.BooleanOptionalAction,
+        help=f"put the nudged words in {OPENING} {CLOSING} (default: in a terminal without colour)",
+    )
+    output.add_argument("--quiet", action="store_true", help="no line of figures")
+    return output
+
+
+def ink_of(args: argparse.Namespace) -> Ink:
+    """How answers are written to standard output."""
+    coloured = is_coloured(args.color)
+    marked = sys.stdout.isatty() and not coloured if args.marks is None else args.marks
+    return Ink(sys.stdout, coloured, marked)

@@ -1,0 +1,214 @@
+"""`nudging-hf chat`: several turns, in the terminal. Answers go to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..chats import INSTRUCTION_TEMPLATE, turn_template
+from ..provenance import spans
+from ..terminal import Ink
+from .answering import Answer, add_output, ink_of
+from .arguments import LoadedPair, add_decoding, add_models, add_prompts, decoding_of, first_line, load_pair
+
+_DESCRIPTION = (
+    "A chat with a nudged base model. Each line is a turn, also where the lines come from a file or another program; "
+    "/help lists the commands. The words of the nudging model are in colour."
+)
+
+
+def add_command(commands: Any) -> None:
+    """Adds `chat` to the commands of `nudging-hf`."""
+    parser = commands.add_parser("chat", help="chat with a pair of models", description=_DESCRIPTION)
+    parser.set_defaults(run=run)
+    add_models(parser)
+    add_prompts(parser, base_template=INSTRUCTION_TEMPLATE)
+    add_decoding(parser)
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `nudging-hf chat`."""
+    turn_template(args.base_template)  # Refused now, not after the models have been loaded.
+    decoding = decoding_of(args)
+    pair = load_pair(args, progress=sys.stderr.isatty() and not args.quiet)
+    chat = Chat(args, pair, decoding, ink_of(args))
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        _introduce(args)
+    for line in _typed_lines() if at_terminal else sys.stdin:
+        try:
+            if not chat.take(line.strip()):
+                return
+        except KeyboardInterrupt:
+            if not at_terminal:  # What feeds the chat knows nothing of it.
+                raise
+        except ValueError as error:
+            _say(f"error: {first_line(error)}")
+        except (RuntimeError, IndexError) as error:  # torch: out of memory, or longer than the model has positions.
+            _say(f"error: {type(error).__name__}: {first_line(error)}; /new starts over, /save FILE keeps the chat")
+
+
+def _introduce(args: argparse.Namespace) -> None:
+    with ink_of(args) as ink:
+        ink.write(f"{args.base}, nudged by {args.nudging_model}: ", False)
+        ink.write("words like these", True)
+        ink.write(" are the nudging model's. /help lists the commands; Ctrl-D quits.", False)
+
+
+def _typed_lines() -> Iterator[str]:
+    """What is typed, until Ctrl-D. Ctrl-C drops a line."""
+    try:
+        import readline
+    except ImportError:  # Not on Windows: lines are edited as the terminal can.
+        pass
+    else:
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Several lines that are pasted are one turn.
+    while True:
+        _say("")
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            _say("\nCtrl-D quits.")
+        except EOFError:
+            return _say("")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class _Command:
+    argument: str
+    help: str
+    run: Callable[[Chat, str], None]
+
+
+class Chat:
+    """What was said, and how the next answer is written.
+
+    Args:
+        args: of the command line.
+        pair: the models that answer.
+        decoding: how, as [`decoding_of`] says it.
+        ink: what answers are shown with.
+    """
+
+    def __init__(self, args: argparse.Namespace, pair: LoadedPair, decoding: dict[str, Any], ink: Ink):
+        self._args = args
+        self._pair = pair
+        self._decoding = decoding
+        self._ink = ink
+        self._system: str | None = args.system
+        self._turns: list[dict[str, Any]] = []
+        self._saved_to: Path | None = None
+
+    def take(self, line: str) -> bool:
+        """Takes a command or a turn, and says whether the chat goes on.
+
+        Raises:
+            ValueError: for a command that cannot be done, and for a turn that cannot be answered, which is then left
+                out of the chat.
+        """
+        if line.startswith("/"):
+            name, _, argument = line.partition(" ")
+            if name == "/quit":
+                return False
+            if name not in _COMMANDS:
+                raise ValueError(f"There is no command {name}; /help lists them.")
+            _COMMANDS[name].run(self, argument.strip())
+        elif line:
+            self._answer(line)
+        return True
+
+    @property
+    def _messages(self) -> list[dict[str, Any]]:
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return [*system, *self._turns]
+
+    def _answer(self, text: str) -> None:
+        turn, answer = {"role": "user", "content": text}, Answer()
+        try:
+            answer.write(self._pair, [*self._messages, turn], self._args.base_template, self._decoding, self._ink)
+        except KeyboardInterrupt:
+            if answer.pieces:
+                self._keep(turn, answer)
+            raise
+        self._keep(turn, answer)
+
+    def _keep(self, turn: dict[str, Any], answer: Answer) -> None:
+        nudged = [[span.start, span.end] for span in spans(answer.pieces) if span.nudged]
+        self._turns += [
+            turn,
+            {
+                "role": "assistant",
+                "content": answer.text,
+                "nudged_spans": nudged,
+                "nudge_threshold": self._decoding["nudging_config"].nudge_threshold,
+                "finish_reason": answer.finish_reason,
+            },
+        ]
+        if not self._args.quiet:
+            answer.show_figures()
+
+    # The commands.
+
+    def _new(self, _: str) -> None:
+        self._turns, self._saved_to = [], None
+        _say("A new chat.")
+
+    def _set_system(self, text: str) -> None:
+        self._system = text or None
+        _say("No system message." if self._system is None else "The system message, from the next answer on.")
+
+    def _set_threshold(self, text: str) -> None:
+        config = self._decoding["nudging_config"]
+        if text:
+            try:
+                threshold = float(text)
+            except ValueError:
+                raise ValueError(f"/threshold takes a number such as 0.4, got {text!r}.") from None
+            config = self._decoding["nudging_config"] = replace(config, nudge_threshold=threshold)
+        _say(f"The base is unsure below {config.nudge_threshold:g}.")
+
+    def _save(self, text: str) -> None:
+        path = Path(text).expanduser() if text else self._saved_to
+        if path is None:
+            raise ValueError("/save takes the name of a file.")
+        if path.exists() and path != self._saved_to:
+            raise ValueError(f"{path} is there already: save to another file.")
+        chat = {
+            "base": self._args.base,
+            "nudging_model": self._args.nudging_model,
+            "base_template": self._args.base_template,
+            "nudging_hf": __version__,
+            "messages": self._messages,
+        }
+        try:
+            path.write_text(json.dumps(chat, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"The chat cannot be saved: {error}") from error
+        self._saved_to = path
+        _say(f"Saved to {path}.")
+
+    def _help(self, _: str) -> None:
+        width = max(len(f"{name} {command.argument}") for name, command in _COMMANDS.items())
+        for name, command in _COMMANDS.items():
+            _say(f"{f'{name} {command.argument}':{width}}  {command.help}")
+        _say(f"{'/quit':{width}}  end the chat, as Ctrl-D does; Ctrl-C stops an answer and keeps what was written")
+
+
+_COMMANDS = {
+    "/new": _Command("", "start over", Chat._new),
+    "/system": _Command("TEXT", "the system message from now on; without TEXT: none", Chat._set_system),
+    "/threshold": _Command("P", "the base is unsure below this probability; without P: say it", Chat._set_threshold),
+    "/save": _Command("FILE", "write the chat to FILE, as JSON; later without FILE: to the same", Chat._save),
+    "/help": _Command("", "list the commands", Chat._help),
+}

@@ -1,0 +1,260 @@
+"""`nudging-hf chat`: turns, commands, interrupts. A pair of tiny random models, saved as a user's would be."""
+
+import io
+import json
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import tiny
+import torch
+
+import nudging_hf
+from nudging_hf import cli
+from nudging_hf.cli import answering
+from nudging_hf.cli.arguments import load_pair
+
+ARGUMENTS = ["--max-new-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models of two vocabularies. The nudging model's template refuses the word "forbidden"."""
+    folder = tmp_path_factory.mktemp("pair")
+    for name, tokenizer, seed in (("base", tiny.byte_bpe(), 1), ("nudging", tiny.metaspace_bpe(), 2)):
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        loudness = [2.0 if token[0] in "\u0120\u2581" else 1.0 for token in tokens]  # So that the text has words.
+        ids = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        model = tiny.tiny_model("llama", len(tokenizer), seed, *ids, loudness=loudness, eos_rate=0.008)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    template = folder / "nudging" / "chat_template.jinja"
+    refusal = "{% if 'forbidden' in messages[-1]['content'] %}{{ raise_exception('No such words.') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    return folder
+
+
+@pytest.fixture
+def chat(folder, capsys, monkeypatch):
+    """Runs a chat on lines of standard input: the exit code, standard output and standard error."""
+
+    def run(*lines, options=(), command="chat"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        models = ["--base", f"{folder}/base", "--nudging-model", f"{folder}/nudging"]
+        code = cli.main([command, *models, *ARGUMENTS, *map(str, options)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The chats that the models are given."""
+    asked = []
+    original = answering.LoadedPair.inputs
+
+    def inputs(self, messages, base_template):
+        asked.append([(message["role"], message["content"]) for message in messages])
+        return original(self, messages, base_template)
+
+    monkeypatch.setattr(answering.LoadedPair, "inputs", inputs)
+    return asked
+
+
+def saved(chat, path, *lines, options=()):
+    code, out, _ = chat(*lines, f"/save {path}", options=options)
+    assert code == 0
+    return messages_in(path), out
+
+
+def messages_in(path):
+    return json.loads(path.read_text(encoding="utf-8"))["messages"]
+
+
+# Turns ---------------------------------------------------------------------------------------------------------------
+
+
+def test_each_line_is_a_turn_and_each_answer_is_what_generate_writes(chat, folder, tmp_path):
+    lines = ("What is it?", "", "And then?")
+    messages, out = saved(chat, tmp_path / "chat.json", *lines, options=["--system", "Be brief."])
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    args = cli._parser().parse_args(["chat", "--base", f"{folder}/base", "--nudging-model", f"{folder}/nudging"])
+    pair = load_pair(args, progress=False)
+    for i in (2, 4):
+        before = [{"role": message["role"], "content": message["content"]} for message in messages[:i]]
+        inputs = pair.inputs(before, nudging_hf.INSTRUCTION_TEMPLATE)
+        output = nudging_hf.generate(pair.base, **inputs, max_new_tokens=12, return_dict_in_generate=True)
+        spans = nudging_hf.spans_of(output, pair.tokenizer)[0]
+        assert messages[i]["content"] == "".join(span.text for span in spans)
+        assert messages[i]["nudged_spans"] == [[span.start, span.end] for span in spans if span.nudged]
+        assert messages[i]["finish_reason"] == output.finish_reasons[0]
+        assert messages[i]["content"].strip() in out
+
+
+def test_answers_go_to_standard_output_and_figures_to_standard_error(chat):
+    code, out, err = chat("What is it?", "And then?")
+    assert code == 0
+    assert err.count("nudged words: ") == err.count("finished: ") == 2
+    assert "nudged words" not in out
+    assert chat("What is it?", "And then?", options=["--quiet"]) == (0, out, "")
+
+
+def test_a_turn_that_cannot_be_answered_is_left_out_and_the_chat_goes_on(chat, asked):
+    code, _, err = chat("What is it?", "This is forbidden.", "And then?")
+    assert code == 0
+    assert "error: The nudging model's chat template refuses the messages: No such words." in err
+    assert [text for role, text in asked[-1] if role == "user"] == ["What is it?", "And then?"]
+
+
+def test_what_torch_cannot_do_is_said_and_the_chat_goes_on(chat, monkeypatch):
+    def generate(*args, **kwargs):
+        raise torch.OutOfMemoryError("Out of memory.\nMany more lines.")
+
+    monkeypatch.setattr(answering, "generate", generate)
+    code, _, err = chat("What is it?", "/threshold")
+    assert code == 0 and "error: OutOfMemoryError: Out of memory.; /new" in err and "below 0.4" in err
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def test_new_starts_over(chat, asked):
+    chat("What is it?", "/new", "And then?", options=["--system", "Be brief."])
+    assert asked[-1] == [("system", "Be brief."), ("user", "And then?")]
+
+
+def test_the_system_message_can_be_changed_and_taken_away(chat, asked):
+    chat("One?", "/system Be brief.", "Two?", "/system", "Three?")
+    assert [messages[0] for messages in asked] == [("user", "One?"), ("system", "Be brief."), ("user", "One?")]
+
+
+def test_the_threshold_holds_from_the_next_answer_on(chat, tmp_path):
+    lines = ("One?", "/threshold 0", "Two?", "/threshold 2", "Three?")
+    answers = saved(chat, tmp_path / "chat.json", *lines)[0][1::2]
+    assert [answer["nudge_threshold"] for answer in answers] == [0.4, 0.0, 2.0]
+    assert len(answers[1]["nudged_spans"]) <= 1  # The first word.
+    _, _, err = chat("/threshold", "/threshold 0.7", "/threshold")
+    assert [line for line in err.splitlines() if line] == [f"The base is unsure below {p}." for p in (0.4, 0.7, 0.7)]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("/threshold x", "/threshold takes a number such as 0.4, got 'x'."),
+        ("/threshold -1", "`nudge_threshold` is compared with a probability"),
+        ("/save", "/save takes the name of a file."),
+        ("/save /no/such/folder/chat.json", "The chat cannot be saved: "),
+        ("/nonsense", "There is no command /nonsense; /help lists them."),
+    ],
+)
+def test_a_wrong_command_is_said_and_changes_nothing(chat, asked, command, message):
+    code, _, err = chat("One?", command, "Two?", options=["--quiet"])
+    assert code == 0 and err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert [text for role, text in asked[-1] if role == "user"] == ["One?", "Two?"]
+
+
+def test_a_chat_is_saved_again_where_it_was_saved_and_nothing_else_is_overwritten(chat, tmp_path):
+    path = tmp_path / "chat.json"
+    chat("One?", f"/save {path}", "Two?", "/save")
+    first = path.read_bytes()
+    assert first.count(b'"user"') == 2
+    _, _, err = chat("Three?", f"/save {path}")
+    assert "is there already" in err and path.read_bytes() == first
+
+
+def test_help_lists_every_command_and_quit_ends(chat, asked):
+    _, _, err = chat("/help", "/quit", "One?")
+    assert all(name in err for name in ("/new", "/system", "/threshold", "/save", "/help", "/quit"))
+    assert asked == []
+
+
+# The terminal --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(monkeypatch, folder, capsys):
+    """Runs a chat as in a terminal, where `typed` yields lines, or raises what keys raise."""
+
+    def run(typed, options=()):
+        monkeypatch.setenv("NO_COLOR", "1")
+        keys = iter(typed)
+
+        def read(prompt):
+            key = next(keys, EOFError)
+            if key in (EOFError, KeyboardInterrupt):
+                raise key
+            return key
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        models = ["--base", f"{folder}/base", "--nudging-model", f"{folder}/nudging"]
+        code = cli.main(["chat", *models, *ARGUMENTS, *options])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def interrupted(pieces):
+    """A `generate` that is interrupted after some pieces."""
+
+    def generate(*args, streamer, **kwargs):
+        for ids, nudged in pieces:
+            streamer.put_marked(torch.tensor(ids), nudged)
+        raise KeyboardInterrupt
+
+    return generate
+
+
+def test_an_interrupt_keeps_what_was_written_and_the_chat_goes_on(terminal, monkeypatch, tmp_path):
+    tokenizer = tiny.byte_bpe()
+    pieces = [(tokenizer.encode("So the", add_special_tokens=False), True), (tokenizer.encode(" other"), False)]
+    monkeypatch.setattr(answering, "generate", interrupted(pieces))
+    code, out, err = terminal(["One?", f"/save {tmp_path / 'chat.json'}"])
+    assert code == 0 and "⟦So the⟧ other\n" in out and "finished: interrupted" in err
+    answer = messages_in(tmp_path / "chat.json")[-1]
+    assert (answer["content"], answer["nudged_spans"]) == ("So the other", [[0, 6]])
+    assert answer["finish_reason"] == "interrupted"
+
+
+def test_an_interrupt_before_the_first_word_leaves_the_question_out(terminal, monkeypatch, tmp_path):
+    monkeypatch.setattr(answering, "generate", interrupted([]))
+    terminal(["One?", f"/save {tmp_path / 'chat.json'}"])
+    assert messages_in(tmp_path / "chat.json") == []
+
+
+def test_an_interrupt_at_the_prompt_drops_the_line_and_the_end_of_input_quits(terminal, asked):
+    code, _, err = terminal([KeyboardInterrupt, "One?", EOFError, "Two?"])
+    assert code == 0 and "Ctrl-D quits." in err
+    assert [messages[-1][1] for messages in asked] == ["One?"]
+
+
+def test_an_interrupt_ends_a_chat_that_nobody_types(chat, monkeypatch):
+    monkeypatch.setattr(answering, "generate", interrupted([([70], True)]))
+    code, out, _ = chat("One?", "Two?")
+    assert code == 130 and out.count("\n") == 1
+
+
+# generate --html -----------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_a_page_with_the_answer(chat, tmp_path):
+    class Text(HTMLParser):
+        text = ""
+
+        def handle_data(self, data):
+            self.text += data
+
+    path = tmp_path / "out.html"
+    options = ["--html", path, "--system", "Be <brief>.", "--threshold", 0.7]
+    code, out, err = chat("What is it?", options=options, command="generate")
+    page = Text()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert code == 0 and out.strip() in page.text and "Be <brief>.\n\nWhat is it?" in page.text
+    assert "γ = 0.7" in page.text and all(figure.split(": ")[1] in page.text for figure in err.strip().split(" | "))
+    assert path.read_text(encoding="utf-8").count("data-tip=") > 3
+
+
+def test_a_page_in_a_missing_folder_is_refused_before_anything_is_loaded(chat, tmp_path):
+    code, out, err = chat("What?", options=["--html", tmp_path / "no" / "out.html"], command="generate")
+    assert (code, out) == (2, "") and f"--html: there is no folder {tmp_path / 'no'}." in err
