@@ -7,11 +7,14 @@ import torch
 from running import inputs_of, nudge
 from tiny import pair, prompts
 from transformers import (
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     MambaConfig,
     MambaForCausalLM,
+    ProcessorMixin,
     StoppingCriteria,
     T5Config,
     T5ForConditionalGeneration,
@@ -499,17 +502,51 @@ def test_encoder_decoder_models_are_refused(shared, inputs):
     refused(shared.base, inputs, "nudging model is an encoder-decoder", nudging_model=t5)
 
 
-def test_a_recurrent_base_needs_no_cache(shared, inputs):
-    torch.manual_seed(0)
-    size = len(shared.tokenizer)
-    config = MambaConfig(
-        vocab_size=size, hidden_size=16, num_hidden_layers=1, state_size=4, eos_token_id=2, pad_token_id=1
+def _mamba(size):
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=size, hidden_size=16, num_hidden_layers=1, state_size=4, eos_token_id=2, pad_token_id=1)
     )
-    mamba = MambaForCausalLM(config).double().eval()
-    refused(mamba, inputs, "use_cache=False")
-    answer = nudging_hf.generate(mamba, **inputs, max_new_tokens=6, use_cache=False)
-    drafted = nudging_hf.generate(mamba, **inputs, max_new_tokens=6, use_cache=False, num_draft_tokens=0)
+
+
+def _deepseek(size):
+    """With an index of what to attend to, which is kept in the cache."""
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 16}
+    config = DeepseekV32Config(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        index_topk=4,
+        eos_token_id=2,
+        pad_token_id=1,
+        **heads,
+    )
+    return DeepseekV32ForCausalLM(config)
+
+
+@pytest.mark.parametrize("base", [_mamba, _deepseek])
+def test_a_base_that_keeps_more_than_keys_and_values_needs_no_cache(shared, inputs, base):
+    torch.manual_seed(0)
+    model = base(len(shared.tokenizer)).double().eval()
+    refused(model, inputs, "use_cache=False")
+    answer = nudging_hf.generate(model, **inputs, max_new_tokens=6, use_cache=False)
+    drafted = nudging_hf.generate(model, **inputs, max_new_tokens=6, use_cache=False, num_draft_tokens=0)
     assert torch.equal(answer, drafted)
+
+
+def test_a_processor_is_as_good_as_its_tokenizer(shared, inputs):
+    class Processor(ProcessorMixin):
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+    expected = nudging_hf.generate(shared.base, **inputs, max_new_tokens=6)
+    inputs["tokenizer"] = Processor(inputs["tokenizer"])
+    assert torch.equal(nudging_hf.generate(shared.base, **inputs, max_new_tokens=6), expected)
 
 
 def test_a_batch_without_padding_id_is_refused(shared, inputs):

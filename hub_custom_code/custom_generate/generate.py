@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, ProcessorMixin
 from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
 
 from .bridge import OneVocabulary, TwoVocabularies, Vocabulary, answer_class
@@ -23,10 +23,10 @@ from .choosing import new_seeds
 from .config import NudgingConfig
 from .decoding import Limits, NudgedDecoder, Row, Voices
 from .host import (
+    cannot_roll_back,
     eos_token_ids,
     input_device,
     is_prepared,
-    keeps_recurrent_state,
     merged_generation_config,
     overrides_generate,
     own_generation_config,
@@ -341,22 +341,26 @@ def loaded_vocabulary(tokenizer: Any, model: PreTrainedModel, argument: str, who
     """The vocabulary of a tokenizer, or where it is `None` of the one that the model's `name_or_path` names.
 
     Args:
+        tokenizer: of transformers, or a processor that holds one.
         argument, whose: how an error calls the tokenizer and the model.
 
     Raises:
         ValueError: for what is no tokenizer, and where none can be loaded.
     """
     if tokenizer is None:
-        tokenizer = _load_tokenizer(model.name_or_path, argument, whose)
+        revision = getattr(model.config, "_commit_hash", None)  # Of what came from the Hub.
+        tokenizer = _load_tokenizer(model.name_or_path, revision, argument, whose)
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
     if not callable(getattr(tokenizer, "convert_ids_to_tokens", None)):
         raise ValueError(f"`{argument}` must be a tokenizer of transformers, got {type(tokenizer).__name__}.")
     return _vocabulary_of(tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=8)
-def _load_tokenizer(name_or_path: str, argument: str, whose: str) -> Any:
+def _load_tokenizer(name_or_path: str, revision: str | None, argument: str, whose: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"No tokenizer was given for the {whose}, and none could be loaded from its `name_or_path`, "
@@ -402,9 +406,9 @@ def _refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, 
         name = type(lm).__name__
         if lm.config.is_encoder_decoder:
             raise ValueError(f"The {whose} is an encoder-decoder model, {name}: give a decoder-only one.")
-        if config.use_cache and keeps_recurrent_state(lm):
+        if config.use_cache and cannot_roll_back(lm):
             raise ValueError(
-                f"The {whose}, {name}, keeps a recurrent state, which cannot be rolled back when a draft is rejected: "
+                f"The {whose}, {name}, keeps a recurrent state or an index, which cannot be rolled back: "
                 "give an attention model, or `use_cache=False`."
             )
     mode = config.get_generation_mode(arguments.get("assistant_model"))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -166,6 +167,12 @@ def shared_by_ranks(model: Any, seeds: list[int]) -> list[int]:
     return shared.tolist()
 
 
-def keeps_recurrent_state(model: Any) -> bool:
-    """Whether the model keeps a state (Mamba, linear attention) from which no token can be taken back."""
-    return bool(model._is_stateful)
+def cannot_roll_back(model: Any) -> bool:
+    """Whether the model keeps more than keys and values, of which alone tokens can be taken back.
+
+    That is a recurrent state (Mamba, linear attention), or an index of what to attend to (DeepSeek-V3.2).
+    """
+    layers = DynamicCache(config=model.config).layers
+    return bool(model._is_stateful) or any(
+        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    )
