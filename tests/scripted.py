@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from nudging_hf.bridge import Vocabulary, to_text
+from nudging_hf.bridge import Vocabulary
 
 Says = Callable[[list[int]], tuple[int, float]]
 
@@ -57,8 +57,12 @@ def writer_of(text: str, tokenizer, prompt_length: int) -> Says:
         if whole[: len(answer)] == answer:
             rest = whole[len(answer) :]
         else:
-            so_far = to_text(vocabulary.join(answer))
-            rest = vocabulary.encode_after(so_far, text[len(so_far) :]) if text.startswith(so_far) else []
+            written = vocabulary.join(answer)
+            so_far = written.decode("utf-8", errors="ignore")  # Without a character that is still unfinished.
+            begun = len(written) - len(so_far.encode())
+            rest = vocabulary.encode_after(so_far, text[len(so_far) :]) if text.encode().startswith(written) else []
+            while begun > 0 and rest:
+                begun -= len(vocabulary.bytes_of(rest.pop(0)))
         return (rest[0] if rest else tokenizer.eos_token_id), 0.9
 
     return says

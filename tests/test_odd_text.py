@@ -19,6 +19,7 @@ TEXTS = {
     "one long word": "pneumonoultramicroscopicsilicovolcanoconiosis and more",
     "one long word of emoji": "😀😁😂🤣😃😄😅😆😉😊 end",
     "spelt control tokens": "a <eos> b </s> c <|end|> d <pad> [SEP] <unk>",
+    "a lookahead that ends with an emoji, after a space that is no token": "<<<<<<<<<<<<<a 😀",
     "one letter": "x",
     "nothing": "",
 }
