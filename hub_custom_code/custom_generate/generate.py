@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, ProcessorMixin
-from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
 from .bridge import OneVocabulary, TwoVocabularies, Vocabulary, answer_class
 from .cached_lm import CachedLM, Prompts
@@ -23,25 +23,23 @@ from .choosing import new_seeds
 from .config import NudgingConfig
 from .decoding import Limits, NudgedDecoder, Row, Voices
 from .host import (
-    cannot_roll_back,
     eos_token_ids,
     input_device,
     is_prepared,
     merged_generation_config,
-    overrides_generate,
     own_generation_config,
     own_processors,
     pad_token_id,
     placeholder_ids,
     plain_generate,
     processors_of_row,
-    reads_more_than_text,
     shared_by_ranks,
     without_wrapper,
 )
 from .named_model import named_nudging_model
 from .output import NudgingOutput, nudging_output, padded_sequences
 from .prompts import nudging_prompts, unpadded
+from .refusals import refuse_what_nudging_cannot_do, refuse_what_the_base_cannot_read
 from .rounds import rounds
 
 # Where a Hub folder's own `generate` is called, transformers hands on how it was to be reached.
@@ -130,7 +128,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
             raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
         generation_config = kwargs["generation_config"]
         _find_nudging_model(model, own, generation_config, hub)
-        _refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, {})
+        refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, {})
         kwargs["nudging_call"] = _call(model, own, None, generation_config)
         return _decode(model, *args, **kwargs)
     if plain:
@@ -142,7 +140,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     tokenizer = arguments.pop("tokenizer", None)
     generation_config = merged_generation_config(model, **arguments)
     _find_nudging_model(model, own, generation_config, hub)
-    _refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, arguments)
+    refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, arguments)
     call = _call(model, own, tokenizer, generation_config, arguments.get("streamer"))
     prompts = arguments.get("inputs", arguments.get("input_ids"))
     rows = generation_config.num_return_sequences * (1 if prompts is None else len(prompts))
@@ -183,7 +181,7 @@ def _decode(
     prepared = {"attention_mask", "position_ids", "logits_to_keep"}
     more = sorted(name for name, value in model_kwargs.items() if name not in prepared and value not in (None, {}))
     if more:
-        _refuse_what_the_base_cannot_read(model, more, use_cache)
+        refuse_what_the_base_cannot_read(model, more, use_cache)
     batch = input_ids.shape[0]
     call = nudging_call
     pad = pad_token_id(generation_config)
@@ -387,81 +385,3 @@ def _take_over_stop_strings(arguments: dict[str, Any], model: Any, stop_strings:
         arguments["generation_config"].stop_strings = None
     if "stop_strings" in arguments or model.generation_config.stop_strings is not None:
         arguments["stop_strings"] = None
-
-
-def _refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` that says what was given and what to give instead."""
-    if nudging_model is None:
-        raise ValueError(
-            "There is no nudging model: give one as `nudging_model=`, or name one as `nudging_model_name_or_path` in "
-            "the base's generation_config.json."
-        )
-    if not isinstance(nudging_model, torch.nn.Module) or not hasattr(nudging_model, "generation_config"):
-        raise ValueError(
-            f"`nudging_model` must be a causal language model of transformers, got {type(nudging_model).__name__}: "
-            "load it with `AutoModelForCausalLM.from_pretrained`."
-        )
-    models: dict[str, Any] = {"base": model, "nudging model": nudging_model}
-    for whose, lm in models.items():
-        name = type(lm).__name__
-        if lm.config.is_encoder_decoder:
-            raise ValueError(f"The {whose} is an encoder-decoder model, {name}: give a decoder-only one.")
-        if config.use_cache and cannot_roll_back(lm):
-            raise ValueError(
-                f"The {whose}, {name}, keeps a recurrent state or an index, which cannot be rolled back: "
-                "give an attention model, or `use_cache=False`."
-            )
-    mode = config.get_generation_mode(arguments.get("assistant_model"))
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
-            f"Nudging decodes greedily or by sampling, got {mode.value!r}: leave out `num_beams`, `assistant_model`, "
-            "`prompt_lookup_num_tokens`, `penalty_alpha` and `dola_layers`."
-        )
-    for name, why in _REFUSED.items():
-        given = arguments.get(name, getattr(config, name, None))
-        if given is not None and given is not False:
-            raise ValueError(f"`{name}={_short(given)}` does not go together with nudging: {why}.")
-    if config.guidance_scale not in (None, 1, 1.0):
-        raise ValueError(f"`guidance_scale={config.guidance_scale}` does not go together with nudging: leave it out.")
-    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-        raise ValueError(
-            f"Nudging rolls its caches back row by row, which `cache_implementation={config.cache_implementation!r}` "
-            "cannot do: leave it out."
-        )
-
-
-def _refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: bool) -> None:
-    """Raises a `ValueError` where inputs besides ids, of these names, cannot be read once and for all."""
-    name, given = type(model).__name__, ", ".join(f"`{each}`" for each in more)
-    if not reads_more_than_text(model):
-        raise ValueError(f"The base, {name}, reads text alone, and nudging gives it nothing but ids: got {given}.")
-    if overrides_generate(model):
-        raise ValueError(
-            f"The base, {name}, reads {given} by a `generate` of its own, which nudging does not go through: "
-            "give its language model and text alone."
-        )
-    if not use_cache:
-        raise ValueError(
-            f"What goes beyond text is read once, into the cache: with {given} leave out `use_cache=False`."
-        )
-
-
-_REFUSED = {
-    "custom_generate": "it is a way of generating of its own; leave it out",
-    "past_key_values": "each row's cache is rolled back on its own; pass the whole text as `input_ids`",
-    "inputs_embeds": "the nudging model reads the prompt's text; pass `input_ids`",
-    "position_ids": "positions are counted from `attention_mask`; leave them out",
-    "negative_prompt_ids": "it belongs to `guidance_scale`; leave it out",
-    "synced_gpus": "rows go on at their own pace; leave it out",
-    "watermarking_config": "its processor counts on being called once a token, in order; leave it out",
-    "token_healing": "it rewrites the base's prompt alone; leave it out",
-    "forced_eos_token_id": "only the nudging model ends an answer; use `max_new_tokens`",
-    "prefill_chunk_size": "the prompt is read in the pass that verifies the first draft; leave it out",
-    "output_attentions": "passes read several tokens at a time; leave it out",
-    "output_hidden_states": "passes read several tokens at a time; leave it out",
-}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 40 else f"<{type(value).__name__}>"
