@@ -3,6 +3,7 @@
 Source: Fei, Razeghi, Singh, "Nudging: Inference-time Alignment of LLMs via Guided Decoding" (arXiv 2410.09300).
 """
 
+from . import baselines
 from .chats import INSTRUCTION_TEMPLATE, REASONING_TEMPLATE, chat_inputs, plain_prompt
 from .config import NudgingConfig
 from .gate import StopWhenUnsure, Top1Recorder
@@ -23,6 +24,7 @@ __all__ = [
     "Span",
     "StopWhenUnsure",
     "Top1Recorder",
+    "baselines",
     "chat_inputs",
     "generate",
     "plain_prompt",

@@ -47,6 +47,11 @@ def plain_generate(model: Any) -> Callable[..., Any]:
     return getattr(own, ORIGINAL, own)
 
 
+def token_by_token(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
+    """The loop of plain greedy decoding and of sampling, given what `generate` hands a `custom_generate` function."""
+    return model._sample(input_ids, **prepared)
+
+
 def is_prepared(generation_config: GenerationConfig | None) -> bool:
     """Whether `generate` has prepared the config, i.e. is calling a `custom_generate` function."""
     return hasattr(generation_config, "_pad_token_tensor")

@@ -17,7 +17,7 @@ LAYERS = [
     {"output"},
     {"generate"},
     {"provenance", "terminal", "chats"},
-    {"hub", "pipelines", "registration", "streaming", "page"},
+    {"baselines", "hub", "pipelines", "registration", "streaming", "page"},
     {"demo"},
     {"__init__"},
     {"cli.arguments"},

@@ -147,7 +147,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     if call.streamer is not None and rows > 1:
         raise ValueError(f"A streamer takes a single answer, got {rows} rows: generate them one at a time.")
     if generation_config.stop_strings is not None:
-        _take_over_stop_strings(arguments, model, generation_config.stop_strings, call.vocabulary.tokenizer)
+        take_over_stop_strings(arguments, model, generation_config.stop_strings, call.vocabulary.tokenizer)
     return GenerationMixin.generate(model, **arguments, custom_generate=_decode, nudging_call=call)
 
 
@@ -375,7 +375,7 @@ def _vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
 _answer_class = lru_cache(maxsize=8)(answer_class)
 
 
-def _take_over_stop_strings(arguments: dict[str, Any], model: Any, stop_strings: Any, tokenizer: Any) -> None:
+def take_over_stop_strings(arguments: dict[str, Any], model: Any, stop_strings: Any, tokenizer: Any) -> None:
     """Makes a stopping criterion of them: transformers has no tokenizer to hand when it calls the decoding loop."""
     criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
     criteria.append(StopStringCriteria(tokenizer, stop_strings))
