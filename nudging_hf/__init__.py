@@ -4,6 +4,7 @@ Source: Fei, Razeghi, Singh, "Nudging: Inference-time Alignment of LLMs via Guid
 """
 
 from . import baselines
+from .calibration import calibrate
 from .chats import INSTRUCTION_TEMPLATE, REASONING_TEMPLATE, chat_inputs, plain_prompt
 from .config import NudgingConfig
 from .gate import StopWhenUnsure, Top1Recorder
@@ -25,6 +26,7 @@ __all__ = [
     "StopWhenUnsure",
     "Top1Recorder",
     "baselines",
+    "calibrate",
     "chat_inputs",
     "generate",
     "plain_prompt",

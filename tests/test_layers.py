@@ -17,12 +17,12 @@ LAYERS = [
     {"output"},
     {"generate"},
     {"provenance", "terminal", "chats"},
-    {"baselines", "hub", "pipelines", "registration", "streaming", "page"},
+    {"baselines", "calibration", "hub", "pipelines", "registration", "streaming", "page"},
     {"demo"},
     {"__init__"},
     {"cli.arguments"},
     {"cli.answering"},
-    {"cli.demo", "cli.generate", "cli.hub", "cli.chat"},
+    {"cli.calibrate", "cli.demo", "cli.generate", "cli.hub", "cli.chat"},
     {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}

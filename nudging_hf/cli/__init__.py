@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import chat, demo, generate, hub
+from . import calibrate, chat, demo, generate, hub
 from .arguments import first_line
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -53,4 +53,5 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_command(commands)
     demo.add_command(commands)
     hub.add_command(commands)
+    calibrate.add_command(commands)
     return parser

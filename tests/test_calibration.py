@@ -1,0 +1,400 @@
+"""The threshold for a pair: the search on curves made up, the rest on tiny random pairs and the pair in miniature."""
+
+import copy
+import importlib.util
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import nudging_hf
+from nudging_hf import NudgingConfig, calibration, cli, spans_of
+from nudging_hf.calibration import (
+    Calibration,
+    Point,
+    Prompt,
+    built_in_prompts,
+    calibrate,
+    read_prompts,
+    save_threshold,
+    search_by_nudge_rate,
+    search_by_score,
+)
+from nudging_hf.chats import messages_of
+
+MINI = Path(__file__).parents[1] / "examples" / "mini"
+QUESTIONS = ["What is the name of the thing?", "Where is the dog?", "How many trees were there?"]
+PROMPTS = [Prompt(messages_of(question), pattern=r"(\w)\w*", answer="t") for question in QUESTIONS]
+ROW = {"messages": messages_of("Where?"), "prompt": "Q: Where?\n", "pattern": "(a)", "answer": "a", "task": "places"}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    tiny_pair = tiny.pair("llama", 3, "two")
+    return tiny_pair.base, tiny_pair.nudging_model, tiny_pair.tokenizer, tiny_pair.nudging_tokenizer
+
+
+def calibrated(pair, prompts=PROMPTS, **kwargs):
+    """Of a single threshold, unless `kwargs` say otherwise."""
+    return calibrate(*pair, prompts, **{"max_new_tokens": 12, "by_score": True, "thresholds": [0.5], **kwargs})
+
+
+def curve_of(rate):
+    """What `attempt` is to the search, for 1000 words and a nudge rate that is a function of γ."""
+    return lambda threshold: Point(threshold, round(1000 * rate(threshold)), 1000, 10)
+
+
+# The search ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [0.03, 0.1, 0.2, 0.5, 0.77])
+@pytest.mark.parametrize("power", [0.3, 1, 4])
+def test_a_rising_rate_is_met_as_nearly_as_hundredths_can_in_seven_runs(target, power):
+    attempt = curve_of(lambda threshold: threshold**power)
+    found = search_by_nudge_rate(attempt, target)
+    nearest = min(abs(attempt(step / 100).nudge_rate - target) for step in range(101))
+    assert abs(found.chosen.nudge_rate - target) <= max(0.01, nearest)
+    assert len(found.curve) <= 7
+    assert [point.threshold for point in found.curve] == sorted({point.threshold for point in found.curve})
+
+
+def test_of_a_jump_the_nearer_side_is_taken():
+    attempt = curve_of(lambda threshold: 0.04 if threshold < 0.33 else 0.3)
+    low, high = (search_by_nudge_rate(attempt, target) for target in (0.1, 0.25))
+    assert low.threshold < 0.33 and low.chosen.nudge_rate == 0.04
+    assert high.threshold >= 0.33 and high.chosen.nudge_rate == 0.3
+    assert "No threshold comes nearer" in low.verdict
+    assert {0.32, 0.33} <= {point.threshold for point in low.curve}  # Both sides of the jump were looked at.
+
+
+@pytest.mark.parametrize(("rate", "threshold", "why"), [(0.15, 0.0, "Even γ = 0"), (0.06, 1.0, "Even γ = 1")])
+def test_a_target_out_of_reach_is_told_with_the_end_of_the_curve(rate, threshold, why):
+    found = search_by_nudge_rate(curve_of(lambda threshold: rate + 0.01 * (threshold - 0.5)), 0.1)
+    assert threshold in {point.threshold for point in found.curve}
+    assert len(found.warnings) == 1 and why in found.warnings[0]
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(0.2, False), (0.201, True)])
+def test_more_than_a_fifth_of_nudged_words_is_warned_of(rate, warned):
+    found = search_by_nudge_rate(curve_of(lambda threshold: rate), 0.2)
+    assert any("quality falls" in warning for warning in found.warnings) == warned
+    assert ("in order" in found.verdict) != warned
+
+
+def test_the_best_score_is_chosen_and_of_equals_the_fewest_nudges():
+    points = {0.5: (7, 90), 0.2: (9, 80), 0.3: (9, 70), 0.4: (9, 70), 0.1: (8, 10)}
+    tried = []
+
+    def attempt(threshold):
+        tried.append(threshold)
+        right, nudged = points[threshold]
+        return Point(threshold, nudged, 1000, 10, right)
+
+    found = search_by_score(attempt, [*points, 0.5])
+    assert found.threshold == 0.3 and found.chosen.score == 0.9 and found.warnings == ()
+    assert tried == [0.1, 0.2, 0.3, 0.4, 0.5] == [point.threshold for point in found.curve]
+
+
+def test_a_score_of_nothing_is_warned_of():
+    found = search_by_score(lambda threshold: Point(threshold, 1, 100, 10, 0), [0.1, 0.2])
+    assert "No answer is right" in found.verdict
+
+
+# On models ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_point_is_what_generate_gives(pair):
+    found = calibrated(pair, thresholds=[0.3, 0.6])
+    base, nudger, tokenizer, nudging_tokenizer = pair
+    for point in found.curve:
+        nudged = words = right = 0
+        for question in QUESTIONS:
+            inputs = nudging_hf.chat_inputs(messages_of(question), tokenizer, nudging_tokenizer)
+            out = nudging_hf.generate(
+                base,
+                **inputs,
+                tokenizer=tokenizer,
+                nudging_model=nudger,
+                nudging_tokenizer=nudging_tokenizer,
+                nudge_threshold=point.threshold,
+                max_new_tokens=12,
+                return_dict_in_generate=True,
+            )
+            spans = spans_of(out, tokenizer)[0]
+            text = "".join(span.text for span in spans)
+            start = 0
+            for word in text.split():
+                start = text.index(word, start)
+                end = start + len(word)
+                nudged += any(span.nudged and span.start < end and span.end > start for span in spans)
+                words, start = words + 1, end
+            right += PROMPTS[0].is_right(text)
+        assert point == Point(point.threshold, nudged, words, 3, right)
+    low, high = found.curve
+    assert 0 < low.nudge_rate < high.nudge_rate
+
+
+def test_the_batch_size_changes_nothing(pair):
+    assert calibrated(pair, batch_size=1) == calibrated(pair, batch_size=2) == calibrated(pair)
+
+
+def test_the_bases_own_prompt_is_given_to_the_base_alone(pair):
+    label = {"pattern": "(a)", "answer": "a"}
+    plain = [Prompt(prompt.messages, **label) for prompt in PROMPTS]
+    same = [Prompt(prompt.messages, f"Say: {prompt.messages[0]['content']}", **label) for prompt in PROMPTS]
+    found = calibrated(pair, same)
+    assert found == calibrated(pair, plain, base_template="Say: {user}")
+    assert found.curve != calibrated(pair, plain).curve
+
+
+def test_a_nudging_model_without_a_template_reads_the_bases_prompt(pair):
+    base, nudger, tokenizer, nudging_tokenizer = pair
+    echo = "{{ messages[0]['content'] }}"
+    bare, echoing = (_with_template(nudging_tokenizer, template) for template in (None, echo))
+    prompts = [Prompt(prompt.messages, prompt.messages[0]["content"], "(a)", "a") for prompt in PROMPTS]
+    found = [calibrated((base, nudger, tokenizer, its), prompts) for its in (bare, echoing)]
+    assert found[0] == found[1]
+
+
+def _with_template(tokenizer, template):
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = template
+    return copied
+
+
+def test_the_other_knobs_are_those_given_or_else_the_bases(pair, monkeypatch):
+    less = {"max_new_tokens": 24, "thresholds": [0.3]}
+    knobs = NudgingConfig(num_nudging_tokens=3, takeover_on_agreement=False)
+    found = calibrated(pair, nudging_config=knobs, **less)
+    assert found != calibrated(pair, **less)
+    own = GenerationConfig(**pair[0].generation_config.to_dict(), num_nudging_tokens=3, takeover_on_agreement=False)
+    monkeypatch.setattr(pair[0], "generation_config", own)
+    assert found == calibrated(pair, **less)
+
+
+def test_unlabelled_prompts_have_no_score(pair):
+    some = [PROMPTS[0], Prompt(messages_of("Why?"))]
+    found = calibrated(pair, some, by_score=False, target_nudge_rate=0.9, max_new_tokens=4)
+    assert found.chosen.score is None and found.chosen.answers == 2
+
+
+def test_warnings_are_logged(pair, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = calibrated(pair)
+    assert found.warnings and [record.getMessage() for record in caplog.records] == list(found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompts": []}, "There are no `prompts`"),
+        ({"by_score": False, "target_nudge_rate": 0}, "`target_nudge_rate`"),
+        ({"by_score": False, "target_nudge_rate": 10}, "`target_nudge_rate`"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"prompts": [*PROMPTS, Prompt(messages_of("Why?"))], "by_score": True}, "1 of 4 have none"),
+        ({"by_score": True, "thresholds": []}, "no `thresholds`"),
+        ({"by_score": True, "thresholds": [-0.1]}, "`nudge_threshold`"),
+        ({"base_template": "no field"}, "needs {user} once"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(pair, kwargs, message):
+    with pytest.raises(ValueError, match="^[^\n]*" + message.replace("{", r"\{")):
+        calibrated(pair, **kwargs)
+
+
+# A run that is broken off -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_broken_off_goes_on_and_finds_the_same(pair, tmp_path):
+    kwargs = {"by_score": False, "target_nudge_rate": 0.865, "batch_size": 2, "max_new_tokens": 8}
+    whole = calibrated(pair, **kwargs)
+    assert len(whole.curve) > 2
+    file, tried, again = tmp_path / "resume", [], []
+
+    def killed(threshold, answered):
+        if len(set(tried)) == 2 and tried[-1] != threshold:
+            raise KeyboardInterrupt
+        tried.append(threshold)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(pair, **kwargs, resume=file, progress=killed)
+    with file.open("a") as half:
+        half.write('{"threshold": 0.7')
+    found = calibrated(pair, **kwargs, resume=file, progress=lambda threshold, _: again.append(threshold))
+    assert found == whole
+    assert again and set(again).isdisjoint(tried)
+
+    again.clear()
+    assert calibrated(pair, **kwargs, resume=file, progress=lambda threshold, _: again.append(threshold)) == whole
+    assert not again
+
+
+def test_a_file_of_something_else_is_refused(pair, tmp_path):
+    file = tmp_path / "resume"
+    calibrated(pair, resume=file)
+    kept = file.read_text()
+    for kwargs, name in (
+        ({"max_new_tokens": 13}, "max_new_tokens"),
+        ({"prompts": PROMPTS[:2]}, "prompts"),
+        ({"base_template": "{user}"}, "prompts"),
+        ({"nudging_config": NudgingConfig(num_nudging_tokens=3)}, "num_nudging_tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"another {name}:"):
+            calibrated(pair, resume=file, **kwargs)
+    assert file.read_text() == kept
+    for text in ("[]\n", "Dear diary\n", kept + "{}\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="no `resume` file"):
+            calibrated(pair, resume=file)
+        assert file.read_text() == text
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_read_from_lines_and_from_rows(tmp_path):
+    file = tmp_path / "prompts"
+    file.write_text("Where?\n\n  Who {is} it? \n", encoding="utf-8")
+    assert read_prompts(file) == [Prompt(messages_of("Where?")), Prompt(messages_of("Who {is} it?"))]
+    file.write_text(json.dumps(ROW) + "\n\n" + json.dumps({"messages": ROW["messages"]}) + "\n", encoding="utf-8")
+    assert read_prompts(file) == [Prompt(ROW["messages"], "Q: Where?\n", "(a)", "a"), Prompt(ROW["messages"])]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{}, [], {"messages": []}, {"messages": "Where?"}, {**ROW, "pattern": "a"}, {**ROW, "pattern": "("},
+     {**ROW, "answer": None}, {**ROW, "pattern": None}, {"messages": [{"role": "assistant", "content": "a"}]}],
+)  # fmt: skip
+def test_a_row_that_is_no_prompt_is_named(tmp_path, row):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(ROW) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2"):
+        read_prompts(file)
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    (tmp_path / "empty").write_text(" \n\n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_prompts(tmp_path / "empty")
+
+
+def test_the_last_match_is_the_answer():
+    prompt = Prompt(messages_of("How many?"), pattern=r"(\d+)", answer="42")
+    assert prompt.is_right("First 7, then 42.") and not prompt.is_right("42, no: 7.") and not prompt.is_right("Many.")
+
+
+def test_the_built_in_prompts_are_twenty_different_questions():
+    prompts = built_in_prompts()
+    assert len({json.dumps(prompt.messages) for prompt in prompts}) == len(prompts) == 20
+
+
+@pytest.mark.parametrize("marked", [True, False, None])
+def test_a_saved_threshold_is_loaded_with_the_model_and_nothing_else_changes(pair, tmp_path, marked):
+    pair[0].save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    fields = json.loads(path.read_text()) | {"temperature": 0.5, "do_sample": True, "own_field": [1]}
+    if marked is None:
+        path.unlink()
+        del fields["own_field"], fields["temperature"], fields["do_sample"]
+    else:
+        path.write_text(json.dumps(fields | ({"_from_model_config": True} if marked else {})))
+    assert save_threshold(tmp_path, 0.37) == path
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert loaded.nudge_threshold == 0.37
+    assert all(getattr(loaded, name) == value for name, value in fields.items() if name != "transformers_version")
+    save_threshold(tmp_path, 0.4)
+    assert json.loads(path.read_text())["nudge_threshold"] == 0.4
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_threshold_is_saved_to_models_alone(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        save_threshold(tmp_path, 0.4)
+
+
+@pytest.mark.parametrize("right", [None, 5])
+def test_the_curve_is_drawn(tmp_path, right):
+    pytest.importorskip("matplotlib")
+    points = tuple(Point(step / 10, 10 * step, 100, 10, right) for step in range(10))
+    calibration.plot(Calibration(0.1, points, 0.1), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missing_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"nudging-hf\[analysis\]"):
+        calibration.require_matplotlib()
+
+
+# The pair in miniature, and the command line ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world():
+    spec = importlib.util.spec_from_file_location("world", MINI / "world.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_questions(path, world, split, seed):
+    rows = [world.row(problem) for problem in world.problem_set(split, seed, 2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(capsys, *args):
+    code = cli.main(["calibrate", "--nudging-model", str(MINI / "models" / "nudging"), *map(str, args)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_mini_pair_meets_the_target_on_questions_that_it_was_not_calibrated_on(world, tmp_path, capsys):
+    seen = write_questions(tmp_path / "seen.jsonl", world, "train", 1)
+    unseen = write_questions(tmp_path / "unseen.jsonl", world, "dev", 2)
+    base = shutil.copytree(MINI / "models" / "base", tmp_path / "base")
+    report, resume = tmp_path / "report.json", tmp_path / "resume"
+    args = ["--base", base, "--prompts", seen, "--resume", resume, "--json", report, "--save-to", base]
+    code, out, err = run(capsys, *args)
+    assert code == 0
+    saved = json.loads(report.read_text(encoding="utf-8"))
+    assert f"nudge_threshold = {saved['threshold']:g}" in out and "in order" in out and "γ = " in err
+    assert out.count("  <-\n") == 1 and out.count("%  ") >= len(saved["curve"])
+    assert len(resume.read_text().splitlines()) == 1 + len(saved["curve"])
+
+    assert run(capsys, *args)[1] == out  # From what was kept: nothing is generated.
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert model.generation_config.nudge_threshold == saved["threshold"]
+    folders = [MINI / "models" / name for name in ("base", "nudging")]
+    found = calibrate(
+        model,
+        AutoModelForCausalLM.from_pretrained(folders[1]),
+        *(AutoTokenizer.from_pretrained(folder) for folder in folders),
+        read_prompts(unseen),
+        by_score=True,
+        thresholds=[saved["threshold"]],
+    )
+    assert abs(found.chosen.nudge_rate - 0.1) <= 0.02
+    assert found.chosen.score >= 0.75
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--thresholds", 0.3], "--thresholds is for --by-score"),
+        (["--json", "/no/such/folder/report.json"], "--json: there is no folder"),
+        (["--save-to", "/no/such/folder"], "no model's folder"),
+        (["--base-template", "Answer:"], "needs {user} once"),
+        (["--prompts", "/no/such/file"], "No such file"),
+        (["--by-score", "--thresholds", 0.3], "20 of 20 have none"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(capsys, args, message):
+    code, out, err = run(capsys, "--base", MINI / "models" / "base", *args)
+    assert (code, out) == (2, "") and message in err and err.splitlines()[-1].startswith("nudging-hf: error: ")
