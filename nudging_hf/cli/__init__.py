@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import calibrate, chat, demo, generate, hub
+from . import analyze, calibrate, chat, demo, generate, hub
 from .arguments import first_line
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -54,4 +54,5 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_command(commands)
     hub.add_command(commands)
     calibrate.add_command(commands)
+    analyze.add_command(commands)
     return parser

@@ -67,10 +67,10 @@ def add_threshold(parser: Any) -> None:
 # Models -------------------------------------------------------------------------------------------------------------
 
 
-def add_models(parser: argparse.ArgumentParser) -> None:
-    """Adds what `load_pair` goes by."""
+def add_models(parser: argparse.ArgumentParser, required: bool = True) -> Any:
+    """Adds what `load_pair` goes by, and returns the group, for more; `required` says whether both must be named."""
     models = parser.add_argument_group("models")
-    name: dict[str, Any] = {"required": True, "metavar": "NAME"}
+    name: dict[str, Any] = {"required": required, "metavar": "NAME"}
     models.add_argument("--base", **name, help="the large base model: a folder, or a name on the Hugging Face Hub")
     models.add_argument("--nudging-model", **name, help="the small aligned model, likewise")
     models.add_argument(
@@ -81,6 +81,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )
     models.add_argument("--device", help="where both run, such as cpu or cuda:0 (default: cpu)")
     models.add_argument("--device-map", metavar="MAP", help='such as "auto", instead of --device; needs accelerate')
+    return models
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,17 @@ def load_pair(args: argparse.Namespace, progress: bool) -> LoadedPair:
     if args.device is not None and args.device_map is not None:
         raise ValueError("--device and --device-map both say where the models run: give one of them.")
     with loading_bars(progress):
-        base, nudging = _load("--base", args.base, args), _load("--nudging-model", args.nudging_model, args)
+        base = load_model("--base", args.base, args)
+        nudging = load_model("--nudging-model", args.nudging_model, args)
     return LoadedPair(*base, *nudging)
 
 
-def _load(option: str, name: str, args: argparse.Namespace) -> tuple[Any, Any]:
-    """A model in its place, and its tokenizer."""
+def load_model(option: str, name: str, args: argparse.Namespace) -> tuple[Any, Any]:
+    """A model in its place, and its tokenizer.
+
+    Raises:
+        ValueError: where it cannot be loaded or put in its place, naming `option`.
+    """
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"{option}: there is no folder {name}.")
     try:

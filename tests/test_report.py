@@ -1,0 +1,97 @@
+"""An analysis as plots and a page: no models, and figures that can be looked for."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from nudging_hf import report
+from nudging_hf.analysis import Answer, Positions, Unit, tables
+from nudging_hf.calibration import Prompt
+from nudging_hf.chats import messages_of
+
+ABOUT = {"base": "<b>base</b> & co", "prompts": "some"}
+
+
+def figures(large=True, labelled=True):
+    """Tables of two prompts at two thresholds."""
+    label = {"pattern": "(.)", "answer": "a"} if labelled else {}
+    prompts = [Prompt(messages_of("?"), **label) for _ in range(2)]
+    answer = vars(Answer("a", True, words=8, tokens=10, nudged_words=3, nudged_tokens=3))
+    agrees = [True, False, None] if large else [None] * 3
+    positions = vars(Positions([0.05, 0.45, 0.97], [True, True, False], agrees))
+    rows = [{"answer": answer}] * 2
+    measured = {
+        Unit("along", 0, None if large else 0.4): [{"answer": answer, "positions": positions}] * 2,
+        **{Unit("nudged", 0, gamma): rows for gamma in (0.2, 0.6)},
+    }
+    if labelled:
+        measured |= {Unit("base", 0): rows, Unit("nudging model", 0): rows}
+    return tables(prompts, measured)
+
+
+class Page(HTMLParser):
+    """The text of a page, its images, and everything that a browser would fetch."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.text, self.images, self.fetched, self.tags = "", [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href"):
+                (self.images if value.startswith("data:image/png;base64,") else self.fetched).append(value)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize(("large", "labelled"), [(True, True), (False, False)])
+def test_the_page_holds_every_plot_and_needs_nothing_but_itself(tmp_path, large, labelled):
+    written = figures(large, labelled)
+    path = report.write(tmp_path, written, ABOUT)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert not page.fetched and not {"script", "link"} & set(page.tags)
+    names = ["positions", "disagreement", "caught", *(["agreement"] if large else []), "thresholds"]
+    files = [(tmp_path / f"{name}.png").read_bytes() for name in names]
+    assert [base64.b64decode(image.split(",")[1]) for image in page.images] == files
+    assert all(file.startswith(b"\x89PNG") for file in files)
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(names)
+    read = json.loads((tmp_path / "tables.json").read_text(encoding="utf-8"))
+    assert read == json.loads(json.dumps({"about": ABOUT, **written}))
+    assert ("Accuracy of each model alone" in page.text) is labelled
+    assert ("nudging model's, as no large one was given" in page.text) is not large
+
+
+def test_the_paper_stands_beside_what_was_found():
+    found = report.paper_comparison(figures())
+    assert [paper.replace("\u00a0", " ") for _, paper, _ in found] == [
+        "90 %", "over 80 %", "11 %", "65 to 83 % (Llama-2), 58 to 88 % (Gemma-2)"
+    ]  # fmt: skip
+    assert [here.replace("\u00a0", " ") for _, _, here in found] == ["100 %", "100 %", "66.7 %", "50.0 %"]
+
+
+def test_the_figures_and_their_source_are_on_the_page():
+    names = ("positions", "disagreement", "caught", "agreement", "thresholds")
+    page = Page(report.render(figures(), ABOUT, dict.fromkeys(names, b"...")))
+    text = re.sub(r"\s+", " ", page.text)  # A space that does not break is one too.
+    for expected in ("arXiv 2410.09300", "66.7 %", "37.5 %", "30.0 %", "6 positions", "4 are alignment-related"):
+        assert expected in text
+    assert "<b>base</b> & co" in text and "b" not in page.tags  # What is told of models is text, never markup.
+
+
+def test_what_is_the_share_of_nothing_is_left_open():
+    """All positions in one bin, and no alignment-related one: nine bins and most shares are empty."""
+    prompts = [Prompt(messages_of("?"))]
+    row = {"answer": vars(Answer("a", False, 1, 1)), "positions": vars(Positions([1.0], [False], [True]))}
+    written = tables(prompts, {Unit("along", 0): [row]})
+    images = report.plots(written)
+    assert set(images) == {"positions", "disagreement", "caught"}
+    assert images == report.plots(written)  # The same figures make the same files.
+    page = Page(report.render(written, ABOUT, images))
+    assert "nan" not in page.text.lower() and "None" not in page.text
+    assert [here for _, _, here in report.paper_comparison(written)] == ["-", "-", "0\u00a0%", "-"]
