@@ -16,13 +16,13 @@ LAYERS = [
     {"decoding"},
     {"output"},
     {"generate"},
-    {"provenance", "terminal", "chats"},
-    {"baselines", "calibration", "hub", "pipelines", "registration", "streaming", "page"},
-    {"demo"},
+    {"provenance", "terminal", "chats", "integrations", "tasks", "tasks.generated", "tasks.judge"},
+    {"baselines", "calibration", "hub", "pipelines", "registration", "report", "streaming", "page", "tasks.scoring"},
+    {"analysis", "demo", "integrations.lm_eval"},
     {"__init__"},
     {"cli.arguments"},
     {"cli.answering"},
-    {"cli.calibrate", "cli.demo", "cli.generate", "cli.hub", "cli.chat"},
+    {"cli.analyze", "cli.calibrate", "cli.demo", "cli.eval", "cli.generate", "cli.hub", "cli.chat"},
     {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import analyze, calibrate, chat, demo, generate, hub
+from . import analyze, calibrate, chat, demo, eval, generate, hub
 from .arguments import first_line
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_command(commands)
     chat.add_command(commands)
     demo.add_command(commands)
+    eval.add_command(commands)
     hub.add_command(commands)
     calibrate.add_command(commands)
     analyze.add_command(commands)

@@ -1,0 +1,56 @@
+"""`nudging-hf eval`: lm-evaluation-harness with the nudged model and the paper's tasks. The arguments are its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..tasks import FOLDER
+
+
+def add_command(commands: Any) -> None:
+    """Adds `eval` to the commands of `nudging-hf`."""
+    # No option is ours, not even --help: every argument goes on to the harness.
+    parser = commands.add_parser(
+        "eval",
+        help="run lm-evaluation-harness with --model nudging_hf and the paper's tasks",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("arguments", nargs="*")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `nudging-hf eval`.
+
+    Raises:
+        ImportError: where the harness is not installed.
+    """
+    from ..integrations.lm_eval import register
+
+    register()
+    import lm_eval.tasks
+    from lm_eval.__main__ import cli_evaluate
+
+    class TaskManager(lm_eval.tasks.TaskManager):  # `--include_path` takes one folder, and that is the user's.
+        def __init__(self, *args: Any, include_path: Any = None, **kwargs: Any):
+            users = include_path if isinstance(include_path, (list, tuple)) else [include_path]
+            super().__init__(*args, include_path=[FOLDER, *filter(None, users)], **kwargs)
+
+    with _set(lm_eval.tasks, "TaskManager", TaskManager), _set(sys, "argv", ["lm-eval", *args.arguments]):
+        cli_evaluate()
+
+
+@contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Lets `owner.name` be `value` for a while: the harness's command line takes neither as an argument."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,351 @@
+"""The nudged model in lm-evaluation-harness: its answers are the package's own, whatever the harness does."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import nudging_hf
+from nudging_hf import cli, demo
+from nudging_hf.chats import messages_of
+
+pytest.importorskip("lm_eval")
+
+import lm_eval
+import lm_eval.tasks
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from nudging_hf.integrations.lm_eval import Conversation, NudgingLM, register
+from nudging_hf.provenance import pieces_of
+
+MINI = Path(__file__).parents[1] / "examples" / "mini"
+QUESTION = "What is the name of the thing?"
+SHORT = {"until": [], "do_sample": False, "max_gen_toks": 8}
+
+TASK = """\
+task: local
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: generate_until
+description: "{{{{messages[0].content}}}}\\n"
+doc_to_text: "{{{{messages[1].content}}}}\\n"
+doc_to_target: answer
+process_results: !function score.score
+generation_kwargs:
+  until: []
+  do_sample: false
+  max_gen_toks: {tokens}
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+SCORE = """\
+from nudging_hf.demo import Question
+
+
+def score(doc, results):
+    return {"exact_match": float(Question(**doc).given(results[0]) == doc["answer"])}
+"""
+
+
+def write_task(folder, rows, tokens):
+    """A task of the user's own, in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "local.yaml").write_text(TASK.format(file=file, tokens=tokens), encoding="utf-8")
+    (folder / "score.py").write_text(SCORE, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept_and_few_tasks_are_read(tmp_path, monkeypatch):
+    class FewTasks(lm_eval.tasks.TaskManager):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "include_defaults": False})
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", FewTasks)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    made = tiny.pair("llama", 3, "two")
+    made.nudging_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] + ': ' + m.content + '|' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a: ' }}{% endif %}"
+    )
+    yield made
+    made.nudging_tokenizer.chat_template = None
+
+
+def model(pair, **kwargs):
+    return NudgingLM(
+        pretrained=pair.base,
+        tokenizer=pair.tokenizer,
+        nudging_model=pair.nudging_model,
+        nudging_tokenizer=pair.nudging_tokenizer,
+        **kwargs,
+    )
+
+
+def requests(contexts, **gen_kwargs):
+    return [
+        Instance(request_type="generate_until", doc={}, arguments=(context, {**SHORT, **gen_kwargs}), idx=0)
+        for context in contexts
+    ]
+
+
+def package(pair, base_prompt, chat, **kwargs):
+    """The package's own answer."""
+    ids = pair.tokenizer(base_prompt, return_tensors="pt").input_ids
+    inputs = nudging_hf.chat_inputs(chat, pair.tokenizer, pair.nudging_tokenizer)
+    output = nudging_hf.generate(
+        pair.base,
+        input_ids=ids,
+        nudging_input_ids=inputs["nudging_input_ids"],
+        tokenizer=pair.tokenizer,
+        nudging_model=pair.nudging_model,
+        nudging_tokenizer=pair.nudging_tokenizer,
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        **kwargs,
+    )
+    return "".join(piece.text for piece in pieces_of(output, pair.tokenizer)[0])
+
+
+CONTEXTS = [f"Q: {QUESTION * n}\nA:" for n in (1, 3, 2, 1)] + ["The cat\n\n"]
+
+
+# What both models are given ------------------------------------------------------------------------------------------
+
+
+def test_plain_text_goes_to_the_base_as_it_is_and_to_the_nudging_model_as_one_turn(pair):
+    answers = model(pair, nudge_threshold=0.6).generate_until(requests(CONTEXTS), disable_tqdm=True)
+    for context, answer in zip(CONTEXTS, answers, strict=True):
+        assert answer == package(pair, context, messages_of(context.rstrip("\n")), nudge_threshold=0.6)
+    assert len(set(answers)) > 2
+
+
+def test_messages_go_to_each_model_in_its_own_way_without_the_harness_s_line_breaks(pair):
+    lm = model(pair)
+    said = [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": f"Question: {QUESTION}\n"}]
+    few = [*messages_of(f"Question: {QUESTION}", "Be brief."), {"role": "assistant", "content": "It."}, said[1]]
+    answers = lm.generate_until(requests([lm.apply_chat_template(said), lm.apply_chat_template(few)]))
+    clean = messages_of(f"Question: {QUESTION}", "Be brief.")
+    assert answers[0] == package(pair, f"Be brief.\nQuestion: {QUESTION}\n", clean)
+    ask = f"Question: {QUESTION}\n"
+    assert answers[1] == package(pair, f"Be brief.\n{ask}It.\n{ask}", [*clean, few[2], clean[1]])
+
+
+def test_the_base_s_template_is_the_user_s_and_may_come_from_a_command_line(pair):
+    lm = model(pair, base_template="Q: {user}\\nA:")
+    answer = lm.generate_until(requests([lm.apply_chat_template(messages_of(QUESTION, "Be brief."))]))
+    assert answer == [package(pair, f"Q: {QUESTION}\nA:", messages_of(QUESTION, "Be brief."))]
+
+
+def test_a_task_s_arguments_may_set_knobs(pair):
+    lm = model(pair, nudge_threshold=0.3)
+    said = lm.generate_until([*requests(CONTEXTS[:1]), *requests(CONTEXTS[:1], nudge_threshold=2.0)])
+    chat = messages_of(CONTEXTS[0])
+    assert said == [package(pair, CONTEXTS[0], chat, nudge_threshold=threshold) for threshold in (0.3, 2.0)]
+    assert said[0] != said[1]
+
+
+# What the harness does with it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_batches_give_the_answers_of_single_questions_in_their_order(pair, batch_size):
+    singles = model(pair, batch_size=1).generate_until(requests(CONTEXTS), disable_tqdm=True)
+    assert model(pair, batch_size=batch_size).generate_until(requests(CONTEXTS), disable_tqdm=True) == singles
+
+
+def test_stop_strings_end_an_answer_and_are_cut_off(pair):
+    whole = model(pair).generate_until(requests(CONTEXTS), disable_tqdm=True)
+    stop = whole[0][3:5]
+    lm = model(pair)
+    cut = lm.generate_until(requests(CONTEXTS, until=[stop, ""]), disable_tqdm=True)
+    assert cut == [answer.split(stop)[0] for answer in whole]
+    assert lm.get_model_info()["finish_reasons"]["stop_string"] == sum(stop in answer for answer in whole) > 0
+
+
+def test_the_results_say_what_model_it_was(pair):
+    lm = model(pair, nudge_threshold=0.7, num_draft_tokens=2)
+    assert lm.get_model_info()["nudge_rate"] is None
+    lm.generate_until(requests(CONTEXTS), disable_tqdm=True)
+    info = lm.get_model_info()
+    assert (info["nudge_threshold"], info["num_draft_tokens"], info["takeover_on_agreement"]) == (0.7, 2, True)
+    assert 0 < info["nudge_rate"] <= 1 and sum(info["finish_reasons"].values()) == len(CONTEXTS)
+    assert info["nudging_model_num_parameters"] == pair.nudging_model.num_parameters()
+    json.dumps({name: value for name, value in info.items() if name not in ("model_dtype", "model_sha")})
+
+
+ROWS = [
+    {
+        "task": "things",
+        "prompt": f"Be brief.\nQuestion: {QUESTION * n}\n",
+        "messages": messages_of(f"Question: {QUESTION * n}", "Be brief."),
+        "pattern": r"(\w)",
+        "answer": "e",
+    }
+    for n in (1, 3, 2, 4)
+]
+
+
+def evaluate(lm, folder, **kwargs):
+    """The answers by row, and the results."""
+    results = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=["local"],
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(folder)),
+        bootstrap_iters=0,
+        **{"apply_chat_template": True, **kwargs},
+    )
+    rows = sorted(results["samples"]["local"], key=lambda sample: sample["doc_id"])
+    return [sample["resps"][0][0] for sample in rows], results
+
+
+def test_cached_requests_are_asked_as_fresh_ones(pair, tmp_path):
+    folder = write_task(tmp_path / "task", ROWS[:2], 8)
+    fresh, _ = evaluate(model(pair), folder)
+    made, _ = evaluate(model(pair), folder, cache_requests=True)
+    assert list((tmp_path / "requests").iterdir())
+    lm = model(pair)
+    lm.apply_chat_template = None  # Nobody is to make them again.
+    kept, _ = evaluate(lm, folder, cache_requests=True)
+    assert fresh == made == kept
+    assert fresh == [package(pair, row["prompt"], row["messages"]) for row in ROWS[:2]]
+
+
+def test_a_run_that_is_killed_goes_on_from_there(pair, tmp_path):
+    folder, cache = write_task(tmp_path / "task", ROWS, 8), str(tmp_path / "answers")
+    whole, results = evaluate(model(pair), folder)
+    lm = model(pair)
+    answers, calls = lm._answers, []
+
+    def killed(contexts, gen_kwargs):
+        calls.append(contexts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answers(contexts, gen_kwargs)
+
+    lm._answers = killed
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(lm, folder, use_cache=cache)
+    lm = model(pair)
+    resumed, again = evaluate(lm, folder, use_cache=cache)
+    assert resumed == whole and again["results"] == results["results"]
+    assert sum(lm.get_model_info()["finish_reasons"].values()) == 2
+
+
+def test_a_limit_asks_the_first_questions_alone(pair, tmp_path):
+    folder = write_task(tmp_path / "task", ROWS, 8)
+    whole, _ = evaluate(model(pair), folder)
+    assert evaluate(model(pair), folder, limit=2)[0] == whole[:2]
+
+
+def test_without_a_chat_template_the_base_reads_the_same(pair, tmp_path):
+    folder = write_task(tmp_path / "task", ROWS[:2], 8)
+    said, _ = evaluate(model(pair), folder, apply_chat_template=False)
+    assert said == [package(pair, row["prompt"], messages_of(row["prompt"].rstrip("\n"))) for row in ROWS[:2]]
+
+
+# The mini pair -------------------------------------------------------------------------------------------------------
+
+
+def test_the_harness_s_command_line_gives_the_accuracy_of_the_demonstration(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("world", MINI / "world.py")
+    world = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(world)
+    rows = [world.row(problem) for problem in world.problem_set("dev", world.DEV_SEED, 1)]
+    for row in rows[::2]:
+        row["answer"] += "0"  # Else all are right.
+    folder = write_task(tmp_path / "task", rows, demo.MAX_NEW_TOKENS)
+    models = f"pretrained={MINI}/models/base,nudging_model={MINI}/models/nudging,nudge_threshold=0.4"
+    args = ["--model", "nudging_hf", "--model_args", models, "--tasks", "local", "--include_path", folder]
+    args += ["--device", "cpu", "--batch_size", 3, "--apply_chat_template"]
+    code = cli.main([*map(str, ["eval", *args, "--output_path", tmp_path / "out", "--log_samples"])])
+    assert code == 0 and "local" in capsys.readouterr().out
+    report = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    lines = next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()
+    samples = sorted((json.loads(line) for line in lines), key=lambda sample: sample["doc_id"])
+
+    base, nudging = demo.LM.load(MINI / "models/base"), demo.LM.load(MINI / "models/nudging")
+    own = demo.evaluate(
+        demo.Contestant(demo.NUDGED, large=base, small=nudging), [demo.Question(**row) for row in rows], 0.4, 8
+    )
+    assert [sample["resps"][0][0] for sample in samples] == [answer.text for answer in own.answers]
+    assert report["results"]["local"]["exact_match,none"] == own.accuracy() < 1
+    nudged, words = own.nudged_words
+    config = report["config"]
+    assert config["nudge_rate"] == nudged / words and config["nudge_threshold"] == 0.4
+    assert config["nudging_model"].endswith("models/nudging") and config["nudging_model_num_parameters"] == 153840
+    assert sys.argv[0] != "lm-eval"
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scores", ["loglikelihood", "loglikelihood_rolling"])
+def test_texts_are_not_scored(pair, scores):
+    with pytest.raises(ValueError, match="nudging gives no probabilities"):
+        getattr(model(pair), scores)([Instance(scores, {}, ("a", "b"), 0)])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"nudge_threshold": -1}, "nudge_threshold"),
+        ({"base_template": "{question}"}, "knows the fields"),
+        ({"think_end_token": 7}, "give the text that ends the thinking"),
+        ({"nudging_model": None}, "--model_args nudging_model="),
+        ({"nudging_model": "/no/such/folder"}, "/no/such/folder"),
+    ],
+)
+def test_what_a_user_can_mend_is_named(pair, kwargs, message):
+    given = {"nudging_model": pair.nudging_model, "nudging_tokenizer": pair.nudging_tokenizer, **kwargs}
+    with pytest.raises(ValueError, match=message):
+        NudgingLM(pretrained=pair.base, tokenizer=pair.tokenizer, **given)
+
+
+def test_chats_that_cannot_be_asked_are_refused(pair):
+    with pytest.raises(ValueError, match="gen_prefix"):
+        model(pair).apply_chat_template(messages_of("a"), add_generation_prompt=False)
+    with pytest.raises(ValueError, match="takes no name"):
+        model(pair).chat_template("tool_use")
+    with pytest.raises(ValueError, match="lower `max_gen_toks`"):
+        model(pair, max_length=8).generate_until(requests(["a"]), disable_tqdm=True)
+    assert model(pair).chat_template(False) is None
+    assert model(pair).chat_template(True) == pair.nudging_tokenizer.chat_template
+
+
+# Finding it ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_harness_knows_the_model_by_its_name():
+    register()
+    register()
+    assert get_model("nudging_hf") is NudgingLM
+    assert isinstance(Conversation("[]"), str)
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "nudging_hf.integrations.lm_eval")
+    monkeypatch.delattr("nudging_hf.integrations.lm_eval")
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert cli.main(["eval", "--model", "nudging_hf"]) == 2
+    assert "nudging-hf[lm-eval]" in capsys.readouterr().err
