@@ -2,16 +2,19 @@
 #
 #   PYTHON   the interpreter that makes the environment
 #   VENV     the folder that it lies in
+#   EVAL     the folder that `make eval-demo` writes to
 
 PYTHON ?= python3
 VENV ?= .venv
+EVAL ?= build/eval-demo
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MINI := examples/mini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow demo hub format clean
+.PHONY: help venv test test-slow demo eval-demo hub format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +41,17 @@ test-slow: $(STAMP) ## the tests that take longer
 
 demo: $(STAMP) ## see nudging at work, on a CPU
 	$(BIN)/nudging-hf demo
+
+# A run that was broken off goes on; where one was finished, a new one begins, for the code may be another.
+# Models as small as these gain nothing by a second thread, which waits where the machine has other work.
+eval-demo: $(STAMP) ## see what nudging is worth beside its rivals, on dev questions, in some minutes on a CPU
+	@test ! -e $(EVAL)/results.json || rm -f $(EVAL)/results.json $(EVAL)/table.md $(EVAL)/answers.jsonl
+	@mkdir -p $(EVAL)
+	$(BIN)/python $(MINI)/world.py --dev $(EVAL)/dev.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/nudging-hf compare --prompts $(EVAL)/dev.jsonl --out $(EVAL) --limit 25 --batch-size 25 --max-new-tokens 220 \
+		--base $(MINI)/models/base --nudging-model $(MINI)/models/nudging \
+		--shared-nudging-model $(MINI)/models/nudging-shared --unaligned $(MINI)/models/nudging-shared-unaligned \
+		--large-aligned $(MINI)/models/large-aligned
 
 hub: $(STAMP) ## copy the code into hub_custom_code
 	$(BIN)/nudging-hf hub code hub_custom_code

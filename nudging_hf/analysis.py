@@ -104,6 +104,16 @@ class Reader:
         self._chat = chat and bool(tokenizer.chat_template)
         self._base_template = base_template
 
+    @property
+    def pad_token_id(self) -> int:
+        """What stands behind the shorter answers of a batch."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else min(self.eos, default=0)
+
+    def text(self, answer: Sequence[int]) -> str:
+        """The text of an answer's ids."""
+        return self.vocabulary.join(answer).decode("utf-8", errors="replace")
+
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """What it is asked, in its own vocabulary."""
         if self._chat:
@@ -121,14 +131,13 @@ class Reader:
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[tuple[list[int], bool]]:
         """Its own greedy answers: ids without the end mark, and whether it ended them."""
         ids, mask = self.padded_prompts(prompts)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos, default=0)
         sequences = plain_generate(self.model)(
             self.model,
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=pad,
+            pad_token_id=self.pad_token_id,
         )
         answers = []
         for new in sequences[:, ids.shape[1] :].tolist():
@@ -263,7 +272,7 @@ class Analysis:
     def _alone(self, writer: Reader, prompts: Sequence[Prompt]) -> list[tuple[list[int], Answer]]:
         answers = []
         for ids, finished in writer.answers(prompts, self._max_new_tokens):
-            text = writer.vocabulary.join(ids).decode("utf-8", errors="replace")
+            text = writer.text(ids)
             answers.append((ids, Answer(text, finished, words=len(text.split()), tokens=len(ids))))
         return answers
 
@@ -271,7 +280,6 @@ class Analysis:
         base, nudging = self._base, self._nudging
         ids, mask = base.padded_prompts(prompts)
         nudging_ids, nudging_mask = nudging.padded_prompts(prompts)
-        pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else min(base.eos, default=0)
         out: Any = generate(
             base.model,
             input_ids=ids,
@@ -284,7 +292,7 @@ class Analysis:
             nudge_threshold=threshold,
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
-            pad_token_id=pad,
+            pad_token_id=base.pad_token_id,
             return_dict_in_generate=True,
         )
         answers = []

@@ -10,12 +10,9 @@ the base becomes by training instead of nudging. A row of `heldout.jsonl`:
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +20,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .generate import generate
-from .provenance import Piece, count_nudged_words, pieces_of, spans
+from . import comparison
+from .analysis import Reader
+from .comparison import counted_passes, write_alone, write_nudged
+from .provenance import Piece, count_nudged_words, spans
 from .streaming import MarkingStreamer
 
 MAX_NEW_TOKENS = 220  # Half as many again as the longest right answer of examples/mini, in tokens.
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(comparison.Question):
     """A question, in the words of both prompts, and how to find the answer given to it."""
-
-    task: str
-    prompt: str
-    messages: list[dict[str, str]]
-    pattern: str
-    answer: str
 
     @property
     def text(self) -> str:
@@ -47,74 +39,24 @@ class Question:
 
     def given(self, text: str) -> str | None:
         """The answer that a text gives: what the last match of `pattern` holds, if there is one."""
+        assert self.pattern is not None
         found = re.findall(self.pattern, text)
         return found[-1] if found else None
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a `heldout.jsonl`.
-
-    Raises:
-        ValueError: for a row that is no question, naming its line.
-    """
-    questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            question = Question(**json.loads(line))
-            groups = re.compile(question.pattern).groups
-            _ = question.text
-        except (ValueError, TypeError, LookupError, re.error) as error:
-            raise ValueError(f"{path}, line {number}, is no question: {error}.") from error
-        if groups != 1:
-            raise ValueError(f"{path}, line {number}: `pattern` must have one group, got {groups}.")
-        questions.append(question)
-    if not questions:
-        raise ValueError(f"{path} holds no questions.")
-    return questions
+    """The questions of a `heldout.jsonl`; for the errors see [`comparison.read_questions`]."""
+    return [Question(**vars(question)) for question in comparison.read_questions(path)]
 
 
-def first_of_each_task(questions: Iterable[Question], count: int) -> list[Question]:
-    """The first `count` questions of each task, in their order."""
-    taken: Counter[str] = Counter()
-    first = []
-    for question in questions:
-        if taken[question.task] < count:
-            taken[question.task] += 1
-            first.append(question)
-    return first
-
-
-@dataclass(frozen=True)
-class LM:
+class LM(Reader):
     """A causal LM and its tokenizer."""
 
-    model: Any
-    tokenizer: Any
-
     @classmethod
-    def load(cls, folder: Path) -> LM:
+    def load(cls, folder: Path, chat: bool = True) -> LM:
+        """The model of a folder; `chat` says whether it is asked by its chat template, if it has one."""
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
-
-    def plain_prompts(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompts of a base, ids and attention mask of shape (batch, length), padded on the left."""
-        return self._encode([question.prompt for question in questions], add_special_tokens=True)
-
-    def chat_prompts(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompts of an aligned model, likewise."""
-        texts = [
-            self.tokenizer.apply_chat_template(question.messages, add_generation_prompt=True, tokenize=False)
-            for question in questions
-        ]
-        return self._encode(texts, add_special_tokens=False)  # A template writes its control tokens itself.
-
-    def _encode(self, texts: list[str], add_special_tokens: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = self.tokenizer(
-            texts, add_special_tokens=add_special_tokens, padding=True, padding_side="left", return_tensors="pt"
-        )
-        return encoded.input_ids, encoded.attention_mask
+        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, chat)
 
 
 @dataclass(frozen=True)
@@ -145,7 +87,7 @@ class Pair:
         return cls(
             folder=folder,
             questions=questions,
-            base=LM.load(models / "base"),
+            base=LM.load(models / "base", chat=False),
             nudging=LM.load(models / "nudging"),
             nudging_shared=LM.load(shared) if shared.exists() else None,
             large_aligned=LM.load(large) if large.exists() else None,
@@ -200,13 +142,11 @@ class Contestant:
         name: as tables have it.
         large: of the large size, a base or an aligned model.
         small: a nudging model.
-        chat: whether a model that answers alone is given chat messages.
     """
 
     name: str
     large: LM | None = None
     small: LM | None = None
-    chat: bool = True
 
     @property
     def is_nudged(self) -> bool:
@@ -225,7 +165,7 @@ BASE, NUDGING, NUDGED, SHARED, ALIGNED = (
 def contestants(pair: Pair) -> list[Contestant]:
     """All that a pair's folder has models for."""
     found = [
-        Contestant(BASE, large=pair.base, chat=False),
+        Contestant(BASE, large=pair.base),
         Contestant(NUDGING, small=pair.nudging),
         Contestant(NUDGED, large=pair.base, small=pair.nudging),
     ]
@@ -282,7 +222,9 @@ class Result:
 def stream_answer(pair: Pair, question: Question, threshold: float, write: Callable[[str, bool], None]) -> Answer:
     """The nudged answer to one question, handed to `write(text, nudged)` as it is written."""
     streamer = MarkingStreamer(pair.base.tokenizer, write)
-    return _nudged(pair.base, pair.nudging, [question], threshold, streamer)[0]
+    knobs = comparison.knobs(pair.base, threshold)
+    [pieces] = write_nudged(pair.base, pair.nudging, knobs, [question], MAX_NEW_TOKENS, streamer)
+    return Answer(question, pieces)
 
 
 def evaluate(
@@ -299,7 +241,7 @@ def evaluate(
     """
     began = time.monotonic()
     answers: list[Answer] = []
-    with _counted_passes(contestant.large) as large, _counted_passes(contestant.small) as small:
+    with counted_passes(contestant.large) as large, counted_passes(contestant.small) as small:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             answers += _answer(contestant, batch, threshold)
@@ -314,59 +256,14 @@ def evaluate(
 
 
 def _answer(contestant: Contestant, questions: Sequence[Question], threshold: float) -> list[Answer]:
-    if contestant.large is not None and contestant.small is not None:
-        return _nudged(contestant.large, contestant.small, questions, threshold)
-    lm = contestant.large or contestant.small
-    assert lm is not None
-    ids, mask = lm.chat_prompts(questions) if contestant.chat else lm.plain_prompts(questions)
-    sequences = lm.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=lm.tokenizer.pad_token_id,
-    )
-    texts = lm.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
-    by_small = contestant.small is not None
-    return [Answer(question, [Piece(text, by_small)]) for question, text in zip(questions, texts, strict=True)]
-
-
-def _nudged(
-    base: LM, nudging: LM, questions: Sequence[Question], threshold: float, streamer: MarkingStreamer | None = None
-) -> list[Answer]:
-    ids, mask = base.plain_prompts(questions)
-    nudging_ids, nudging_mask = nudging.chat_prompts(questions)
-    out = generate(
-        base.model,
-        input_ids=ids,
-        attention_mask=mask,
-        tokenizer=base.tokenizer,
-        nudging_model=nudging.model,
-        nudging_tokenizer=nudging.tokenizer,
-        nudging_input_ids=nudging_ids,
-        nudging_attention_mask=nudging_mask,
-        nudge_threshold=threshold,
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=base.tokenizer.pad_token_id,
-        streamer=streamer,
-        return_dict_in_generate=True,
-    )
-    return [Answer(*answer) for answer in zip(questions, pieces_of(out, base.tokenizer), strict=True)]
-
-
-@contextmanager
-def _counted_passes(lm: LM | None) -> Iterator[Counter[str]]:
-    """Counts a model's forward passes, whoever asks for them."""
-    passes: Counter[str] = Counter()
-    if lm is None:
-        yield passes
-        return
-    hook = lm.model.register_forward_pre_hook(lambda *_: passes.update(["forward"]))
-    try:
-        yield passes
-    finally:
-        hook.remove()
+    large, small = contestant.large, contestant.small
+    if large is not None and small is not None:
+        written = write_nudged(large, small, comparison.knobs(large, threshold), questions, MAX_NEW_TOKENS)
+    else:
+        lm = large or small
+        assert lm is not None
+        written = write_alone(lm, small is not None, questions, MAX_NEW_TOKENS)
+    return [Answer(*answer) for answer in zip(questions, written, strict=True)]
 
 
 # How it is told -----------------------------------------------------------------------------------------------------

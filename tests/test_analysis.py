@@ -271,7 +271,7 @@ def test_more_thresholds_are_added_to_what_is_there_and_other_prompts_are_refuse
     assert [row["threshold"] for row in json.loads((tmp_path / "tables.json").read_text())["curve"]] == [0.3, 0.9]
     capsys.readouterr()
     assert cli.main(arguments(folder, tmp_path, "--limit", 3)) == 2
-    assert "another analysis (prompts differ)" in capsys.readouterr().err
+    assert "another setup (prompts differ)" in capsys.readouterr().err
 
 
 def test_the_accuracy_is_that_of_the_answers_themselves(folder, tmp_path, quick_plots, capsys):

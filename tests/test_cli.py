@@ -249,7 +249,7 @@ def test_a_reader_that_has_had_enough_is_no_error(models, capsys, monkeypatch):
 
 
 def test_the_last_match_is_the_answer_given():
-    question = demo.Question("sums", "p", [{"role": "user", "content": "q"}], r"(\d+)", "42")
+    question = demo.Question([{"role": "user", "content": "q"}], "p", r"(\d+)", "42", "sums")
     assert question.given("First 7, then 42.") == "42"
     assert question.given("42, no: 7.") == "7"
     assert question.given("Who knows?") is None
@@ -375,7 +375,7 @@ def test_the_pair_is_found_here_or_beside_the_package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "row", ["", "{", "[]", '{"task": "sums"}', json.dumps({**QUESTIONS[0], "pattern": "("}),
+    "row", ["{", "[]", '{"task": "sums"}', json.dumps({**QUESTIONS[0], "pattern": "("}),
             json.dumps({**QUESTIONS[0], "pattern": "a"}), json.dumps({**QUESTIONS[0], "messages": []})]
 )  # fmt: skip
 def test_a_row_that_is_no_question_is_named(tmp_path, row):

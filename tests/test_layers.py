@@ -16,13 +16,15 @@ LAYERS = [
     {"decoding"},
     {"output"},
     {"generate"},
-    {"provenance", "terminal", "chats", "integrations", "tasks", "tasks.generated", "tasks.judge"},
+    {"provenance", "terminal", "chats", "journal", "integrations", "tasks", "tasks.generated", "tasks.judge"},
     {"baselines", "calibration", "hub", "pipelines", "registration", "report", "streaming", "page", "tasks.scoring"},
-    {"analysis", "demo", "integrations.lm_eval"},
+    {"analysis", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},
+    {"comparison"},
+    {"demo"},
     {"__init__"},
     {"cli.arguments"},
     {"cli.answering"},
-    {"cli.analyze", "cli.calibrate", "cli.demo", "cli.eval", "cli.generate", "cli.hub", "cli.chat"},
+    {"cli.analyze", "cli.calibrate", "cli.compare", "cli.demo", "cli.eval", "cli.generate", "cli.hub", "cli.chat"},
     {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}

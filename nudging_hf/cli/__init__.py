@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import analyze, calibrate, chat, demo, eval, generate, hub
+from . import analyze, calibrate, chat, compare, demo, eval, generate, hub
 from .arguments import first_line
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -56,4 +56,5 @@ def _parser() -> argparse.ArgumentParser:
     hub.add_command(commands)
     calibrate.add_command(commands)
     analyze.add_command(commands)
+    compare.add_command(commands)
     return parser

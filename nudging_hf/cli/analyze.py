@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +17,7 @@ from tqdm import tqdm
 from .. import __version__, analysis, calibration, demo, report
 from ..chats import REASONING_TEMPLATE, turn_template
 from ..config import NudgingConfig
+from ..journal import Journal, digest
 from .arguments import add_base_template, add_models, load_model, load_pair, loading_bars, positive
 
 _DESCRIPTION = (
@@ -145,72 +143,26 @@ def _measure(
         max_new_tokens=args.max_new_tokens,
     )
     units = work.units()
-    done = {unit: journal.done[unit] for unit in units if unit in journal.done}
+    finished = {analysis.Unit(**row["unit"]): row["rows"] for row in journal.rows}
+    done = {unit: finished[unit] for unit in units if unit in finished}
     with tqdm(units, initial=len(done), unit="unit", leave=False, file=sys.stderr) as bar:
         for unit in units:
             if unit not in done:
                 gamma = "" if unit.threshold is None else f", γ = {unit.threshold:g}"
                 bar.set_description(unit.kind + gamma)
                 done[unit] = work.measure(unit)
-                journal.add(unit, done[unit])
+                journal.add({"unit": asdict(unit), "rows": done[unit]})
                 bar.update()
     return done
 
 
-class Journal:
-    """The finished units of an analysis, a line each, behind a line that says what was analysed.
-
-    A line that was not finished, as the process was killed, is dropped.
-
-    Args:
-        path: of the file, which may be there already.
-        settings: all on which a unit's rows depend, as JSON.
-
-    Attributes:
-        done: the rows of each unit that was finished.
-
-    Raises:
-        ValueError: where the file is of an analysis with other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self._path = path
-        self.done: dict[analysis.Unit, list[dict[str, Any]]] = {}
-        written = path.read_bytes() if path.exists() else b""
-        whole = written[: written.rfind(b"\n") + 1]
-        if not whole:
-            path.write_bytes(_line(settings))
-            return
-        head, *lines = whole.decode("utf-8").splitlines()
-        before = json.loads(head)
-        if before != settings:
-            other = ", ".join(name for name in settings if before.get(name) != settings[name])
-            raise ValueError(f"{path} is of another analysis ({other} differ): name another folder by --out.")
-        if whole != written:
-            os.truncate(path, len(whole))
-        for line in lines:
-            row = json.loads(line)
-            self.done[analysis.Unit(**row["unit"])] = row["rows"]
-
-    def add(self, unit: analysis.Unit, rows: list[dict[str, Any]]) -> None:
-        """Writes a unit down, so that it is there even if the process is killed now."""
-        self.done[unit] = rows
-        with self._path.open("ab") as file:
-            file.write(_line({"unit": asdict(unit), "rows": rows}))
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row) + "\n").encode("ascii")
-
-
 def _settings(args: argparse.Namespace, prompts: Sequence[calibration.Prompt]) -> dict[str, Any]:
-    text = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
     return {
         "base": args.base,
         "nudging_model": args.nudging_model,
         "large_aligned": args.large_aligned,
         "dtype": args.dtype,
-        "prompts": hashlib.sha256(text.encode()).hexdigest(),
+        "prompts": digest([asdict(prompt) for prompt in prompts]),
         "base_template": args.base_template,
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,

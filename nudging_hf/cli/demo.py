@@ -14,7 +14,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .. import __version__, demo
+from .. import __version__, comparison, demo
 from ..config import NudgingConfig
 from ..terminal import Ink
 from .arguments import add_color, add_threshold, count, loading_bars, positive
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show_examples(pair: demo.Pair, args: argparse.Namespace) -> None:
-    questions = demo.first_of_each_task(pair.questions, args.examples)
+    questions = comparison.first_of_each_task(pair.questions, args.examples)
     if questions:
         with Ink.of_stdout(args.color) as ink:
             ink.write("In the answers below ", False)
@@ -92,7 +92,7 @@ def _show_examples(pair: demo.Pair, args: argparse.Namespace) -> None:
 
 def _evaluate(pair: demo.Pair, args: argparse.Namespace, results: list[demo.Result]) -> None:
     """Lets all contestants answer; `results` holds those that have finished, also after an interrupt."""
-    questions = demo.first_of_each_task(pair.questions, args.questions)
+    questions = comparison.first_of_each_task(pair.questions, args.questions)
     if not questions:
         return
     contestants = demo.contestants(pair)

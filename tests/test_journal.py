@@ -1,0 +1,76 @@
+"""What was finished is there, wherever a process is killed."""
+
+import json
+import logging
+
+import pytest
+import tiny
+
+from nudging_hf.journal import Journal, digest, model_setup
+
+SETUP = {"base": "b", "knobs": [1, 2], "large": None}
+ROWS = [{"n": 1, "text": "\u00e9\u2028\n"}, {"n": 2, "text": ""}, {"n": 3, "text": "\U0001f600"}]
+
+
+def journal_of(path, rows):
+    journal = Journal(path, SETUP)
+    for row in rows:
+        journal.add(row)
+    return journal
+
+
+def test_rows_are_there_again_in_their_order(tmp_path):
+    assert journal_of(tmp_path / "j", ROWS).rows == ROWS
+    assert Journal(tmp_path / "j", SETUP).rows == ROWS
+
+
+def test_cut_at_any_byte_it_goes_on_with_the_whole_rows_and_ends_the_same(tmp_path, caplog):
+    journal_of(tmp_path / "whole", ROWS)
+    whole = (tmp_path / "whole").read_bytes()
+    for length in range(len(whole) + 1):
+        path = tmp_path / "cut"
+        path.write_bytes(whole[:length])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            journal = Journal(path, SETUP)
+        assert journal.rows == ROWS[: max(0, whole[:length].count(b"\n") - 1)]
+        assert bool(caplog.records) == (length > 0 and whole[length - 1 : length] != b"\n")
+        for row in ROWS[len(journal.rows) :]:
+            journal.add(row)
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("setup", "names"),
+    [
+        ({**SETUP, "base": "c"}, "base"),
+        ({**SETUP, "knobs": [1], "large": "l"}, "knobs, large"),
+        ({**SETUP, "more": 1}, "more"),
+        ({"base": "b", "large": None}, "knobs"),
+    ],
+)
+def test_another_setup_is_refused_by_name_and_nothing_is_lost(tmp_path, setup, names):
+    path = tmp_path / "j"
+    journal_of(path, ROWS)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"another setup \({names} differ\)"):
+        Journal(path, setup)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["Dear diary", "Dear diary\n", "[]\n", json.dumps(SETUP) + "\n[]\n", "{}\n{\n"])
+def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, text):
+    path = tmp_path / "j"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="no file of finished work"):
+        Journal(path, SETUP)
+    assert path.read_text() == text
+
+
+def test_a_digest_is_of_the_value_alone():
+    assert digest([{"a": 1, "b": "\u00e9"}]) == digest([{"b": "\u00e9", "a": 1}]) != digest([{"a": 1, "b": "e"}])
+
+
+def test_a_model_is_told_by_name_size_and_kind():
+    model = tiny.pair("llama", 3, "two").base
+    assert model_setup(model) == f"LlamaForCausalLM, {model.num_parameters()} parameters, torch.float64"
