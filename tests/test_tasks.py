@@ -136,7 +136,7 @@ def test_an_instruction_is_asked_as_the_paper_does(name, answer, scores, tmp_pat
 
 def test_no_task_cuts_answers_and_all_are_greedy_and_zero_shot(tmp_path):
     paths = [path for path in FOLDER.glob("*.yaml") if "task: nudging" in path.read_text().splitlines()[1]]
-    assert len(paths) == 15
+    assert len(paths) == 17
     for path in paths:
         config = yaml_loader.load_yaml(path, resolve_func=True)
         assert config["generation_kwargs"] == {"until": [], "do_sample": False, "max_gen_toks": 512}
@@ -151,7 +151,10 @@ def test_one_group_runs_the_thirteen():
     members = set(groups["nudging_paper"]) - {"nudging_paper_reasoning"} | set(groups["nudging_paper_reasoning"])
     assert len(members) == 13
     local = {"nudging_coin_flip_local", "nudging_last_letter_concat_local"}
-    assert set(groups["nudging_local"]) == local and members | local == set(manager.all_subtasks)
+    safety = {"nudging_override_local", "nudging_refusal_override_local"}
+    assert set(groups["nudging_local"]) == local and set(groups["nudging_safety_local"]) == safety
+    assert set(groups["nudging_safety"]) == {"nudging_just_eval_safe", "nudging_safety_local"}
+    assert members | local | safety == set(manager.all_subtasks)
 
 
 # Rows that are drawn here -------------------------------------------------------------------------------------------

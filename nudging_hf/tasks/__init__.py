@@ -1,4 +1,4 @@
-"""The paper's tasks for lm-evaluation-harness. It knows where their YAML files lie, never the harness."""
+"""Tasks for lm-evaluation-harness: the paper's and those of safety. It knows where they lie, never the harness."""
 
 from pathlib import Path
 
