@@ -8,6 +8,7 @@ base, 5 a fresh round.
 import codecs
 import functools
 import itertools
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -175,12 +176,15 @@ class _Decoder:
     num_nudging_tokens: int
     takeover_on_agreement: bool
     min_new_tokens: int
+    gate: str
+    target: float | None
 
     def __post_init__(self) -> None:
         # Two tokenizers with equal vocabularies speak one vocabulary, whatever their names.
         self.one_vocabulary = self.tokenizer.get_vocab() == self.nudging_tokenizer.get_vocab()
         assert self.one_vocabulary or self.min_new_tokens == 0, "min_new_tokens is counted in one vocabulary only"
         self.answer = Answer()
+        self.scores = []
 
     # Each of these returns the phase that comes next, or None where the answer is finished. --------------------------
 
@@ -275,13 +279,44 @@ class _Decoder:
     def ask_base(self) -> tuple[int, bool, bool]:
         """The base's greedy token at the end of the answer, whether it is confident, and whether it would emit EOS."""
         logits = next_logits(self.base, self.prompt_ids + self.answer.ids)
-        top1 = logits.softmax(-1).max().item()  # raw logits, before anything is suppressed
-        self.answer.top1[len(self.answer.ids)] = top1
+        p = logits.softmax(-1)  # raw logits, before anything is suppressed
+        self.answer.top1[len(self.answer.ids)] = p.max().item()
         if len(self.answer.ids) < self.min_new_tokens:
             logits[eos_ids(self.base)] = -torch.inf
         token = logits.argmax().item()
         would_end = token in eos_ids(self.base)
-        return token, top1 >= self.threshold and not would_end, would_end  # EOS is never confident
+        return token, self.is_confident(p, token) and not would_end, would_end  # EOS is never confident
+
+    def is_confident(self, p: torch.Tensor, token: int) -> bool:
+        """Whether the base is, by the formula of the gate; `p` are its probabilities, of shape `(vocab,)`."""
+        t, ordered = self.threshold, p.sort(descending=True).values
+        if self.target is not None:
+            return self.is_confident_by_quantile(ordered[0].item())
+        if self.gate == "top1":
+            return ordered[0].item() >= t
+        if self.gate == "entropy":
+            return -sum(x * math.log(x) for x in p.tolist() if x > 0) <= t
+        if self.gate == "margin":
+            return (ordered[0] - ordered[1]).item() >= t
+        if self.gate == "kad":
+            return p[token].item() >= t
+        assert self.gate == "rejection"
+        q = next_logits(self.nudging_model, self.nudging_context()).softmax(-1)
+        return p[token].item() >= q.max().item() - t
+
+    def is_confident_by_quantile(self, score: float) -> bool:
+        """The threshold that sets itself: a quantile of the scores so far, whose level follows the finished words."""
+        pieces = [token_bytes(self.tokenizer, token_id) for token_id in self.answer.ids]
+        authors = [nudged for piece, nudged in zip(pieces, self.answer.nudged, strict=True) for _ in piece]
+        level = self.target
+        for word in re.finditer(rb"\S+(?=\s)", b"".join(pieces)):
+            level += 0.05 * (self.target - any(authors[word.start() : word.end()]))
+        cutoff = 0.4
+        if len(self.scores) >= 8:
+            place = int(level * len(self.scores))
+            cutoff = -1 if level < 0 else 0.6 if level >= 1 else min(0.6, sorted(self.scores)[place])
+        self.scores.append(score)
+        return score >= cutoff
 
     def lookahead(self) -> tuple[list[int], bool]:
         """What the nudging model writes here, in its own ids, and whether it ended the answer there (rule 1)."""
@@ -370,6 +405,8 @@ def decode(
     num_nudging_tokens: int = 16,
     takeover_on_agreement: bool = True,
     min_new_tokens: int = 0,
+    gate: str = "top1",
+    target: float | None = None,
 ) -> Answer:
     """Decodes one answer greedily by nudging, recomputing everything at each step.
 
@@ -380,11 +417,13 @@ def decode(
         nudging_tokenizer: The nudging model's. Where its vocabulary equals the base's, texts are lists of ids.
         prompt_ids: The base's prompt, without padding.
         nudging_prompt_ids: The nudging model's prompt, in its own ids, without padding.
-        threshold: The base is confident where its top-1 probability is at least this.
+        threshold: The base is confident where its top-1 probability is at least this; see `gate`.
         max_new_tokens: The most tokens of the base in the answer, its end mark included.
         num_nudging_tokens: The length of a lookahead, in the nudging model's tokens.
         takeover_on_agreement: Whether the base takes over where its token begins the next nudging word.
         min_new_tokens: The fewest base tokens before either model may end the answer; one vocabulary only.
+        gate: What is compared with the threshold, and how.
+        target: The share of words that a top-1 threshold which sets itself aims at; `threshold` is left aside then.
     """
     return _Decoder(
         base,
@@ -398,4 +437,6 @@ def decode(
         num_nudging_tokens,
         takeover_on_agreement,
         min_new_tokens,
+        gate,
+        target,
     ).run()

@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 from tiny import pair, prompts
 
 from nudging_hf import StopWhenUnsure, Top1Recorder
-from nudging_hf.gate import top1_probabilities
+from nudging_hf.config import DEFAULT_THRESHOLDS
+from nudging_hf.gate import GATES, top1_probabilities
 
 
 def test_top1_is_the_greatest_probability_in_float32():
@@ -43,3 +46,17 @@ def test_a_plain_generate_ends_at_the_first_unsure_position():
 def test_a_forgotten_recorder_is_named():
     with pytest.raises(ValueError, match="logits_processor"):
         StopWhenUnsure(Top1Recorder(), 0.4)(torch.tensor([[1]]), None)
+
+
+def test_scores_are_those_of_their_formulas():
+    p = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    tokens = torch.tensor([1, 3])
+    scores = {name: gate.score(p, tokens).tolist() for name, gate in GATES.items()}
+    assert scores["top1"] == pytest.approx([0.5, 0.25])
+    assert scores["entropy"] == pytest.approx([-1.029653, -math.log(4)])  # 0.5 ln 2 + 0.3 ln 10/3 + 0.2 ln 5
+    assert scores["margin"] == pytest.approx([0.2, 0])
+    assert scores["kad"] == scores["rejection"] == pytest.approx([0.3, 0.25])
+
+
+def test_every_gate_has_a_threshold_of_its_own():
+    assert set(GATES) == set(DEFAULT_THRESHOLDS)

@@ -85,7 +85,7 @@ def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
         for row in rows:
             for place in range(before[row.number], len(row.read)):
                 if mix(row.seed, place) % 2:
-                    row.seen[place] = _Seen(row.read[place], row.seen[place].top1, None, None)
+                    row.seen[place] = _Seen(row.read[place], row.seen[place].score, row.seen[place].top1, None, None)
 
     undrafted = sampled(0, seed=1)
     monkeypatch.setattr(NudgedDecoder, "_verify", verify_too_kindly)
