@@ -55,7 +55,7 @@ class NudgingConfig:
         if self.nudge_gate not in DEFAULT_THRESHOLDS:
             raise ValueError(f"`nudge_gate` must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {self.nudge_gate!r}.")
         if self.nudge_threshold is None:
-            object.__setattr__(self, "nudge_threshold", DEFAULT_THRESHOLDS[self.nudge_gate])
+            object.__setattr__(self, "nudge_threshold", DEFAULT_THRESHOLDS[self.nudge_gate])  # type: ignore[unreachable]
         threshold = self.nudge_threshold
         if threshold != AUTO and not _is_finite(threshold):
             raise ValueError(f"`nudge_threshold` must be a finite number such as 0.4, or {AUTO!r}, got {threshold!r}.")
@@ -85,7 +85,9 @@ class NudgingConfig:
         A threshold goes with a gate: where an earlier source has chosen another gate than this one's (the default one,
         where it names none), its threshold does not count. A number for "auto" goes with a target likewise.
         """
-        given = [{name: source[name] for name in cls.field_names() if source.get(name) is not None} for source in sources]
+        given = [
+            {name: source[name] for name in cls.field_names() if source.get(name) is not None} for source in sources
+        ]
         values: dict[str, Any] = {}
         for source in given:
             values = source | values

@@ -28,13 +28,13 @@ class Answer:
 
 
 def write(
-    path: str | os.PathLike[str], answers: Sequence[Answer], threshold: float, title: str = "Nudged answers"
+    path: str | os.PathLike[str], answers: Sequence[Answer], threshold: float | None, title: str = "Nudged answers"
 ) -> None:
     """Writes [`render`]'s page to a file."""
     Path(path).write_text(render(answers, threshold, title), encoding="utf-8", newline="\n")
 
 
-def render(answers: Sequence[Answer], threshold: float, title: str = "Nudged answers") -> str:
+def render(answers: Sequence[Answer], threshold: float | None, title: str = "Nudged answers") -> str:
     """A page that needs nothing but itself: each answer with the nudging model's words highlighted.
 
     The base's top-1 probability at a piece is shown when the piece is pointed at, touched, or reached with the Tab
@@ -42,18 +42,19 @@ def render(answers: Sequence[Answer], threshold: float, title: str = "Nudged ans
 
     Args:
         answers: one or more.
-        threshold: γ, below which the base was unsure.
+        threshold: γ, below which the base was unsure; `None` where another measure, or no fixed one, told that.
         title: of the page.
     """
     counts = [count_nudged_words(answer.pieces) for answer in answers]
     nudged, words = sum(count[0] for count in counts), sum(count[1] for count in counts)
     several = f"{len(answers)} answers, {_of(nudged, words)} words nudged. " if len(answers) > 1 else ""
+    unsure = "" if threshold is None else f": below γ = {threshold:g} the base is unsure"
     body = "\n".join(_answer(answer, threshold) for answer in answers)
-    html = _PAGE.format(title=escape(title), style=_STYLE, threshold=f"{threshold:g}", several=several, answers=body)
+    html = _PAGE.format(title=escape(title), style=_STYLE, unsure=unsure, several=several, answers=body)
     return html.replace("\r", "&#13;")  # A parser makes a line feed of a carriage return that is not spelt out.
 
 
-def _answer(answer: Answer, threshold: float) -> str:
+def _answer(answer: Answer, threshold: float | None) -> str:
     figures = {"nudged words": _of(*count_nudged_words(answer.pieces)), **answer.figures}
     return (
         "<article>\n<h2>Prompt</h2>\n"
@@ -64,7 +65,7 @@ def _answer(answer: Answer, threshold: float) -> str:
     )
 
 
-def _marked(pieces: Iterable[Piece], threshold: float) -> str:
+def _marked(pieces: Iterable[Piece], threshold: float | None) -> str:
     """The pieces, with a mark around neighbours of the nudging model, but not around the white space at their ends."""
     html = ""
     for nudged, group in groupby(pieces, key=lambda piece: piece.nudged):
@@ -74,11 +75,13 @@ def _marked(pieces: Iterable[Piece], threshold: float) -> str:
     return html
 
 
-def _piece(piece: Piece, threshold: float) -> str:
+def _piece(piece: Piece, threshold: float | None) -> str:
     before, body, after = _trimmed(escape(piece.text))
     if piece.top1 is None or not body:
         return before + body + after
-    tip = escape(f"{piece.top1:.3f} {'≥' if piece.top1 >= threshold else '<'} γ")
+    tip = f"{piece.top1:.3f}"
+    if threshold is not None:
+        tip += " ≥ γ" if piece.top1 >= threshold else " &lt; γ"
     return f'{before}<span tabindex="0" data-tip="{tip}">{body}</span>{after}'
 
 
@@ -109,8 +112,8 @@ _PAGE = """<!doctype html>
 <header>
 <h1>{title}</h1>
 <p>{several}<mark>Words like these</mark> are the nudging model's, all others the base's. Point at a piece of an \
-answer, or step through it with the Tab key, to see the probability of the base's most probable token there: below \
-γ = {threshold} the base is unsure.</p>
+answer, or step through it with the Tab key, to see the probability of the base's most probable token \
+there{unsure}.</p>
 </header>
 <main>
 {answers}

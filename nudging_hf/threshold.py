@@ -1,4 +1,4 @@
-"""What a base's score is compared with: a number, or one that sets itself. It knows numbers and words, never logits."""
+"""What a base's score is compared with: a number, or one that sets itself. It knows numbers and words alone."""
 
 from __future__ import annotations
 

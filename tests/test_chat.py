@@ -112,7 +112,7 @@ def test_what_torch_cannot_do_is_said_and_the_chat_goes_on(chat, monkeypatch):
 
     monkeypatch.setattr(answering, "generate", generate)
     code, _, err = chat("What is it?", "/threshold")
-    assert code == 0 and "error: OutOfMemoryError: Out of memory.; /new" in err and "below 0.4" in err
+    assert code == 0 and "error: OutOfMemoryError: Out of memory.; /new" in err and "top1 is 0.4" in err
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -129,19 +129,19 @@ def test_the_system_message_can_be_changed_and_taken_away(chat, asked):
 
 
 def test_the_threshold_holds_from_the_next_answer_on(chat, tmp_path):
-    lines = ("One?", "/threshold 0", "Two?", "/threshold 2", "Three?")
+    lines = ("One?", "/threshold 0", "Two?", "/threshold 2", "Three?", "/threshold auto", "Four?")
     answers = saved(chat, tmp_path / "chat.json", *lines)[0][1::2]
-    assert [answer["nudge_threshold"] for answer in answers] == [0.4, 0.0, 2.0]
+    assert [answer["nudge_threshold"] for answer in answers] == [0.4, 0.0, 2.0, "auto"]
     assert len(answers[1]["nudged_spans"]) <= 1  # The first word.
     _, _, err = chat("/threshold", "/threshold 0.7", "/threshold")
-    assert [line for line in err.splitlines() if line] == [f"The base is unsure below {p}." for p in (0.4, 0.7, 0.7)]
+    assert [line for line in err.splitlines() if line] == [f"The threshold of top1 is {t}." for t in (0.4, 0.7, 0.7)]
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("/threshold x", "/threshold takes a number such as 0.4, got 'x'."),
-        ("/threshold -1", "`nudge_threshold` is compared with a probability"),
+        ("/threshold x", "/threshold takes a number such as 0.4, or auto, got 'x'."),
+        ("/threshold -1", "`nudge_threshold` must be >= 0"),
         ("/save", "/save takes the name of a file."),
         ("/save /no/such/folder/chat.json", "The chat cannot be saved: "),
         ("/nonsense", "There is no command /nonsense; /help lists them."),

@@ -186,7 +186,7 @@ def test_a_seed_makes_a_sample_repeatable(models, capsys):
         (["--base-template", "{question}"], "knows the fields {user} and {system}, got {question}"),
         (["--base-template", "{user"], "The base's template: "),
         (["--base-template", "Answer:"], "needs {user} once"),
-        (["--threshold", "-1"], "`nudge_threshold` is compared with a probability"),
+        (["--threshold", "-1"], "`nudge_threshold` must be >= 0"),
         (["--temperature", "1"], "--temperature needs --sample"),
         (["--device", "nothing"], "--device nothing: "),
         (["--device", "cpu", "--device-map", "cpu"], "--device and --device-map"),

@@ -78,17 +78,14 @@ def test_neither_drafts_nor_neighbours_nor_the_cache_change_an_answer(kind, gate
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sampled_answer_depends_on_its_seed_alone(kind, gate, threshold):
     chosen, base_prompts, nudging_prompts = case("llama", kind, seed=4, rows=3)
+    sampling = {"max_new_tokens": 32, "do_sample": True, "temperature": 1.3, **knobs(gate, threshold)}
     answers = []
     for drafts, use_cache in [(0, True), (4, True), ("adaptive", False)]:
         torch.manual_seed(7)
-        settings = {"num_draft_tokens": drafts, "use_cache": use_cache, **knobs(gate, threshold)}
-        answers.append(
-            essence(
-                nudge(
-                    chosen, base_prompts, nudging_prompts, max_new_tokens=32, do_sample=True, temperature=1.3, **settings
-                )
-            )
+        results = nudge(
+            chosen, base_prompts, nudging_prompts, num_draft_tokens=drafts, use_cache=use_cache, **sampling
         )
+        answers.append(essence(results))
     assert answers[1:] == answers[:1] * 2
 
 

@@ -445,7 +445,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(pair, tmp
     [
         ({"nudging_model_name_or_path": None}, "There is no nudging model: .*nudging_model_name_or_path"),
         ({"nudging_model_name_or_path": "./gone"}, "'./gone' cannot be loaded: .*mend `nudging_model_name_or_path`"),
-        ({"nudge_threshold": -0.5}, "`nudge_threshold` is compared with a probability and must be >= 0"),
+        ({"nudge_threshold": -0.5}, "`nudge_threshold` must be >= 0"),
         ({"nudge_threshold": "high"}, "`nudge_threshold` must be a finite number"),
     ],
 )

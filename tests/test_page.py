@@ -94,6 +94,12 @@ def test_each_piece_that_can_be_seen_says_the_probability_of_the_base(pieces, th
     assert all(attributes.get("tabindex") == "0" for _, attributes in reader.tags if "data-tip" in attributes)
 
 
+def test_a_page_without_a_threshold_compares_with_none():
+    answers = [page.Answer("q", [Piece("Well", True, 0.25)])]
+    assert Reader(page.render(answers, None)).tips == ["0.250"]
+    assert "γ" not in page.render(answers, None) and "below γ = 0.4" in page.render(answers, 0.4)
+
+
 @given(ANSWERS)
 def test_the_page_needs_nothing_but_itself(answers):
     html = page.render(answers, 0.4)

@@ -13,24 +13,34 @@ def test_gamma_is_inclusive():
     assert fixed.is_confident(0.5) and not fixed.is_confident(0.499)
 
 
-@pytest.mark.parametrize(("gate", "threshold", "below", "above"), [("top1", 0.4, 0.3, 0.5), ("entropy", 2, -2.1, -1.9)])
+@pytest.mark.parametrize(
+    ("gate", "threshold", "below", "above"), [("top1", 0.4, 0.3, 0.5), ("entropy", 2, -2.1, -1.9)]
+)
 def test_the_cutoff_is_that_of_the_gate(gate, threshold, below, above):
     fixed = threshold_of(NudgingConfig(nudge_gate=gate, nudge_threshold=threshold))
     assert fixed.is_confident(above) and not fixed.is_confident(below)
 
 
 @pytest.mark.parametrize("target", [0.05, 0.1, 0.3])
-@pytest.mark.parametrize("draw", [random.Random(1).random, lambda rng=random.Random(2): rng.random() ** 8])
-def test_a_long_answer_comes_to_the_target_whatever_the_scores_are(target, draw):
+@pytest.mark.parametrize("power", [1, 8, 1 / 8])
+def test_a_long_answer_comes_to_the_target_whatever_the_scores_are(target, power):
+    draw = random.Random(1).random
     online, nudged = OnlineThreshold(target, 0.4, highest=1), []
     for _ in range(2000):
-        nudged.append(not online.is_confident(draw()))
+        nudged.append(not online.is_confident(draw() ** power))
         online.take(b"word ", nudged[-1])
     assert sum(nudged) / len(nudged) == pytest.approx(target, abs=0.02)
 
 
 def test_a_word_is_nudged_if_some_of_it_is():
-    pieces = [(b"Some", False), (b"thing", True), (b" of", False), (b" ", True), (b"it\xc3", False), (b"\xa9\n", False)]
+    pieces = [
+        (b"Some", False),
+        (b"thing", True),
+        (b" of", False),
+        (b" ", True),
+        (b"it\xc3", False),
+        (b"\xa9\n", False),
+    ]
     split = [(bytes([byte]), nudged) for piece, nudged in pieces for byte in piece]
     levels = []
     for each in (pieces, split):

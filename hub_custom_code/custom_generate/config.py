@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 ADAPTIVE = "adaptive"
+AUTO = "auto"
+# The gates, and the threshold of each where none is given; see the `gate` module.
+DEFAULT_THRESHOLDS = {"top1": 0.4, "entropy": 2.0, "margin": 0.2, "rejection": 0.2, "kad": 0.4}
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,18 @@ class NudgingConfig:
     Each field is also a keyword of `generate` and may stand in a model's `generation_config.json`.
 
     Args:
-        nudge_threshold (`float`, defaults to 0.4):
+        nudge_threshold (`float` or `"auto"`, defaults to that of the gate, 0.4 for `"top1"`):
             γ of the paper (arXiv 2410.09300): the base is confident where its top-1 probability is at least this.
             0 never nudges a base that has begun to write; above 1 the nudging model writes wherever it can. The paper
-            takes 0.4 for Llama-2 and 0.3 for Gemma-2 and OLMo.
+            takes 0.4 for Llama-2 and 0.3 for Gemma-2 and OLMo. `"auto"` takes the number that is stored with the
+            model for this gate and target, as `nudging-hf calibrate` stores it; where there is none, each answer sets
+            its own as it goes (see [`~threshold.OnlineThreshold`]).
+        nudge_gate (`str`, defaults to `"top1"`):
+            By what it is told whether the base is confident, and so what the threshold is compared with: `"top1"`
+            (the paper's), `"entropy"`, `"margin"`, `"rejection"` or `"kad"`. Formulas and sources: see the `gate`
+            module. For `"entropy"` and `"rejection"` a *greater* threshold nudges less.
+        target_nudge_rate (`float`, defaults to 0.1):
+            The share of words, in (0, 1), that a threshold which sets itself aims at.
         num_nudging_tokens (`int`, defaults to 16):
             The length of a lookahead, in tokens of the nudging model's vocabulary.
         takeover_on_agreement (`bool`, defaults to `True`):
@@ -33,17 +44,27 @@ class NudgingConfig:
         ValueError: if a field has a value of the wrong kind or out of range.
     """
 
-    nudge_threshold: float = 0.4
+    nudge_threshold: float | str = None  # type: ignore[assignment]  # Stands for the gate's own.
+    nudge_gate: str = "top1"
+    target_nudge_rate: float = 0.1
     num_nudging_tokens: int = 16
     takeover_on_agreement: bool = True
     num_draft_tokens: int | str = ADAPTIVE
 
     def __post_init__(self) -> None:
+        if self.nudge_gate not in DEFAULT_THRESHOLDS:
+            raise ValueError(f"`nudge_gate` must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {self.nudge_gate!r}.")
+        if self.nudge_threshold is None:
+            object.__setattr__(self, "nudge_threshold", DEFAULT_THRESHOLDS[self.nudge_gate])  # type: ignore[unreachable]
         threshold = self.nudge_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
-            raise ValueError(f"`nudge_threshold` must be a finite number such as 0.4, got {threshold!r}.")
-        if threshold < 0:
-            raise ValueError(f"`nudge_threshold` is compared with a probability and must be >= 0, got {threshold!r}.")
+        if threshold != AUTO and not _is_finite(threshold):
+            raise ValueError(f"`nudge_threshold` must be a finite number such as 0.4, or {AUTO!r}, got {threshold!r}.")
+        if threshold != AUTO and threshold < 0:  # type: ignore[operator]
+            raise ValueError(f"`nudge_threshold` must be >= 0, got {threshold!r}.")
+        if not _is_finite(self.target_nudge_rate) or not 0 < self.target_nudge_rate < 1:
+            raise ValueError(
+                f"`target_nudge_rate` is a share of words and must be in (0, 1), got {self.target_nudge_rate!r}."
+            )
         if not _is_int(self.num_nudging_tokens) or self.num_nudging_tokens < 1:
             raise ValueError(f"`num_nudging_tokens` must be an integer >= 1, got {self.num_nudging_tokens!r}.")
         if not isinstance(self.takeover_on_agreement, bool):
@@ -59,13 +80,43 @@ class NudgingConfig:
 
     @classmethod
     def resolve(cls, sources: Iterable[Mapping[str, Any]]) -> NudgingConfig:
-        """The config in which each knob has the value of the first source that sets it (to anything but `None`)."""
+        """The config in which each knob has the value of the first source that sets it (to anything but `None`).
+
+        A threshold goes with a gate: where an earlier source has chosen another gate than this one's (the default one,
+        where it names none), its threshold does not count. A number for "auto" goes with a target likewise.
+        """
+        given = [
+            {name: source[name] for name in cls.field_names() if source.get(name) is not None} for source in sources
+        ]
         values: dict[str, Any] = {}
-        for source in sources:
-            for name in cls.field_names():
-                if source.get(name) is not None:
-                    values.setdefault(name, source[name])
+        for source in given:
+            values = source | values
+        values.pop("nudge_threshold", None)
+        gate = values.get("nudge_gate", cls.nudge_gate)
+        target = values.get("target_nudge_rate", cls.target_nudge_rate)
+        if (threshold := _threshold(given, gate, target)) is not None:
+            values["nudge_threshold"] = threshold
         return cls(**values)
+
+
+def _threshold(sources: list[dict[str, Any]], gate: str, target: float) -> Any:
+    """The threshold of the first source that sets one; for "auto", a number further down that was found for it."""
+    is_auto = gate_is_chosen = False
+    for source in sources:
+        threshold = source.get("nudge_threshold")
+        if gate_is_chosen and source.get("nudge_gate", NudgingConfig.nudge_gate) != gate:
+            threshold = None
+        if threshold == AUTO:
+            is_auto = True
+        elif threshold is not None:
+            if not is_auto or source.get("target_nudge_rate", NudgingConfig.target_nudge_rate) == target:
+                return threshold
+        gate_is_chosen = gate_is_chosen or "nudge_gate" in source
+    return AUTO if is_auto else None
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_int(value: object) -> bool:

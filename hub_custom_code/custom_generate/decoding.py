@@ -34,8 +34,9 @@ from .bridge import OneVocabulary, TwoVocabularies, to_text
 from .cached_lm import CachedLM, Reading
 from .choosing import choose, mix, processed_scores
 from .config import NudgingConfig
-from .gate import top1_probabilities
+from .gate import GATES, top1_probabilities
 from .rounds import Accept, Lookahead, Question, Reply, Step, Verdict
+from .threshold import FixedThreshold, OnlineThreshold
 
 _MOST_ADAPTIVE_DRAFTS = 16
 _CHARACTER_BYTES = 4  # Of UTF-8, at the most.
@@ -85,6 +86,7 @@ class _Seen(NamedTuple):
     """What the base says at one position."""
 
     token: int
+    score: float
     top1: float
     logits: torch.Tensor | None
     scores: torch.Tensor | None
@@ -101,6 +103,7 @@ class Row:
         answer: the answer so far.
         base_processors, nudging_processors: each model's logits processors for this row.
         seed: what its draws are made of.
+        threshold: tells whether the base is confident.
     """
 
     number: int
@@ -110,6 +113,7 @@ class Row:
     base_processors: LogitsProcessorList
     nudging_processors: LogitsProcessorList
     seed: int
+    threshold: FixedThreshold | OnlineThreshold
     algorithm: Generator[Step, Reply, str]
     question: Question | None = None
     nudged: list[bool] = field(default_factory=list)
@@ -125,6 +129,7 @@ class Row:
     written: list[int] = field(default_factory=list)
     written_eos: bool = False
     written_key: int | None = None
+    written_top1: dict[int, float] = field(default_factory=dict)  # How sure it was, by how many ids stood before.
 
     @property
     def length(self) -> int:
@@ -143,6 +148,7 @@ class Row:
             del self.read[place:], self.seen[place + 1 :]
         self.answer.append(token)
         self.nudged.append(nudged)
+        self.threshold.take(self.answer.vocabulary.bytes_of(token), nudged)
 
     def continuation(self) -> list[int]:
         """What the nudging model has already written after the answer as it stands.
@@ -161,8 +167,13 @@ class Row:
             self.written_key = reduce(mix, self.written, mix(self.seed, _NUDGING_STREAM))
         return self.written_key
 
+    def nudging_top1(self) -> float | None:
+        """The nudging model's top-1 probability after the answer as it stands, if it is known."""
+        return self.written_top1.get(len(self.written) - len(self.continuation()))
+
     def forget_written(self) -> None:
         self.written, self.written_eos, self.written_key = [], False, None
+        self.written_top1.clear()
 
     def write(self, token: int, is_eos: bool) -> None:
         """Takes down what the nudging model writes next."""
@@ -231,6 +242,7 @@ class NudgedDecoder:
         self.nudging = nudging
         self.rows = rows
         self.config = config
+        self.gate = GATES[config.nudge_gate]
         self.voices = voices
         self.limits = limits
         self.streamer = streamer
@@ -269,9 +281,17 @@ class NudgedDecoder:
         place = len(row.answer.ids)
         if place >= len(row.seen):
             return None
-        token, top1, *_ = row.seen[place]
+        token, score, *_ = row.seen[place]
+        if self.gate.against_nudging_model:
+            top1 = row.nudging_top1()
+            if top1 is None:
+                return None
+            score -= top1
+            if self._eos_is_early(row):
+                row.forget_written()
         text = to_text(row.answer.vocabulary.bytes_of(token))
-        return Verdict(token, text, top1, token in self.voices.base_eos, row.answer.inside_character)
+        is_confident = row.threshold.is_confident(score)
+        return Verdict(token, text, is_confident, token in self.voices.base_eos, row.answer.inside_character)
 
     def _resume(self, row: Row, answer: Lookahead | Verdict | None) -> None:
         """Answers a question, and takes what is accepted, up to the next question or the end."""
@@ -324,6 +344,9 @@ class NudgedDecoder:
         """Whether the nudging model must write before the row's question can be answered, or answered early."""
         if row.question is Question.LOOKAHEAD:
             return True  # One that is known has been answered already.
+        if self.gate.against_nudging_model and row.nudging_top1() is None:
+            row.forget_written()
+            return True
         written = row.continuation()
         return not row.written_eos and not self._eos_is_early(row) and len(written) < self._draft_room(row)
 
@@ -350,6 +373,10 @@ class NudgedDecoder:
             scores.append(row_scores)
         keys = [row.nudging_key() for row in rows] if self.voices.nudging_samples else None
         allowed = torch.cat(scores).index_fill(-1, self.voices.nudging_control, float("-inf"))
+        if self.gate.against_nudging_model:
+            sure = torch.cat([top1_probabilities(logits[row.number]) for row in rows]).tolist()
+            for row, top1 in zip(rows, sure, strict=True):
+                row.written_top1[len(row.written)] = top1
         for row, token in zip(rows, choose(allowed, keys).tolist(), strict=True):
             row.write(token, token in self.voices.nudging_eos)
 
@@ -396,12 +423,14 @@ class NudgedDecoder:
                 for row in rows
                 for place in range(len(row.seen), len(row.read) + 1)
             ]
-        said = torch.stack([top1_probabilities(raw).double(), choose(scores, keys).double()]).cpu()  # One transfer.
+        tokens, probabilities = choose(scores, keys), raw.float().softmax(dim=-1)
+        own = (tokens, self.gate.score(probabilities, tokens.to(raw.device)), probabilities.amax(dim=-1))
+        said = torch.stack([each.double() for each in own]).cpu()  # One transfer.
         recorded = zip(*said.tolist(), raw, scores, strict=True)
         for row in rows:
             for _ in range(len(row.seen), len(row.read) + 1):
-                top1, token, raw_logits, row_scores = next(recorded)
+                token, score, top1, raw_logits, row_scores = next(recorded)
                 kept = (raw_logits, row_scores) if self.record_logits else (None, None)
-                row.seen.append(_Seen(int(token), top1, *kept))
+                row.seen.append(_Seen(int(token), score, top1, *kept))
             if row.finish_reason is not None:
                 self.base.release(row.number)

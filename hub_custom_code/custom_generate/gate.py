@@ -1,7 +1,23 @@
-"""When a base is unsure. The gate sees logits, never text.
+"""When a base is unsure. The gate sees probabilities, never text.
 
-`top1_probabilities` is what nudging itself uses. The same gate is offered as hooks of plain `generate`, to look at a
-base before it is nudged:
+A gate gives the base's next-token distribution p a score, and the base is confident where the score is at least a
+cutoff. With v the base's token (its greatest, or the one that it drew), q the nudging model's next-token distribution
+after the same text, and t the threshold, the base is confident where
+
+| gate | formula | source |
+|---|---|---|
+| `top1` | max p >= t | Fei et al., "Nudging" (arXiv 2410.09300); the default |
+| `entropy` | H(p) = -sum p ln p <= t, in nats | uncertainty sampling: Settles, "Active Learning" (2009), section 3.1 |
+| `margin` | greatest p - second greatest p >= t | the same |
+| `rejection` | p(v) >= max q - t | Hammal et al., "On the Rejection Criterion" (arXiv 2604.16146), where t = 0.2 |
+| `kad` | p(v) >= t | Hammal et al., "KAD" (EACL 2026, paper 179): their token-wise rule |
+
+p and q are softmaxes of raw logits in float32, before any processor or temperature. The last two papers refuse single
+tokens; here what is refused is the base's going on, and the nudging model's next word is taken, as everywhere. A
+greedy v is the greatest of p, unless a processor has changed the order: then `kad` is `top1`; they differ where the
+base samples. `rejection` asks the nudging model at every position.
+
+`top1` is offered as hooks of plain `generate` too, to look at a base before it is nudged:
 
     recorder = Top1Recorder()
     model.generate(**inputs, logits_processor=[recorder], stopping_criteria=[StopWhenUnsure(recorder, 0.4)])
@@ -9,10 +25,62 @@ base before it is nudged:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
+
+
+@dataclass(frozen=True)
+class Gate:
+    """By what it is told whether a base is confident: where its score is at least the cutoff.
+
+    Args:
+        score: takes the base's probabilities, float32 of shape (n, vocab_size), and its tokens, int64 of shape (n,),
+            and gives scores of shape (n,).
+        strictest: the threshold that one which sets itself does not go beyond: by it, hardly anybody would call the
+            base unsure. Nudging a base that is sure costs right answers.
+        is_falling: whether the cutoff is minus the threshold, so that a greater threshold nudges less.
+        against_nudging_model: whether the nudging model's top-1 probability after the same text is taken off the
+            score.
+    """
+
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    strictest: float
+    is_falling: bool = False
+    against_nudging_model: bool = False
+
+    def cutoff(self, threshold: float) -> float:
+        """What a score is compared with."""
+        return -threshold if self.is_falling else threshold
+
+
+def _greatest(p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return p.amax(dim=-1)
+
+
+def _certainty(p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return -torch.special.entr(p).sum(dim=-1)
+
+
+def _margin(p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    first, second = p.topk(2, dim=-1).values.unbind(dim=-1)
+    return first - second
+
+
+def _of_token(p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return p.gather(-1, tokens[:, None])[:, 0]
+
+
+GATES = {
+    "top1": Gate(_greatest, strictest=0.6),
+    "entropy": Gate(_certainty, strictest=1.0, is_falling=True),
+    "margin": Gate(_margin, strictest=0.4),
+    "rejection": Gate(_of_token, strictest=0.1, is_falling=True, against_nudging_model=True),
+    "kad": Gate(_of_token, strictest=0.6),
+}
 
 
 def top1_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ from .output import NudgingOutput, nudging_output, padded_sequences
 from .prompts import nudging_prompts, unpadded
 from .refusals import refuse_what_nudging_cannot_do, refuse_what_the_base_cannot_read
 from .rounds import rounds
+from .threshold import threshold_of
 
 # Where a Hub folder's own `generate` is called, transformers hands on how it was to be reached.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -97,7 +98,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
             The nudging model's prompts, with `nudging_attention_mask` where they are padded. Left out, the text of
             the base's prompt is one user turn of the nudging tokenizer's chat template, or is taken as it is where
             the tokenizer has none; images are left out of it.
-        nudge_threshold, num_nudging_tokens, takeover_on_agreement, num_draft_tokens:
+        nudge_threshold, nudge_gate, target_nudge_rate, num_nudging_tokens, takeover_on_agreement, num_draft_tokens:
             The knobs of [`NudgingConfig`], also as `nudging_config=`, a `NudgingConfig` or a dict, or as fields of a
             generation config. Keywords come first, then `nudging_config`, then the generation config.
         kwargs:
@@ -203,7 +204,8 @@ def _decode(
             base_processors=processors_of_row(logits_processor, i, batch),
             nudging_processors=own_processors(call.nudging_model, nudging_model_config, nudging_ids[i]),
             seed=seed,
-            algorithm=rounds(call.config.nudge_threshold, call.config.takeover_on_agreement),
+            threshold=threshold_of(call.config),
+            algorithm=rounds(call.config.takeover_on_agreement),
         )
         for i, seed in enumerate(seeds)
     ]

@@ -51,14 +51,14 @@ class Verdict:
     Args:
         token: the base's next token: greedy, or drawn where the base samples.
         text: what that token adds to the text; may be empty.
-        top1: the base's top-1 probability, softmax of its raw logits in float32.
+        is_confident: whether the base is sure enough of itself to go on, by its gate and threshold.
         is_eos: whether `token` is one of the base's EOS tokens.
         inside_character: whether the answer so far ends in an unfinished UTF-8 character.
     """
 
     token: int
     text: str
-    top1: float
+    is_confident: bool
     is_eos: bool
     inside_character: bool
 
@@ -75,11 +75,10 @@ Step = Question | Accept
 Reply = Lookahead | Verdict | None
 
 
-def rounds(threshold: float, takeover_on_agreement: bool) -> Generator[Step, Reply, str]:
+def rounds(takeover_on_agreement: bool) -> Generator[Step, Reply, str]:
     """Nudged decoding of one answer.
 
     Args:
-        threshold: γ; the base is confident where its top-1 probability is >= γ.
         takeover_on_agreement: whether an unsure base takes over where its token begins the next nudging word.
 
     Yields:
@@ -98,18 +97,16 @@ def rounds(threshold: float, takeover_on_agreement: bool) -> Generator[Step, Rep
             return "eos"
         takeover: Verdict | None
         if lookahead.words:
-            takeover = yield from _nudging_round(lookahead.words, threshold, takeover_on_agreement)
+            takeover = yield from _nudging_round(lookahead.words, takeover_on_agreement)
         else:  # No word that the base could read: there the base goes on.
             takeover = yield from _ask_base()
             if takeover.is_eos:
                 return "stuck"
         if takeover is not None:
-            yield from _base_phase(takeover, threshold)
+            yield from _base_phase(takeover)
 
 
-def _nudging_round(
-    words: tuple[Word, ...], threshold: float, on_agreement: bool
-) -> Generator[Step, Reply, Verdict | None]:
+def _nudging_round(words: tuple[Word, ...], on_agreement: bool) -> Generator[Step, Reply, Verdict | None]:
     """Accepts the first word, and each further one until the base takes over; returns the verdict that does so."""
     first, *further = words
     yield Accept(first.ids, nudged=True)
@@ -120,19 +117,19 @@ def _nudging_round(
         if verdict.is_eos:  # Only the nudging model ends an answer: it is asked afresh.
             return None
         agrees = on_agreement and verdict.text != "" and word.text.startswith(verdict.text)
-        if verdict.top1 >= threshold or agrees:
+        if verdict.is_confident or agrees:
             return verdict
         if i < len(words):  # The last word is set aside: the lookahead's end may have cut it.
             yield Accept(word.ids, nudged=True)
     return None
 
 
-def _base_phase(verdict: Verdict, threshold: float) -> Generator[Step, Reply, None]:
+def _base_phase(verdict: Verdict) -> Generator[Step, Reply, None]:
     """Accepts the base's tokens while it is confident, and inside a character in any case; EOS never."""
     while True:
         yield Accept((verdict.token,), nudged=False)
         verdict = yield from _ask_base()
-        if verdict.is_eos or (verdict.top1 < threshold and not verdict.inside_character):
+        if verdict.is_eos or not (verdict.is_confident or verdict.inside_character):
             return
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..chats import chat_inputs
-from ..config import ADAPTIVE, NudgingConfig
+from ..config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
 
 
 def first_line(error: BaseException) -> str:
@@ -43,6 +43,11 @@ def drafts(text: str) -> int | str:
     return text if text == ADAPTIVE else count(text)
 
 
+def threshold_or_auto(text: str) -> float | str:
+    """A number, or `auto`."""
+    return text if text == AUTO else float(text)
+
+
 def add_color(parser: Any) -> None:
     """Adds `--color`."""
     parser.add_argument(
@@ -54,13 +59,39 @@ def add_color(parser: Any) -> None:
 
 
 def add_threshold(parser: Any) -> None:
-    """Adds `--threshold`."""
+    """Adds `--threshold` of the paper's gate, a number."""
     parser.add_argument(
         "--threshold",
         type=float,
         default=NudgingConfig().nudge_threshold,
         metavar="P",
         help="the base is unsure where its most probable token has less than this probability (default: %(default)s)",
+    )
+
+
+def add_gate(parser: Any) -> None:
+    """Adds all that says when the base is unsure, as `NudgingConfig` names it; what is left out is `None`."""
+    parser.add_argument(
+        "--threshold",
+        type=threshold_or_auto,
+        metavar="T",
+        dest="nudge_threshold",
+        help="what the gate compares with: for top1, the base is unsure where its most probable token has less than "
+        'this probability. "auto" finds one on the way (default: what is stored with the base, or else '
+        + ", ".join(f"{value:g} for {gate}" for gate, value in DEFAULT_THRESHOLDS.items())
+        + ")",
+    )
+    parser.add_argument(
+        "--gate",
+        choices=tuple(DEFAULT_THRESHOLDS),
+        dest="nudge_gate",
+        help=f"by what it is told whether the base is unsure (default: {NudgingConfig.nudge_gate})",
+    )
+    parser.add_argument(
+        "--target-nudge-rate",
+        type=float,
+        metavar="R",
+        help=f"the share of words that --threshold auto aims at (default: {NudgingConfig.target_nudge_rate})",
     )
 
 
@@ -102,6 +133,10 @@ class LoadedPair:
             "nudging_model": self.nudging_model,
             "nudging_tokenizer": self.nudging_tokenizer,
         }
+
+    def nudging_config(self, knobs: Mapping[str, Any]) -> NudgingConfig:
+        """The knobs that were given, and of all others those that are stored with the base."""
+        return NudgingConfig.resolve([knobs, self.base.generation_config.to_dict()])
 
 
 def load_pair(args: argparse.Namespace, progress: bool) -> LoadedPair:
@@ -180,19 +215,24 @@ def add_base_template(parser: Any, base_template: str) -> None:
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Adds what `decoding_of` goes by."""
     nudging = parser.add_argument_group("nudging")
-    add_threshold(nudging)
+    add_gate(nudging)
     nudging.add_argument(
         "--num-draft-tokens",
         type=drafts,
-        default=NudgingConfig().num_draft_tokens,
         metavar="N",
         help="how many tokens of the nudging model the base checks at once, which changes the speed and never the "
-        "answer (default: %(default)s)",
+        f"answer (default: {NudgingConfig.num_draft_tokens})",
     )
     nudging.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: %(default)s")
     nudging.add_argument("--sample", action="store_true", help="draw tokens instead of taking the most probable ones")
     nudging.add_argument("--temperature", type=float, metavar="T", help="of the base, with --sample")
     nudging.add_argument("--seed", type=int, metavar="N", help="of what is drawn, with --sample")
+
+
+def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The knobs of [`NudgingConfig`] that were given."""
+    given = {name: getattr(args, name, None) for name in NudgingConfig.field_names()}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -205,8 +245,10 @@ def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--temperature needs --sample: the most probable token has no temperature.")
     if args.seed is not None:
         transformers.set_seed(args.seed)
+    knobs = knobs_of(args)
+    NudgingConfig(**knobs)  # Refused now, not after the models have been loaded.
     return {
-        "nudging_config": NudgingConfig(nudge_threshold=args.threshold, num_draft_tokens=args.num_draft_tokens),
+        "nudging_config": knobs,
         "max_new_tokens": args.max_new_tokens,
         "do_sample": args.sample,
         **({} if args.temperature is None else {"temperature": args.temperature}),

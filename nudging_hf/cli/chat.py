@@ -15,7 +15,16 @@ from ..chats import INSTRUCTION_TEMPLATE, turn_template
 from ..provenance import spans
 from ..terminal import Ink
 from .answering import Answer, add_output, ink_of
-from .arguments import LoadedPair, add_decoding, add_models, add_prompts, decoding_of, first_line, load_pair
+from .arguments import (
+    LoadedPair,
+    add_decoding,
+    add_models,
+    add_prompts,
+    decoding_of,
+    first_line,
+    load_pair,
+    threshold_or_auto,
+)
 
 _DESCRIPTION = (
     "A chat with a nudged base model. Each line is a turn, also where the lines come from a file or another program; "
@@ -38,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     turn_template(args.base_template)  # Refused now, not after the models have been loaded.
     decoding = decoding_of(args)
     pair = load_pair(args, progress=sys.stderr.isatty() and not args.quiet)
+    decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
     chat = Chat(args, pair, decoding, ink_of(args))
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
@@ -172,11 +182,11 @@ class Chat:
         config = self._decoding["nudging_config"]
         if text:
             try:
-                threshold = float(text)
+                given = threshold_or_auto(text)
             except ValueError:
-                raise ValueError(f"/threshold takes a number such as 0.4, got {text!r}.") from None
-            config = self._decoding["nudging_config"] = replace(config, nudge_threshold=threshold)
-        _say(f"The base is unsure below {config.nudge_threshold:g}.")
+                raise ValueError(f"/threshold takes a number such as 0.4, or auto, got {text!r}.") from None
+            config = self._decoding["nudging_config"] = replace(config, nudge_threshold=given)
+        _say(f"The threshold of {config.nudge_gate} is {config.nudge_threshold}.")
 
     def _save(self, text: str) -> None:
         path = Path(text).expanduser() if text else self._saved_to
@@ -208,7 +218,7 @@ class Chat:
 _COMMANDS = {
     "/new": _Command("", "start over", Chat._new),
     "/system": _Command("TEXT", "the system message from now on; without TEXT: none", Chat._set_system),
-    "/threshold": _Command("P", "the base is unsure below this probability; without P: say it", Chat._set_threshold),
+    "/threshold": _Command("T", "when the base is unsure, from now on; without T: say it", Chat._set_threshold),
     "/save": _Command("FILE", "write the chat to FILE, as JSON; later without FILE: to the same", Chat._save),
     "/help": _Command("", "list the commands", Chat._help),
 }

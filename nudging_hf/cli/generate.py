@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--html: there is no folder {args.html.parent}.")
     decoding = decoding_of(args)
     pair = load_pair(args, progress=sys.stderr.isatty() and not args.quiet)
+    config = decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
     answer = Answer()
     answer.write(pair, messages, args.base_template, decoding, ink_of(args))
     if not args.quiet:
@@ -50,7 +51,9 @@ def run(args: argparse.Namespace) -> None:
     if args.html is not None:
         asked = prompt if args.system is None else f"{args.system}\n\n{prompt}"
         figures = {"base": args.base, "nudging model": args.nudging_model, **answer.figures()}
-        page.write(args.html, [page.Answer(asked, answer.pieces, figures)], args.threshold)
+        compared = config.nudge_threshold if config.nudge_gate == "top1" else None
+        gamma = compared if isinstance(compared, (int, float)) else None
+        page.write(args.html, [page.Answer(asked, answer.pieces, figures)], gamma)
 
 
 def _read_prompt(argument: str | None) -> str:

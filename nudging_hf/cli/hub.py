@@ -10,9 +10,8 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..chats import REASONING_TEMPLATE
-from ..config import NudgingConfig
 from ..hub import export, files_to_push, push, write_code
-from .arguments import add_base_template, drafts, loading_bars, positive
+from .arguments import add_base_template, add_gate, drafts, knobs_of, loading_bars, positive
 
 
 def add_command(commands: Any) -> None:
@@ -43,15 +42,13 @@ def _add_export(actions: Any) -> None:
     add_base_template(parser, REASONING_TEMPLATE)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder")
     knobs = parser.add_argument_group("knobs", "What is left out is not recorded.")
-    knobs.add_argument("--threshold", type=float, metavar="P", dest="nudge_threshold")
+    add_gate(knobs)
     knobs.add_argument("--num-nudging-tokens", type=positive, metavar="N")
     knobs.add_argument("--takeover-on-agreement", action=argparse.BooleanOptionalAction)
     knobs.add_argument("--num-draft-tokens", type=drafts, metavar="N")
 
 
 def _run_export(args: argparse.Namespace) -> None:
-    given = {name: getattr(args, name) for name in NudgingConfig.field_names()}
-    knobs = {name: value for name, value in given.items() if value is not None}
     with loading_bars(sys.stderr.isatty()):
         out = export(
             args.base,
@@ -59,7 +56,7 @@ def _run_export(args: argparse.Namespace) -> None:
             args.out,
             base_template=args.base_template,
             overwrite=args.overwrite,
-            **knobs,
+            **knobs_of(args),
         )
     _print_files(out)
 
