@@ -1,16 +1,15 @@
-"""The threshold that suits a pair, found on prompts. It knows answers and how much of them was nudged, never γ's gate.
+"""The threshold that suits a pair, found on prompts. It knows answers and how much of them was nudged, never logits.
 
 A *nudge rate* is here the share of the words of all answers of which the nudging model wrote at least a character.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from transformers import AutoConfig, GenerationConfig
 
 from .chats import REASONING_TEMPLATE, Message, chat_inputs, checked_messages, messages_of, padded, plain_prompt
 from .config import NudgingConfig
+from .gate import GATES
 from .generate import generate
 from .host import input_device
+from .journal import Journal, digest, model_setup
 from .provenance import count_nudged_words, pieces_of
 
 logger = logging.getLogger(__name__)
@@ -165,11 +166,13 @@ class Calibration:
         threshold: γ.
         curve: all thresholds that were tried, in their order.
         target_nudge_rate: what was aimed at; `None` where the score decided.
+        nudge_gate: whose threshold it is.
     """
 
     threshold: float
     curve: tuple[Point, ...]
     target_nudge_rate: float | None = None
+    nudge_gate: str = NudgingConfig.nudge_gate
 
     @property
     def chosen(self) -> Point:
@@ -185,11 +188,11 @@ class Calibration:
             rates = [point.nudge_rate for point in self.curve]
             if min(rates) > target:
                 why = (
-                    "Even γ = 0 nudges more: the nudging model writes the first word of each answer, and wherever "
-                    "the base would end it. Give a higher target, or prompts with longer answers."
+                    "Every threshold nudges more: the nudging model writes the first word of each answer, and "
+                    "wherever the base would end it. Give a higher target, or prompts with longer answers."
                 )
             elif max(rates) < target:
-                why = "Even γ = 1 nudges less: the base is hardly ever unsure. Give a lower target."
+                why = "Every threshold nudges less: the base is hardly ever unsure. Give a lower target."
             else:
                 why = "No threshold comes nearer: the base is about equally sure of many words."
             found.append(f"The target, {target:.1%} of the words, is missed by {abs(rate - target):.1%}. {why}")
@@ -197,7 +200,7 @@ class Calibration:
             found.append(
                 f"{rate:.1%} of the words are nudged. Above about {HIGHEST_NUDGE_RATE:.0%} quality falls "
                 "(arXiv 2606.11201): the nudging model writes so much that it decides the answers. "
-                "Take a lower threshold, or another pair."
+                "Take a threshold that nudges less, or another pair."
             )
         if target is None and self.chosen.score == 0:
             found.append("No answer is right at any threshold, so that the score cannot choose one.")
@@ -207,13 +210,15 @@ class Calibration:
     def verdict(self) -> str:
         """What is to be said of the pair: that it is in order, or all that speaks against it."""
         return " ".join(self.warnings) or (
-            f"The pair is in order: at γ = {self.threshold:g}, {self.chosen.nudge_rate:.1%} of the words are nudged."
+            f"The pair is in order: at a threshold of {self.threshold:g}, {self.chosen.nudge_rate:.1%} of the words "
+            "are nudged."
         )
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
         curve = [asdict(point) | {"nudge_rate": point.nudge_rate, "score": point.score} for point in self.curve]
         return {
+            "nudge_gate": self.nudge_gate,
             "threshold": self.threshold,
             "target_nudge_rate": self.target_nudge_rate,
             "nudge_rate": self.chosen.nudge_rate,
@@ -227,21 +232,27 @@ class Calibration:
 # The search ---------------------------------------------------------------------------------------------------------
 
 Try = Callable[[float], Point]
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def search_by_nudge_rate(attempt: Try, target: float) -> Calibration:
+def default_thresholds(nudge_gate: str) -> tuple[float, ...]:
+    """Nine thresholds, from hardly any nudging to nearly nothing else."""
+    return tuple(round(GATES[nudge_gate].greatest * tenth / 10, 3) for tenth in range(1, 10))
+
+
+def search_by_nudge_rate(attempt: Try, target: float, nudge_gate: str = NudgingConfig.nudge_gate) -> Calibration:
     """The threshold whose nudge rate is nearest to a target.
 
-    The more the base must be sure of, the more is nudged: a bisection over the hundredths from 0 to 1, which ends
-    where a rate is within a hundredth of the target. On few prompts the rate may fall here and there, so the nearest
-    of all that were tried is taken, and of equals the lowest threshold.
+    The more the base must be sure of, the more is nudged: a bisection over hundredths of the gate's greatest
+    threshold, which ends where a rate is within a hundredth of the target. On few prompts the rate may fall here and
+    there, so the nearest of all that were tried is taken, and of equals the lowest threshold.
     """
+    gate = GATES[nudge_gate]
     tried: list[Point] = []
-    low, high = 0, 100
+    low, high = 0, 100  # Of strictness.
     while low <= high:
         middle = (low + high) // 2
-        tried.append(attempt(middle / 100))
+        hundredths = 100 - middle if gate.is_falling else middle
+        tried.append(attempt(round(gate.greatest * hundredths / 100, 3)))
         rate = tried[-1].nudge_rate
         if abs(rate - target) <= _CLOSE:
             break
@@ -251,14 +262,16 @@ def search_by_nudge_rate(attempt: Try, target: float) -> Calibration:
             high = middle - 1
     tried.sort(key=lambda point: point.threshold)
     best = min(tried, key=lambda point: abs(point.nudge_rate - target))
-    return Calibration(best.threshold, tuple(tried), target)
+    return Calibration(best.threshold, tuple(tried), target, nudge_gate)
 
 
-def search_by_score(attempt: Try, thresholds: Sequence[float]) -> Calibration:
+def search_by_score(
+    attempt: Try, thresholds: Sequence[float], nudge_gate: str = NudgingConfig.nudge_gate
+) -> Calibration:
     """The threshold with the best score; of equals the one that nudges least, and then the lowest."""
     tried = [attempt(threshold) for threshold in sorted(set(thresholds))]
     best = min(tried, key=lambda point: (-(point.right or 0), point.nudge_rate))
-    return Calibration(best.threshold, tuple(tried))
+    return Calibration(best.threshold, tuple(tried), nudge_gate=nudge_gate)
 
 
 def calibrate(
@@ -270,7 +283,7 @@ def calibrate(
     *,
     target_nudge_rate: float = 0.1,
     by_score: bool = False,
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float] | None = None,
     nudging_config: NudgingConfig | None = None,
     base_template: str = REASONING_TEMPLATE,
     max_new_tokens: int = 256,
@@ -278,7 +291,7 @@ def calibrate(
     resume: str | Path | None = None,
     progress: Callable[[float, int], None] = lambda threshold, answered: None,
 ) -> Calibration:
-    """Finds the `nudge_threshold` for a pair of models: every γ that is tried answers all prompts, greedily.
+    """Finds the `nudge_threshold` for a pair of models: for each that is tried all prompts are answered, greedily.
 
     What speaks against the pair is logged as a warning, and stands in `Calibration.warnings`.
 
@@ -286,11 +299,11 @@ def calibrate(
         base, nudging_model: the large base and the small aligned model.
         tokenizer, nudging_tokenizer: theirs.
         prompts: such as [`read_prompts`] reads; left out, [`built_in_prompts`]. Some twenty of the kind that the pair
-            is for: on questions of another kind the same γ may nudge much more or less.
+            is for: on questions of another kind the same threshold may nudge much more or less.
         target_nudge_rate: the share of words, in (0, 1), that is to be nudged.
         by_score: choose by the score instead; every prompt then needs `pattern` and `answer`.
-        thresholds: those among which the score chooses.
-        nudging_config: the other knobs; left out, those of the base's generation config.
+        thresholds: those among which the score chooses; left out, [`default_thresholds`].
+        nudging_config: the other knobs, the gate among them; left out, those of the base's generation config.
         base_template: see [`plain_prompt`]; for prompts that do not say themselves what the base is given.
         max_new_tokens: of an answer, in tokens of the base.
         batch_size: prompts that are answered at once, a matter of speed and memory alone.
@@ -319,9 +332,11 @@ def calibrate(
             f"The score needs `pattern` and `answer` for each prompt, and {unlabelled} of {len(prompts)} have none: "
             "give them, or a target nudge rate."
         )
-    if by_score and not thresholds:
+    if by_score and thresholds is not None and not thresholds:
         raise ValueError("There are no `thresholds` for the score to choose from: give at least one.")
     config = NudgingConfig.resolve([vars(nudging_config) if nudging_config else {}, base.generation_config.to_dict()])
+    gate = config.nudge_gate
+    thresholds = default_thresholds(gate) if thresholds is None else thresholds
     for threshold in thresholds:
         replace(config, nudge_threshold=threshold)  # Refused now, not after hours.
     texts = [
@@ -355,22 +370,27 @@ def calibrate(
         if not words:
             raise ValueError("No answer has a word, so there is no nudge rate: give other `prompts`.")
         point = Point(threshold, nudged, words, len(prompts), None if unlabelled else right)
-        if resume is not None:
-            _append(Path(resume), asdict(point))
+        if journal is not None:
+            journal.add(asdict(point))
         return point
 
-    finished = {}
+    journal = None
     if resume is not None:
         setup = {
-            "base": _name(base),
-            "nudging_model": _name(nudging_model),
-            "prompts": _digest([texts, *(asdict(prompt) for prompt in prompts)]),
+            "base": model_setup(base),
+            "nudging_model": model_setup(nudging_model),
+            "prompts": digest([texts, *(asdict(prompt) for prompt in prompts)]),
+            "nudge_gate": gate,
             "num_nudging_tokens": config.num_nudging_tokens,
             "takeover_on_agreement": config.takeover_on_agreement,
             "max_new_tokens": max_new_tokens,
         }
-        finished = _read_finished(Path(resume), setup)
-    found = search_by_score(attempt, thresholds) if by_score else search_by_nudge_rate(attempt, target_nudge_rate)
+        journal = Journal(resume, setup)
+    finished = {row["threshold"]: Point(**row) for row in journal.rows} if journal is not None else {}
+    if by_score:
+        found = search_by_score(attempt, thresholds, gate)
+    else:
+        found = search_by_nudge_rate(attempt, target_nudge_rate, gate)
     for warning in found.warnings:
         logger.warning(warning)
     return found
@@ -391,45 +411,8 @@ def _inputs(
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def _name(model: Any) -> str:
-    return f"{model.name_or_path or type(model).__name__}, {model.num_parameters()} parameters, {model.dtype}"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _read_finished(path: Path, setup: Mapping[str, Any]) -> dict[float, Point]:
-    """The thresholds of a `resume` file, which is begun where there is none. Its first line says what it is of."""
-    whole: list[str] = []
-    if path.exists():
-        text = path.read_text(encoding="utf-8")
-        whole = text.splitlines()
-        if text and not text.endswith("\n"):
-            logger.warning("%s ends in half a line, which was being written when a run was broken off.", path)
-            whole.pop()
-            path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
-    if not whole:
-        _append(path, setup)
-        return {}
-    try:
-        kept, *rows = [json.loads(line) for line in whole]
-        other = [name for name in setup if kept[name] != setup[name]]
-        points = [Point(**row) for row in rows] if not other else []
-    except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{path} is no `resume` file: give another name, and it is written anew.") from error
-    if other:
-        raise ValueError(f"{path} is of another {' and '.join(other)}: give another `resume` file, or delete it.")
-    return {point.threshold: point for point in points}
-
-
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def save_threshold(folder: str | Path, threshold: float) -> Path:
-    """Writes `nudge_threshold` into the generation config of a model's folder, and leaves the rest of it as it is.
+def save(calibration: Calibration, folder: str | Path) -> Path:
+    """Writes gate, threshold and target into the generation config of a model's folder, and leaves the rest of it.
 
     Raises:
         ValueError: for what is no model's folder.
@@ -442,8 +425,12 @@ def save_threshold(folder: str | Path, threshold: float) -> Path:
         fields = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder)).to_diff_dict()
     # transformers drops fields of others from a config that is marked as made from the model's.
     fields.pop("_from_model_config", None)
+    fields |= {"nudge_gate": calibration.nudge_gate, "nudge_threshold": calibration.threshold}
+    fields.pop("target_nudge_rate", None)
+    if calibration.target_nudge_rate is not None:
+        fields["target_nudge_rate"] = calibration.target_nudge_rate
     written = path.with_name(path.name + ".new")
-    text = json.dumps(fields | {"nudge_threshold": threshold}, indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
     written.write_text(text + "\n", encoding="utf-8")
     os.replace(written, path)
     return path
@@ -458,34 +445,3 @@ def check_model_folder(folder: str | Path) -> Path:
     if not Path(folder, "config.json").is_file():
         raise ValueError(f"{folder} is no model's folder: it has no config.json.")
     return Path(folder)
-
-
-def plot(calibration: Calibration, path: str | Path) -> None:
-    """Draws nudge rate, and the score where there is one, against γ into a PNG file.
-
-    Raises:
-        ImportError: where matplotlib is not installed.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot(xlabel="γ (nudge_threshold)", ylabel="share", xlim=(-0.02, 1.02), ylim=(0, 1.02))
-    thresholds = [point.threshold for point in calibration.curve]
-    axes.plot(thresholds, [point.nudge_rate for point in calibration.curve], "o-", label="nudged words")
-    scores = [point.score for point in calibration.curve if point.score is not None]
-    if scores:
-        axes.plot(thresholds, scores, "s--", label="right answers")
-    if calibration.target_nudge_rate is not None:
-        axes.axhline(calibration.target_nudge_rate, color="grey", linestyle=":", label="target of nudged words")
-    axes.axvline(calibration.threshold, color="black", linewidth=0.8, label=f"chosen: γ = {calibration.threshold:g}")
-    axes.legend()
-    figure.savefig(path, format="png")
-
-
-def require_matplotlib() -> None:
-    """Raises an `ImportError` that names the extra where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("A plot needs matplotlib: pip install 'nudging-hf[analysis]'.") from error

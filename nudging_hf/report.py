@@ -97,6 +97,15 @@ def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
     return drawn
 
 
+def plot_calibration(found: Any) -> bytes:
+    """A [`~calibration.Calibration`] as PNG: nudge rate, and the score where there is one, against the threshold.
+
+    Raises:
+        ImportError: without matplotlib, naming the extra to install.
+    """
+    return _draw(_calibration, found)
+
+
 def require_matplotlib() -> None:
     """Refuses now what would else be refused when there is something to draw.
 
@@ -109,7 +118,7 @@ def require_matplotlib() -> None:
         raise ImportError('Plots need matplotlib: pip install "nudging-hf[analysis]".') from error
 
 
-def _draw(plot: Any, tables: Mapping[str, Any]) -> bytes:
+def _draw(plot: Any, figures: Any) -> bytes:
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -118,10 +127,23 @@ def _draw(plot: Any, tables: Mapping[str, Any]) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4")
     axes.set_axisbelow(True)
-    plot(axes, tables)
+    plot(axes, figures)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})  # The same figures make the same file.
     return file.getvalue()
+
+
+def _calibration(axes: Any, found: Any) -> None:
+    thresholds = [point.threshold for point in found.curve]
+    axes.plot(thresholds, [point.nudge_rate for point in found.curve], "o-", color=_BLUE, label="nudged words")
+    scores = [point.score for point in found.curve]
+    if None not in scores:
+        axes.plot(thresholds, scores, "s--", color=_ORANGE, label="right answers")
+    if found.target_nudge_rate is not None:
+        axes.axhline(found.target_nudge_rate, color="grey", linestyle=":", label="target of nudged words")
+    axes.axvline(found.threshold, color="black", linewidth=0.8, label=f"chosen: {found.threshold:g}")
+    axes.set(xlabel=f"nudge_threshold of {found.nudge_gate}", ylabel="share", ylim=(0, 1.02))
+    axes.legend()
 
 
 def _positions(axes: Any, tables: Mapping[str, Any]) -> None:

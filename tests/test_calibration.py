@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import nudging_hf
-from nudging_hf import NudgingConfig, calibration, cli, spans_of
+from nudging_hf import NudgingConfig, cli, report, spans_of
 from nudging_hf.calibration import (
     Calibration,
     Point,
@@ -21,7 +20,7 @@ from nudging_hf.calibration import (
     built_in_prompts,
     calibrate,
     read_prompts,
-    save_threshold,
+    save,
     search_by_nudge_rate,
     search_by_score,
 )
@@ -63,6 +62,13 @@ def test_a_rising_rate_is_met_as_nearly_as_hundredths_can_in_seven_runs(target, 
     assert [point.threshold for point in found.curve] == sorted({point.threshold for point in found.curve})
 
 
+@pytest.mark.parametrize("target", [0.03, 0.1, 0.5])
+def test_a_gate_whose_rate_falls_is_searched_the_other_way(target):
+    found = search_by_nudge_rate(curve_of(lambda threshold: 1 - threshold / 6), target, "entropy")
+    assert abs(found.chosen.nudge_rate - target) <= 0.01 and len(found.curve) <= 7
+    assert found.nudge_gate == "entropy" and found.threshold == pytest.approx(6 * (1 - target), abs=0.1)
+
+
 def test_of_a_jump_the_nearer_side_is_taken():
     attempt = curve_of(lambda threshold: 0.04 if threshold < 0.33 else 0.3)
     low, high = (search_by_nudge_rate(attempt, target) for target in (0.1, 0.25))
@@ -72,7 +78,10 @@ def test_of_a_jump_the_nearer_side_is_taken():
     assert {0.32, 0.33} <= {point.threshold for point in low.curve}  # Both sides of the jump were looked at.
 
 
-@pytest.mark.parametrize(("rate", "threshold", "why"), [(0.15, 0.0, "Even γ = 0"), (0.06, 1.0, "Even γ = 1")])
+@pytest.mark.parametrize(
+    ("rate", "threshold", "why"),
+    [(0.15, 0.0, "Every threshold nudges more"), (0.06, 1.0, "Every threshold nudges less")],
+)
 def test_a_target_out_of_reach_is_told_with_the_end_of_the_curve(rate, threshold, why):
     found = search_by_nudge_rate(curve_of(lambda threshold: rate + 0.01 * (threshold - 0.5)), 0.1)
     assert threshold in {point.threshold for point in found.curve}
@@ -244,12 +253,12 @@ def test_a_file_of_something_else_is_refused(pair, tmp_path):
         ({"base_template": "{user}"}, "prompts"),
         ({"nudging_config": NudgingConfig(num_nudging_tokens=3)}, "num_nudging_tokens"),
     ):
-        with pytest.raises(ValueError, match=f"another {name}:"):
+        with pytest.raises(ValueError, match=f"another setup \\({name} differ\\)"):
             calibrated(pair, resume=file, **kwargs)
     assert file.read_text() == kept
-    for text in ("[]\n", "Dear diary\n", kept + "{}\n"):
+    for text in ("[]\n", "Dear diary\n"):
         file.write_text(text)
-        with pytest.raises(ValueError, match="no `resume` file"):
+        with pytest.raises(ValueError, match="no file of finished work"):
             calibrated(pair, resume=file)
         assert file.read_text() == text
 
@@ -303,32 +312,25 @@ def test_a_saved_threshold_is_loaded_with_the_model_and_nothing_else_changes(pai
         del fields["own_field"], fields["temperature"], fields["do_sample"]
     else:
         path.write_text(json.dumps(fields | ({"_from_model_config": True} if marked else {})))
-    assert save_threshold(tmp_path, 0.37) == path
+    assert save(Calibration(0.37, (), 0.1), tmp_path) == path
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
-    assert loaded.nudge_threshold == 0.37
+    assert (loaded.nudge_gate, loaded.nudge_threshold, loaded.target_nudge_rate) == ("top1", 0.37, 0.1)
     assert all(getattr(loaded, name) == value for name, value in fields.items() if name != "transformers_version")
-    save_threshold(tmp_path, 0.4)
-    assert json.loads(path.read_text())["nudge_threshold"] == 0.4
+    save(Calibration(1.5, (), nudge_gate="entropy"), tmp_path)
+    again = json.loads(path.read_text())
+    assert (again["nudge_gate"], again["nudge_threshold"]) == ("entropy", 1.5) and "target_nudge_rate" not in again
     assert not list(tmp_path.glob("*.new"))
 
 
 def test_a_threshold_is_saved_to_models_alone(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
-        save_threshold(tmp_path, 0.4)
+        save(Calibration(0.4, ()), tmp_path)
 
 
 @pytest.mark.parametrize("right", [None, 5])
-def test_the_curve_is_drawn(tmp_path, right):
-    pytest.importorskip("matplotlib")
+def test_the_curve_is_drawn(right):
     points = tuple(Point(step / 10, 10 * step, 100, 10, right) for step in range(10))
-    calibration.plot(Calibration(0.1, points, 0.1), tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_missing_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"nudging-hf\[analysis\]"):
-        calibration.require_matplotlib()
+    assert report.plot_calibration(Calibration(0.1, points, 0.1)).startswith(b"\x89PNG")
 
 
 # The pair in miniature, and the command line ------------------------------------------------------------------------
@@ -358,12 +360,12 @@ def test_the_mini_pair_meets_the_target_on_questions_that_it_was_not_calibrated_
     seen = write_questions(tmp_path / "seen.jsonl", world, "train", 1)
     unseen = write_questions(tmp_path / "unseen.jsonl", world, "dev", 2)
     base = shutil.copytree(MINI / "models" / "base", tmp_path / "base")
-    report, resume = tmp_path / "report.json", tmp_path / "resume"
-    args = ["--base", base, "--prompts", seen, "--resume", resume, "--json", report, "--save-to", base]
+    figures, resume = tmp_path / "figures.json", tmp_path / "resume"
+    args = ["--base", base, "--prompts", seen, "--resume", resume, "--json", figures, "--save-to", base]
     code, out, err = run(capsys, *args)
     assert code == 0
-    saved = json.loads(report.read_text(encoding="utf-8"))
-    assert f"nudge_threshold = {saved['threshold']:g}" in out and "in order" in out and "γ = " in err
+    saved = json.loads(figures.read_text(encoding="utf-8"))
+    assert f"nudge_threshold = {saved['threshold']:g}" in out and "in order" in out and "threshold 0.5" in err
     assert out.count("  <-\n") == 1 and out.count("%  ") >= len(saved["curve"])
     assert len(resume.read_text().splitlines()) == 1 + len(saved["curve"])
 

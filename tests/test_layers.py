@@ -12,7 +12,7 @@ PACKAGE = Path(nudging_hf.__file__).parent
 LAYERS = [
     {"config", "rounds"},
     {"gate", "bridge", "choosing", "host"},
-    {"cached_lm", "prompts", "named_model", "refusals", "threshold"},
+    {"cached_lm", "prompts", "named_model", "refusals", "threshold", "journal"},
     {"decoding"},
     {"output"},
     {"generate"},

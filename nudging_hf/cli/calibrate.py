@@ -11,8 +11,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .. import __version__, calibration
+from .. import __version__, calibration, report
 from ..chats import REASONING_TEMPLATE, turn_template
+from ..config import NudgingConfig
+from ..gate import GATES
 from .arguments import add_base_template, add_models, load_pair, positive
 
 _DESCRIPTION = (
@@ -44,12 +46,17 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--batch-size", type=positive, default=16, metavar="N", help="answered at once (default: %(default)s)"
     )
     search = parser.add_argument_group("search")
+    search.add_argument(
+        "--gate",
+        choices=tuple(GATES),
+        help=f"whose threshold to find (default: what is stored with the base, or else {NudgingConfig.nudge_gate})",
+    )
     aim = search.add_mutually_exclusive_group()
     aim.add_argument(
         "--target-nudge-rate",
         type=float,
         default=0.1,
-        metavar="P",
+        metavar="R",
         help="the share of words that the nudging model is to write (default: %(default)s)",
     )
     aim.add_argument("--by-score", action="store_true", help="the most right answers; of equals the fewest nudges")
@@ -57,8 +64,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--thresholds",
         type=float,
         nargs="+",
-        metavar="P",
-        help="those that --by-score tries (default: " + " ".join(f"{each:g}" for each in calibration.THRESHOLDS) + ")",
+        metavar="T",
+        help="those that --by-score tries (default: "
+        + " ".join(f"{each:g}" for each in calibration.default_thresholds(NudgingConfig.nudge_gate))
+        + f" for {NudgingConfig.nudge_gate})",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -84,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         def show(threshold: float, answered: int) -> None:
             if bar.n == bar.total:
                 bar.reset()
-            bar.set_description(f"γ = {threshold:.2f}", refresh=False)
+            bar.set_description(f"threshold {threshold:g}", refresh=False)
             bar.update(answered)
 
         found = calibration.calibrate(
@@ -95,7 +104,8 @@ def run(args: argparse.Namespace) -> None:
             prompts,
             target_nudge_rate=args.target_nudge_rate,
             by_score=args.by_score,
-            thresholds=args.thresholds or calibration.THRESHOLDS,
+            thresholds=args.thresholds,
+            nudging_config=pair.nudging_config({} if args.gate is None else {"nudge_gate": args.gate}),
             base_template=args.base_template,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
@@ -103,7 +113,8 @@ def run(args: argparse.Namespace) -> None:
             progress=show,
         )
     print(table(found), end="\n\n")
-    print(f"nudge_threshold = {found.threshold:g}")
+    gate = "" if found.nudge_gate == NudgingConfig.nudge_gate else f"nudge_gate = {found.nudge_gate}, "
+    print(f"{gate}nudge_threshold = {found.threshold:g}")
     if not found.warnings:  # These have been logged, to standard error.
         print(found.verdict)
     _write(found, len(prompts), args)
@@ -118,7 +129,7 @@ def _refuse_early(args: argparse.Namespace) -> None:
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{option}: there is no folder {path.parent}.")
     if args.plot is not None:
-        calibration.require_matplotlib()
+        report.require_matplotlib()
     if args.save_to is not None:
         calibration.check_model_folder(args.save_to)
 
@@ -126,9 +137,9 @@ def _refuse_early(args: argparse.Namespace) -> None:
 def table(found: calibration.Calibration) -> str:
     """One line a threshold that was tried, with an arrow at the one that was taken."""
     scored = found.chosen.score is not None
-    lines = ["   γ  nudged words" + ("  right answers" if scored else "")]
+    lines = ["threshold  nudged words" + ("  right answers" if scored else "")]
     for point in found.curve:
-        line = f"{point.threshold:4.2f}  {point.nudge_rate:12.1%}"
+        line = f"{point.threshold:9.2f}  {point.nudge_rate:12.1%}"
         if point.score is not None:
             line += f"  {point.score:13.1%}"
         lines.append(line + ("  <-" if point.threshold == found.threshold else ""))
@@ -138,7 +149,7 @@ def table(found: calibration.Calibration) -> str:
 
 def _write(found: calibration.Calibration, prompts: int, args: argparse.Namespace) -> None:
     if args.json is not None:
-        report = {
+        saved = {
             "base": args.base,
             "nudging_model": args.nudging_model,
             "prompts": prompts,
@@ -150,10 +161,10 @@ def _write(found: calibration.Calibration, prompts: int, args: argparse.Namespac
                 "transformers": transformers.__version__,
             },
         }
-        args.json.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         print(f"The threshold and the curve: {args.json}")
     if args.plot is not None:
-        calibration.plot(found, args.plot)
+        args.plot.write_bytes(report.plot_calibration(found))
         print(f"The curve, drawn: {args.plot}")
     if args.save_to is not None:
-        print(f"The threshold is written to {calibration.save_threshold(args.save_to, found.threshold)}")
+        print(f"The threshold is written to {calibration.save(found, args.save_to)}")
