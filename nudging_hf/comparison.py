@@ -135,7 +135,7 @@ def contestants_of(models: Models, configs: Sequence[NudgingConfig]) -> tuple[li
     """The contestants that some models make.
 
     Args:
-        configs: the knobs of nudging, which differ in the threshold; the base is nudged with each.
+        configs: the knobs of nudging, which differ in gate and threshold; the base is nudged with each.
 
     Returns:
         The contestants in the order of the table, and why others are not among them, by name.
@@ -150,7 +150,7 @@ def contestants_of(models: Models, configs: Sequence[NudgingConfig]) -> tuple[li
     for small, mark in ((nudging, ""), (shared, _SHARED)):
         if small is not None:
             for config in configs:
-                name = f"{NUDGED}{mark}, γ = {config.nudge_threshold}"
+                name = f"{NUDGED}{mark}, {_gate_of(config)}"
                 write = partial(write_nudged, base, small, config)
                 found.append(Contestant(name, write, base, (small,), nudged=True))
     mixed, mark = (nudging, "") if shared is None else (shared, _SHARED)
@@ -185,9 +185,10 @@ def _vocabularies(base: Reader, small: Reader, which: str = "nudging") -> str:
     )
 
 
-def knobs(base: Reader, threshold: Any) -> NudgingConfig:
-    """The knobs of a base's generation config, with a threshold of its own."""
-    return NudgingConfig.resolve([{"nudge_threshold": threshold}, base.model.generation_config.to_dict()])
+def _gate_of(config: NudgingConfig) -> str:
+    if config.nudge_gate == NudgingConfig.nudge_gate:
+        return f"γ = {config.nudge_threshold}"
+    return f"{config.nudge_gate} {config.nudge_threshold}"
 
 
 def write_alone(reader: Reader, small: bool, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[Piece]]:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import comparison
 from .analysis import Reader
 from .comparison import counted_passes, write_alone, write_nudged
+from .config import NudgingConfig
 from .provenance import Piece, count_nudged_words, spans
 from .streaming import MarkingStreamer
 
@@ -222,7 +223,7 @@ class Result:
 def stream_answer(pair: Pair, question: Question, threshold: float, write: Callable[[str, bool], None]) -> Answer:
     """The nudged answer to one question, handed to `write(text, nudged)` as it is written."""
     streamer = MarkingStreamer(pair.base.tokenizer, write)
-    knobs = comparison.knobs(pair.base, threshold)
+    knobs = NudgingConfig(nudge_threshold=threshold)
     [pieces] = write_nudged(pair.base, pair.nudging, knobs, [question], MAX_NEW_TOKENS, streamer)
     return Answer(question, pieces)
 
@@ -258,7 +259,7 @@ def evaluate(
 def _answer(contestant: Contestant, questions: Sequence[Question], threshold: float) -> list[Answer]:
     large, small = contestant.large, contestant.small
     if large is not None and small is not None:
-        written = write_nudged(large, small, comparison.knobs(large, threshold), questions, MAX_NEW_TOKENS)
+        written = write_nudged(large, small, NudgingConfig(nudge_threshold=threshold), questions, MAX_NEW_TOKENS)
     else:
         lm = large or small
         assert lm is not None

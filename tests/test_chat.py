@@ -140,7 +140,7 @@ def test_the_threshold_holds_from_the_next_answer_on(chat, tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("/threshold x", "/threshold takes a number such as 0.4, or auto, got 'x'."),
+        ("/threshold x", "/threshold: expected a number such as 0.4, or auto, got 'x'."),
         ("/threshold -1", "`nudge_threshold` must be >= 0"),
         ("/save", "/save takes the name of a file."),
         ("/save /no/such/folder/chat.json", "The chat cannot be saved: "),

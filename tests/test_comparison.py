@@ -411,8 +411,8 @@ def test_thresholds_are_added_left_out_are_named_and_another_setup_is_refused(fo
     assert "ensemble is left out: it needs one vocabulary" in capsys.readouterr().out
     turns, take = [], comparison.take_turn
     monkeypatch.setattr(comparison, "take_turn", lambda *args: turns.append(args[0].name) or take(*args))
-    assert cli.main(arguments(folder, tmp_path, "--threshold", 0.4, 0.9)) == 0
-    assert set(turns) == {"nudged, γ = 0.9"} and len(turns) == 2
+    assert cli.main(arguments(folder, tmp_path, "--threshold", 0.4, 0.9, "margin:0.5", "rejection:auto")) == 0
+    assert set(turns) == {"nudged, γ = 0.9", "nudged, margin 0.5", "nudged, rejection auto"} and len(turns) == 6
     for row, other in pairwise(figures(tmp_path)[0][2:4]):
         assert row["nudge_rate"] < other["nudge_rate"]
     capsys.readouterr()
@@ -424,7 +424,7 @@ def test_thresholds_are_added_left_out_are_named_and_another_setup_is_refused(fo
     ("wrong", "says"),
     [
         (["--threshold", "-1"], "nudge_threshold"),
-        (["--threshold", "high"], "nudge_threshold"),
+        (["--threshold", "top2:0.4"], "`nudge_gate`"),
         (["--base-template", "x"], "{user}"),
         (["--prompts", "nowhere"], "nowhere"),
         (["--large-aligned", "./nowhere"], "--large-aligned: there is no folder ./nowhere"),

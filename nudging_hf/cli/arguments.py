@@ -45,7 +45,10 @@ def drafts(text: str) -> int | str:
 
 def threshold_or_auto(text: str) -> float | str:
     """A number, or `auto`."""
-    return text if text == AUTO else float(text)
+    try:
+        return text if text == AUTO else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number such as 0.4, or {AUTO}, got {text!r}") from None
 
 
 def add_color(parser: Any) -> None:

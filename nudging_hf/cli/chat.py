@@ -183,8 +183,8 @@ class Chat:
         if text:
             try:
                 given = threshold_or_auto(text)
-            except ValueError:
-                raise ValueError(f"/threshold takes a number such as 0.4, or auto, got {text!r}.") from None
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"/threshold: {error}.") from None
             config = self._decoding["nudging_config"] = replace(config, nudge_threshold=given)
         _say(f"The threshold of {config.nudge_gate} is {config.nudge_threshold}.")
 

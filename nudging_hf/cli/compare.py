@@ -19,15 +19,16 @@ from .. import __version__, comparison
 from ..analysis import Reader
 from ..chats import REASONING_TEMPLATE, turn_template
 from ..config import NudgingConfig
+from ..gate import GATES
 from ..journal import Journal, digest, model_setup
-from .arguments import add_base_template, add_models, load_model, load_pair, loading_bars, positive
+from .arguments import add_base_template, add_models, load_model, load_pair, loading_bars, positive, threshold_or_auto
 
 _DESCRIPTION = (
     "Tells whether nudging helps a pair of models, and against what: on questions with known answers, the base alone, "
     "the nudging model alone, the base nudged, an ensemble, proxy tuning, in-context alignment, and the large aligned "
     "model if there is one. Writes one table, and what it says in plain words."
 )
-_THRESHOLD = "nudge_threshold"
+_OF_CONTESTANTS = ("nudge_gate", "nudge_threshold")
 
 
 def add_command(commands: Any) -> None:
@@ -69,11 +70,12 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--threshold",
-        type=_threshold,
+        type=_gate_and_threshold,
         nargs="+",
-        default=[NudgingConfig().nudge_threshold],
-        metavar="P",
-        help="one or more: the base is unsure where its most probable token has less than this probability "
+        default=[_gate_and_threshold(f"{NudgingConfig().nudge_threshold}")],
+        metavar="T",
+        help="one or more: the base is unsure where its most probable token has less than this probability; GATE:T "
+        f"for a gate of {', '.join(GATES)}; auto or GATE:auto for one that sets itself "
         f"(default: {NudgingConfig().nudge_threshold})",
     )
     parser.add_argument(
@@ -85,26 +87,24 @@ def add_command(commands: Any) -> None:
     )
 
 
-def _threshold(text: str) -> float | str:
-    """A number, or what `NudgingConfig` may know by name."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _gate_and_threshold(text: str) -> tuple[str, float | str]:
+    gate, colon, threshold = text.rpartition(":")
+    return gate if colon else NudgingConfig.nudge_gate, threshold_or_auto(threshold)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs `nudging-hf compare`."""
     turn_template(args.base_template)
-    thresholds = list(dict.fromkeys(args.threshold))
-    for threshold in thresholds:
-        NudgingConfig(nudge_threshold=threshold)  # Refused now, not after the models are loaded.
+    knobs = [{"nudge_gate": gate, "nudge_threshold": threshold} for gate, threshold in dict.fromkeys(args.threshold)]
+    for each in knobs:
+        NudgingConfig(**each)  # Refused now, not after the models are loaded.
     questions = comparison.read_questions(args.prompts)
     if args.limit is not None:
         questions = comparison.first_of_each_task(questions, args.limit)
     args.out.mkdir(parents=True, exist_ok=True)
     models = _load(args)
-    configs = [comparison.knobs(models.base, threshold) for threshold in thresholds]
+    stored = models.base.model.generation_config.to_dict()
+    configs = [NudgingConfig.resolve([each, stored]) for each in knobs]
     contestants, left_out = comparison.contestants_of(models, configs)
     setup = _setup(args, models, configs[0], questions)
     journal = Journal(args.out / "answers.jsonl", setup)
@@ -149,14 +149,14 @@ def _setup(
     knobs: NudgingConfig,
     questions: Sequence[comparison.Question],
 ) -> dict[str, Any]:
-    """All on which an answer and its time depend, but for the threshold, which stands in a contestant's name."""
+    """All on which an answer and its time depend, but for gate and threshold, which a contestant's name has."""
     return {
         **{name: reader and model_setup(reader.model) for name, reader in vars(models).items()},
         "device": str(models.base.model.device),
         "questions": len(questions),
         "questions_sha256": digest([asdict(question) for question in questions]),
         "base_template": args.base_template,
-        **{name: value for name, value in asdict(knobs).items() if name != _THRESHOLD},
+        **{name: value for name, value in asdict(knobs).items() if name not in _OF_CONTESTANTS},
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
         "python": platform.python_version(),
