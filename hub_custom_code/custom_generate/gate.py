@@ -42,6 +42,7 @@ class Gate:
             and gives scores of shape (n,).
         strictest: the threshold that one which sets itself does not go beyond: by it, hardly anybody would call the
             base unsure. Nudging a base that is sure costs right answers.
+        greatest: the greatest threshold that makes a difference in practice, from 0 on.
         is_falling: whether the cutoff is minus the threshold, so that a greater threshold nudges less.
         against_nudging_model: whether the nudging model's top-1 probability after the same text is taken off the
             score.
@@ -49,6 +50,7 @@ class Gate:
 
     score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     strictest: float
+    greatest: float = 1.0
     is_falling: bool = False
     against_nudging_model: bool = False
 
@@ -76,7 +78,7 @@ def _of_token(p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 GATES = {
     "top1": Gate(_greatest, strictest=0.6),
-    "entropy": Gate(_certainty, strictest=1.0, is_falling=True),
+    "entropy": Gate(_certainty, strictest=1.0, greatest=6.0, is_falling=True),
     "margin": Gate(_margin, strictest=0.4),
     "rejection": Gate(_of_token, strictest=0.1, is_falling=True, against_nudging_model=True),
     "kad": Gate(_of_token, strictest=0.6),
