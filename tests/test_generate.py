@@ -464,7 +464,7 @@ def refused(model, inputs, match, **kwargs):
         ({"past_key_values": ()}, "past_key_values"),
         ({"position_ids": torch.ones(2, 3)}, "position_ids"),
         ({"custom_generate": "some/where"}, "custom_generate"),
-        ({"nudge_threshold": "high"}, "`nudge_threshold` must be a finite number such as 0.4, got 'high'"),
+        ({"nudge_threshold": "high"}, "`nudge_threshold` must be a finite number such as 0.4, or 'auto', got 'high'"),
         ({"nudge_threshold": float("nan")}, "nudge_threshold"),
         ({"num_draft_tokens": -1}, "num_draft_tokens"),
         ({"nudging_config": 0.4}, "NudgingConfig"),
