@@ -3,6 +3,7 @@
 #   PYTHON   the interpreter that makes the environment
 #   VENV     the folder that it lies in
 #   EVAL     the folder that `make eval-demo` writes to
+#   BENCH    what else the benchmark is told, as in `make bench BENCH=--quick`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ MINI := examples/mini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow demo eval-demo hub format clean
+.PHONY: help venv test test-slow demo eval-demo bench hub format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +53,9 @@ eval-demo: $(STAMP) ## see what nudging is worth beside its rivals, on dev quest
 		--base $(MINI)/models/base --nudging-model $(MINI)/models/nudging \
 		--shared-nudging-model $(MINI)/models/nudging-shared --unaligned $(MINI)/models/nudging-shared-unaligned \
 		--large-aligned $(MINI)/models/large-aligned
+
+bench: $(STAMP) ## time nudging against everything else; BENCH=--quick to see that it runs
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 hub: $(STAMP) ## copy the code into hub_custom_code
 	$(BIN)/nudging-hf hub code hub_custom_code

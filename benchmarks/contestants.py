@@ -1,0 +1,253 @@
+"""Who races: each writes answers to the same questions in a way of its own. They know models, never clocks."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from widen import widened
+
+import nudging_hf
+from nudging_hf import baselines
+from nudging_hf.demo import LM, MAX_NEW_TOKENS, Question
+
+MINI = Path(__file__).parents[1] / "examples" / "mini"
+BASE, LARGE = "base", "large-aligned"
+OWN, SHARED, UNALIGNED = "nudging", "nudging-shared", "nudging-shared-unaligned"
+THRESHOLD = 0.4
+
+BASE_ALONE = "base alone"
+ADAPTIVE = "adaptive"
+LMs = dict[str, LM]
+
+
+def dev_questions(per_task: int, skip: int = 0) -> list[Question]:
+    """The first dev questions of each task of the mini pair, task by task, after those that are skipped."""
+    sys.path.insert(0, str(MINI))
+    import world
+
+    drawn: dict[str, list[Question]] = {}
+    for problem in world.problem_set("dev", world.DEV_SEED, world.DEV_ROWS_PER_TASK):
+        drawn.setdefault(problem.task, []).append(Question(**world.row(problem)))
+    return [question for questions in drawn.values() for question in questions[skip : skip + per_task]]
+
+
+def load(name: str, factor: int, dtype: torch.dtype, change: Callable[[LM], Any] | None = None) -> LM:
+    """A model of the mini pair, widened; where `change` is given, what that makes of it."""
+    lm = LM.load(MINI / "models" / name)
+    model = lm.model if change is None else change(lm)
+    return LM(widened(model, factor).to(dtype), lm.tokenizer)
+
+
+@torch.no_grad()
+def contradicting(lm: LM) -> Any:
+    """The model, writing nothing but tokens that begin a word, each in the place of another: it agrees by accident.
+
+    So each of its words is one token, and the base is asked at once. Noise may write on without a space, and an answer
+    of its words alone takes no base at all.
+    """
+    model = copy.deepcopy(lm.model)
+    texts = lm.tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
+    words = torch.tensor([i for i, text in enumerate(texts) if text.startswith(" ") and text.strip()])
+    head = torch.zeros_like(model.lm_head.weight)
+    head[words] = model.lm_head.weight[words.roll(len(words) // 2)]
+    model.lm_head.weight = torch.nn.Parameter(head)  # Of its own, also where the embedding was tied to it.
+    return model
+
+
+def widths(width: int) -> dict[str, int]:
+    """How wide each model becomes: a pass of a nudging model is to cost about 1/15 of one of the base."""
+    return {BASE: width, LARGE: width, SHARED: width, UNALIGNED: width, OWN: width * 3 // 2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be written: questions, the base's confidence from which on it writes, and how much.
+
+    Args:
+        lengths: of each row, how many tokens a contestant that never ends an answer is to write; what a nudged
+            answer to the same question has.
+        max_new_tokens: of a nudged answer, which ends by itself.
+    """
+
+    questions: Sequence[Question]
+    threshold: float = THRESHOLD
+    lengths: Sequence[int] = ()
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+    def of_length(self, tokens: int) -> Work:
+        return replace(self, max_new_tokens=tokens, lengths=[tokens] * len(self.questions))
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Arguments of `generate`: greedy, as many new tokens as the longest row has, whatever the model would."""
+        longest = max(self.lengths)
+        return {"do_sample": False, "min_new_tokens": longest, "max_new_tokens": longest}
+
+
+Write = Callable[[LMs, Work], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to write an answer.
+
+    Args:
+        name: as tables have it.
+        models: the names of those that it uses, the large one first.
+        write: does it; the ids of each row's answer, without padding.
+        draft: of nudged answers, the pair's vocabulary and how far is drafted.
+        in_batches: whether it races in batches too. Some write one row alone, and others say nothing new there.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    write: Write
+    draft: tuple[str, int | str] | None = None
+    in_batches: bool = True
+
+
+def nudged(lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any) -> list[list[int]]:
+    return nudged_output(lms, work, small, draft, **kwargs)[0]
+
+
+def nudged_output(
+    lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any
+) -> tuple[list[list[int]], nudging_hf.NudgingOutput]:
+    """The ids of each row's answer, without padding, and all else that `generate` returned."""
+    base, nudging = lms[BASE], lms[small]
+    ids, mask = base.plain_prompts(work.questions)
+    nudging_ids, nudging_mask = nudging.chat_prompts(work.questions)
+    arguments = {
+        "nudge_threshold": work.threshold,
+        "num_draft_tokens": draft,
+        "do_sample": False,
+        "max_new_tokens": work.max_new_tokens,
+        **kwargs,
+    }
+    out = nudging_hf.generate(
+        base.model,
+        input_ids=ids,
+        attention_mask=mask,
+        tokenizer=base.tokenizer,
+        nudging_model=nudging.model,
+        nudging_tokenizer=nudging.tokenizer,
+        nudging_input_ids=nudging_ids,
+        nudging_attention_mask=nudging_mask,
+        return_dict_in_generate=True,
+        **arguments,
+    )
+    lengths = (~out.base_top1_probs.isnan()).sum(dim=1).tolist()
+    rows = out.sequences[:, ids.shape[1] :].tolist()
+    return [row[:n] for row, n in zip(rows, lengths, strict=True)], out
+
+
+def base_alone(lms: LMs, work: Work, **kwargs: Any) -> list[list[int]]:
+    """Plain `generate`. All rows are written to the length of the longest, as always; each counts as its own."""
+    ids, mask = lms[BASE].plain_prompts(work.questions)
+    out = lms[BASE].model.generate(input_ids=ids, attention_mask=mask, **work.fixed, **kwargs)
+    return _rows(out, ids, work)
+
+
+def large_aligned(lms: LMs, work: Work) -> list[list[int]]:
+    ids, mask = lms[LARGE].chat_prompts(work.questions)
+    return _rows(lms[LARGE].model.generate(input_ids=ids, attention_mask=mask, **work.fixed), ids, work)
+
+
+def assisted(lms: LMs, work: Work) -> list[list[int]]:
+    """transformers' assisted generation, as it is by default: the base's own text, drafted by the same small model."""
+    return base_alone(lms, work, assistant_model=lms[SHARED].model)
+
+
+def mixed(lms: LMs, work: Work, mix: Callable[..., torch.Tensor], unaligned: bool) -> list[list[int]]:
+    base, nudging = lms[BASE], lms[SHARED]
+    ids, mask = base.plain_prompts(work.questions)
+    nudging_ids, nudging_mask = nudging.chat_prompts(work.questions)
+    more: dict[str, Any] = {}
+    if unaligned:
+        more = {"unaligned_model": lms[UNALIGNED].model, "unaligned_tokenizer": lms[UNALIGNED].tokenizer}
+    out = mix(
+        base.model,
+        ids,
+        attention_mask=mask,
+        tokenizer=base.tokenizer,
+        nudging_model=nudging.model,
+        nudging_tokenizer=nudging.tokenizer,
+        nudging_input_ids=nudging_ids,
+        nudging_attention_mask=nudging_mask,
+        **more,
+        **work.fixed,
+    )
+    return _rows(out, ids, work)
+
+
+@torch.no_grad()
+def stepping_both(lms: LMs, work: Work) -> list[list[int]]:
+    """Nudging as it is usually written: at each token both models read the last one, and one of them is followed.
+
+    A nudging word ends where the nudging model's next token begins with a space. Both models keep their caches, and
+    a step takes one transfer from the device.
+    """
+    base, nudging = lms[BASE], lms[SHARED]
+    fed = {"base": base.plain_prompts(work.questions)[0], "nudging": nudging.chat_prompts(work.questions)[0]}
+    models = {"base": base.model, "nudging": nudging.model}
+    caches = {name: DynamicCache() for name in models}
+    begins_word = [
+        text.startswith(" ") for text in base.tokenizer.batch_decode([[i] for i in range(len(base.tokenizer))])
+    ]
+    eos = [nudging.tokenizer.eos_token_id, base.tokenizer.eos_token_id]
+    answer: list[int] = []
+    nudges = True
+    while len(answer) < work.lengths[0]:
+        logits = {
+            name: model(input_ids=fed[name], past_key_values=caches[name], use_cache=True, logits_to_keep=1).logits[
+                0, -1
+            ]
+            for name, model in models.items()
+        }
+        top1, token = logits["base"].float().softmax(dim=-1).max(dim=-1)
+        logits["nudging"][eos] = float("-inf")
+        said = torch.stack([top1.double(), token.double(), logits["nudging"].argmax().double()]).tolist()
+        confident = said[0] >= work.threshold and int(said[1]) not in eos
+        word_goes_on = nudges and answer and not begins_word[int(said[2])]
+        nudges = bool(not answer or word_goes_on or not confident)
+        answer.append(int(said[2] if nudges else said[1]))
+        fed = dict.fromkeys(models, torch.tensor([answer[-1:]]))
+    return [answer]
+
+
+def _rows(sequences: torch.Tensor, ids: torch.Tensor, work: Work) -> list[list[int]]:
+    new = sequences[:, ids.shape[1] :].tolist()
+    return [row[:n] for row, n in zip(new, work.lengths, strict=True)]
+
+
+def nudging_contestant(small: str, draft: int | str) -> Contestant:
+    name = "nudged, " + ("two vocabularies" if small == OWN else "one vocabulary")
+    name += "" if draft == ADAPTIVE else f", {'nothing drafted' if draft == 0 else f'drafts of {draft}'}"
+    few = draft in (ADAPTIVE, 0, 4) if small == SHARED else draft == ADAPTIVE
+    return Contestant(name, (BASE, small), partial(nudged, small=small, draft=draft), (small, draft), few)
+
+
+ALONE = Contestant(BASE_ALONE, (BASE,), base_alone)
+CONTESTANTS = [
+    ALONE,
+    *(nudging_contestant(SHARED, draft) for draft in (ADAPTIVE, 0, 4, 8, 16)),
+    *(nudging_contestant(OWN, draft) for draft in (ADAPTIVE, 0, 8)),
+    Contestant("assisted generation", (BASE, SHARED), assisted, in_batches=False),
+    Contestant("both models at every token", (BASE, SHARED), stepping_both, in_batches=False),
+    Contestant("ensemble", (BASE, SHARED), partial(mixed, mix=baselines.ensemble, unaligned=False), in_batches=False),
+    Contestant(
+        "proxy tuning",
+        (BASE, SHARED, UNALIGNED),
+        partial(mixed, mix=baselines.proxy_tuning, unaligned=True),
+        in_batches=False,
+    ),
+    Contestant("large aligned model alone", (LARGE,), large_aligned),
+]

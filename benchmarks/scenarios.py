@@ -1,0 +1,387 @@
+"""What is measured: each scenario is a list of units of work, each with a key, to be done one after the other.
+
+A unit's key is a dict of JSON that no other unit has. Units know clocks, and nothing of files or tables.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from contestants import (
+    ADAPTIVE,
+    ALONE,
+    BASE,
+    CONTESTANTS,
+    OWN,
+    SHARED,
+    Contestant,
+    LMs,
+    Work,
+    base_alone,
+    contradicting,
+    dev_questions,
+    load,
+    nudged,
+    nudged_output,
+    nudging_contestant,
+    widths,
+)
+from meters import Meter, PeakMemory, Stopwatch, cache_bytes, weight_bytes
+from transformers import DynamicCache
+from widen import with_noise
+
+from nudging_hf.demo import LM, MAX_NEW_TOKENS, Question
+from nudging_hf.journal import digest
+
+Key = dict[str, Any]
+Row = dict[str, Any]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+PASS_WIDTHS = (1, 2, 4, 5, 8, 9, 16, 17)
+FAR_WIDTHS = (1, 4, 9, 17)
+BATCH_SHAPES = ((8, 1), (8, 5), (32, 1))  # Rows, and tokens of each.
+CONTEXTS = (128, 4096)
+ENOUGH_SECONDS = 6.0  # Of one kind of pass, after which three of it are enough.
+NOISE = (0.0, 0.15, 0.3, 0.45, 1.0)
+THRESHOLDS = (0.2, 0.4, 0.6)
+LONG_BIN = 256
+MOST_ROWS_TO_THE_END = 8  # Of a batch; larger ones write `short_answer` tokens a row, which tell as much.
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything is done.
+
+    Args:
+        width: of the base; see `widths`.
+        questions: of each task, at batch 1. A batch takes as many as it has rows, of all tasks alike.
+        rounds: how often each contestant answers each of them.
+        minutes: for one race: no round is begun that would probably end later, the first excepted.
+        tasks: all, or those of these names.
+    """
+
+    width: int = 16
+    questions: int = 1
+    rounds: int = 3
+    minutes: float = 8.0
+    tasks: Sequence[str] = ()
+    max_new_tokens: int = MAX_NEW_TOKENS
+    repeats: int = 7
+    noise: Sequence[float] = NOISE
+    thresholds: Sequence[float] = THRESHOLDS
+    short_answer: int = 64  # New tokens where not the answer matters but its cost.
+    short_questions: int = 2
+    long_answer: int = 4096
+
+
+class Unit(NamedTuple):
+    """One piece of work, and what a progress bar says of it."""
+
+    key: Key
+    work: Callable[[], Row]
+
+    @property
+    def label(self) -> str:
+        return str(self.key.get("contestant", self.key["scenario"]))
+
+
+Find = Callable[[Key], Row | None]
+
+
+@dataclass
+class Models:
+    """The models of one dtype, each loaded when it is first used."""
+
+    width: int
+    dtype: str
+    loaded: LMs = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> LM:
+        if name not in self.loaded:
+            self.loaded[name] = load(name, widths(self.width)[name], DTYPES[self.dtype])
+        return self.loaded[name]
+
+    def of(self, contestant: Contestant) -> LMs:
+        return {name: self[name] for name in contestant.models}
+
+
+def measure(contestant: Contestant, lms: LMs, work: Work) -> tuple[Row, list[list[int]]]:
+    """Lets a contestant write once; what that took, and the ids of the answers."""
+    with PeakMemory() as memory, Meter({name: lm.model for name, lm in lms.items()}) as meter:
+        answers = contestant.write(lms, work)
+    large, *small = [meter.passes[name] for name in contestant.models]
+    slots = len(answers) * max(map(len, answers))
+    caches = 0
+    for lm in lms.values():
+        prompts, _ = (lm.chat_prompts if lm.tokenizer.chat_template else lm.plain_prompts)(work.questions)
+        caches += cache_bytes(lm.model, slots + prompts.numel())
+    row = {
+        "seconds": meter.seconds,
+        "lengths": [len(answer) for answer in answers],
+        "answers": [digest(answer)[:12] for answer in answers],
+        "large": {"passes": large.count, "fed": large.fed, "seconds": large.seconds},
+        "small": {
+            "passes": sum(each.count for each in small),
+            "fed": sum(each.fed for each in small),
+            "seconds": sum(each.seconds for each in small),
+        },
+        "extra_bytes": memory.extra_bytes,
+        "weight_bytes": sum(weight_bytes(lm.model) for lm in lms.values()),
+        "cache_bytes": caches,
+    }
+    return row, answers
+
+
+# The race -----------------------------------------------------------------------------------------------------------
+
+
+def groups(size: Size, batch: int) -> list[list[Question]]:
+    """The questions of each call."""
+    drawn: dict[str, list[Question]] = {}
+    for question in dev_questions(max(size.questions, batch)):
+        if not size.tasks or question.task in size.tasks:
+            drawn.setdefault(question.task, []).append(question)
+    if not drawn:
+        raise ValueError(f"`tasks` must name some of letters, stories, coins and lengths, got {list(size.tasks)}.")
+    turns = [question for turn in zip(*drawn.values(), strict=True) for question in turn]
+    return [[question] for question in turns[: size.questions * len(drawn)]] if batch == 1 else [turns[:batch]]
+
+
+def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
+    """Every contestant on the same questions, in turn."""
+    models = Models(size.width, dtype)
+    runners = [each for each in CONTESTANTS if each.in_batches or batch == 1]
+    most = size.max_new_tokens if batch <= MOST_ROWS_TO_THE_END else size.short_answer
+    calls = groups(size, batch)
+    key = {"scenario": "race", "dtype": dtype, "batch": batch}
+    warm = False
+
+    def lengths(questions: list[Question]) -> Row:
+        """How long a nudged answer is; others write as much. Not timed: it warms up too."""
+        small = nudging_contestant(SHARED, ADAPTIVE)
+        answers = small.write(models.of(small), Work(questions, max_new_tokens=most))
+        return {"lengths": [len(answer) for answer in answers]}
+
+    def run(contestant: Contestant, questions: list[Question], own: Row) -> Row:
+        nonlocal warm
+        if not warm:
+            for each in runners:
+                each.write(models.of(each), Work(questions).of_length(6))
+            warm = True
+        work = Work(questions, lengths=own["lengths"], max_new_tokens=most)
+        return measure(contestant, models.of(contestant), work)[0]
+
+    start, slowest = time.monotonic(), 0.0
+    for turn in range(size.rounds):
+        begun = time.monotonic()
+        if turn and begun - start + slowest > 60 * size.minutes:
+            break
+        for questions in calls:
+            call = digest([question.prompt for question in questions])[:12]
+            call_key = {**key, "call": call, "task": questions[0].task if batch == 1 else "all"}
+            own_key = {**call_key, "contestant": "lengths"}
+            yield Unit(own_key, lambda asked=questions: lengths(asked))
+            own = find(own_key)
+            assert own is not None
+            for i in range(len(runners)):
+                runner = runners[(i + turn) % len(runners)]  # Nobody is always behind the same one.
+                yield Unit(
+                    {**call_key, "round": turn, "contestant": runner.name},
+                    lambda who=runner, asked=questions, own=own: run(who, asked, own),
+                )
+        slowest = max(slowest, time.monotonic() - begun)
+
+
+# Passes -------------------------------------------------------------------------------------------------------------
+
+
+def passes(size: Size, dtype: str) -> Iterator[Unit]:
+    """What one forward pass costs: its median seconds by rows, tokens of a row, and what stands in the cache."""
+    models = Models(size.width, dtype)
+    shapes = [(BASE, 1, width, CONTEXTS[0]) for width in PASS_WIDTHS]
+    shapes += [(BASE, 1, width, CONTEXTS[1]) for width in FAR_WIDTHS]
+    shapes += [(BASE, rows, width, CONTEXTS[0]) for rows, width in BATCH_SHAPES]
+    shapes += [(name, 1, width, context) for name in (SHARED, OWN) for width in (1, 4) for context in CONTEXTS]
+    shapes += [(name, rows, 1, CONTEXTS[0]) for name in (SHARED, OWN) for rows in (8, 32)]
+
+    def all_shapes() -> Row:
+        seconds: dict[tuple[str, int, int, int], list[float]] = {shape: [] for shape in shapes}
+        caches: dict[tuple[str, int, int], DynamicCache] = {}
+        for turn in range(size.repeats + 1):
+            for name, rows, width, context in shapes:
+                taken = seconds[name, rows, width, context]
+                if len(taken) >= 3 and sum(taken) > ENOUGH_SECONDS:
+                    continue
+                model = models[name].model
+                if (name, rows, context) not in caches:
+                    caches[name, rows, context] = random_cache(model, rows, context)
+                took = timed_pass(model, caches[name, rows, context], rows, width, context)
+                if turn:  # The first warms up.
+                    taken.append(took)
+        return {
+            "passes": [
+                {"model": name, "rows": rows, "width": width, "context": context, "seconds": quartiles(each)}
+                for (name, rows, width, context), each in seconds.items()
+            ],
+            "parameters": {name: models[name].model.num_parameters() for name in (BASE, SHARED, OWN)},
+        }
+
+    yield Unit({"scenario": "passes", "dtype": dtype}, all_shapes)
+
+
+def random_cache(model: Any, rows: int, context: int) -> DynamicCache:
+    """Keys and values that were never read from a text: a pass costs the same over them."""
+    cache = DynamicCache()
+    config = model.config
+    shape = (rows, config.num_key_value_heads, context, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(torch.randn(shape).to(model.dtype), torch.randn(shape).to(model.dtype), layer)
+    return cache
+
+
+@torch.no_grad()
+def timed_pass(model: Any, cache: DynamicCache, rows: int, width: int, context: int) -> float:
+    """The seconds of one pass, which leaves the cache as it was."""
+    ids = torch.randint(2, model.config.vocab_size, (rows, width))
+    positions = torch.arange(context, context + width).expand(rows, -1)
+    start = time.perf_counter()
+    model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    took = time.perf_counter() - start
+    cache.crop(-width)
+    return took
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+# Weaker pairs -------------------------------------------------------------------------------------------------------
+
+
+def agreement(size: Size, dtype: str) -> Iterator[Unit]:
+    """The speed-up against how often the nudging model would have written the next token of the answer itself."""
+    questions = dev_questions(1)[: size.short_questions]
+    base = Models(size.width, dtype)
+    runner = nudging_contestant(SHARED, ADAPTIVE)
+    for share in size.noise:
+        noisy: LMs = {}
+
+        def run(share: float, threshold: float, question: Question, noisy: LMs = noisy) -> Row:
+            if not noisy:
+                noisy[SHARED] = load(
+                    SHARED, widths(size.width)[SHARED], DTYPES[dtype], lambda lm: with_noise(lm.model, share)
+                )
+            lms = {BASE: base[BASE], SHARED: noisy[SHARED]}
+            work = Work([question], threshold, max_new_tokens=size.short_answer)
+            for name in (BASE, SHARED):  # Whatever ran before, both models' weights have just been read.
+                timed_pass(lms[name].model, random_cache(lms[name].model, 1, 8), 1, 1, 8)
+            outputs = []
+
+            def write(lms: LMs, work: Work) -> list[list[int]]:
+                answers, output = nudged_output(lms, work, SHARED, ADAPTIVE)
+                outputs.append(output)
+                return answers
+
+            row, (answer,) = measure(replace(runner, write=write), lms, work)
+            alone, _ = measure(ALONE, {BASE: lms[BASE]}, replace(work, lengths=[len(answer)]))
+            return {
+                **row,
+                "alone_seconds": alone["seconds"],
+                "agreement": own_share(noisy[SHARED], question, answer),
+                "nudge_rate": outputs[0].nudge_rate.item(),
+            }
+
+        for threshold in size.thresholds:
+            for call, question in enumerate(questions):
+                yield Unit(
+                    {"scenario": "agreement", "dtype": dtype, "noise": share, "threshold": threshold, "call": call},
+                    lambda share=share, threshold=threshold, question=question, run=run: run(
+                        share, threshold, question
+                    ),
+                )
+
+
+@torch.no_grad()
+def own_share(lm: LM, question: Question, answer: list[int]) -> float:
+    """The share of an answer's tokens that the model, given all before, would have written itself."""
+    prompt, _ = lm.chat_prompts([question])
+    ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
+    own = lm.model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1].argmax(dim=-1)
+    return (own == torch.tensor(answer)).float().mean().item()
+
+
+def hopeless(size: Size, dtype: str) -> Iterator[Unit]:
+    """Where drafting cannot help: the base is always sure of itself, and the nudging model contradicts itself."""
+    questions = dev_questions(1)[: size.short_questions]
+    models = Models(size.width, dtype)
+    runners = [ALONE, *(nudging_contestant(SHARED, draft) for draft in (ADAPTIVE, 0, 4, 8, 16))]
+    runners.append(nudging_contestant(OWN, ADAPTIVE))
+    warm = False
+
+    def run(contestant: Contestant, question: Question) -> Row:
+        nonlocal warm
+        for name in (SHARED, OWN):
+            if name not in models.loaded:
+                factor = widths(size.width)[name]
+                models.loaded[name] = load(name, factor, DTYPES[dtype], contradicting)
+        work = replace(Work([question], threshold=0.0), max_new_tokens=size.short_answer)
+        work = replace(work, lengths=[size.short_answer])
+        if not warm:
+            for each in runners:
+                each.write(models.of(each), work.of_length(6))
+            warm = True
+        return measure(contestant, models.of(contestant), work)[0]
+
+    for turn in range(size.rounds):
+        for call, question in enumerate(questions):
+            for i in range(len(runners)):
+                runner = runners[(i + turn) % len(runners)]
+                key = {"scenario": "hopeless", "dtype": dtype, "round": turn, "call": call, "contestant": runner.name}
+                yield Unit(key, lambda who=runner, asked=question: run(who, asked))
+
+
+# Long text ----------------------------------------------------------------------------------------------------------
+
+
+def long_text(size: Size) -> Iterator[Unit]:
+    """Seconds a token as an answer grows: the mini pair as it is, in float32, with no end but the limit."""
+    models = Models(1, "float32")
+    question = dev_questions(1)[0]
+    n = size.long_answer
+    work = Work([question]).of_length(n)
+
+    def written(write: Callable[..., Any]) -> Row:
+        lms = {BASE: models[BASE], SHARED: models[SHARED]}
+        write(lms, work.of_length(32))  # Warms up.
+        watch = Stopwatch()
+        with Meter({name: lm.model for name, lm in lms.items()}) as meter:
+            write(lms, work, streamer=watch)
+        marks = watch.times[::LONG_BIN] + watch.times[-1:]
+        return {
+            "tokens": [min((i + 1) * LONG_BIN, n - 1) for i in range(len(marks) - 1)],
+            "seconds": [late - early for early, late in pairwise(marks)],
+            "total": meter.seconds,
+            "large": meter.passes[BASE].count,
+            "small": meter.passes[SHARED].count,
+            "in_passes": sum(each.seconds for each in meter.passes.values()),
+        }
+
+    def endless(lms: LMs, work: Work, draft: int | str, **kwargs: Any) -> list[list[int]]:
+        return nudged(lms, work, SHARED, draft, min_new_tokens=work.max_new_tokens, **kwargs)
+
+    runners: dict[str, Callable[..., Any]] = {ALONE.name: base_alone}
+    runners |= {nudging_contestant(SHARED, draft).name: partial(endless, draft=draft) for draft in (ADAPTIVE, 0)}
+    for turn in range(size.rounds):
+        for name, write in runners.items():
+            key = {"scenario": "long", "round": turn, "contestant": name}
+            yield Unit(key, lambda write=write: written(write))

@@ -1,0 +1,81 @@
+"""A Llama made wide, or noisy, without training. It knows weights, never tokenizers, prompts or clocks.
+
+A small trained pair answers as it was trained to, and costs next to nothing; what drafting saves can only be timed
+where a pass of the base costs something. So each vector of the model is written down `factor` times, one copy behind
+the other: hidden states, heads and the units between an MLP's matrices. RMSNorm sees the mean square that it saw,
+each head has the size, and so the rotary positions, that it had, and a matrix that reads a vector of copies gives
+each copy a share of its weights. The shares are powers of two whose sum is 1: no weight is rounded, in any dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import LlamaForCausalLM
+
+
+def shares(copies: int) -> list[float]:
+    """Powers of two, one for each copy, whose sum is 1: all the same where `copies` is a power of two itself."""
+    parts = [1.0]
+    while len(parts) < copies:
+        largest = parts.pop(0)
+        parts += [largest / 2, largest / 2]  # Behind all that are as large: the first is always the largest.
+    return parts
+
+
+@torch.no_grad()
+def widened(model: LlamaForCausalLM, factor: int) -> LlamaForCausalLM:
+    """A model that is `factor` times as wide and writes the same logits.
+
+    Embedding and LM head are two matrices in the result: they scale differently.
+
+    Args:
+        model: a Llama without biases; it stays as it is.
+        factor: how many copies of each hidden unit, head and MLP unit there are to be.
+
+    Raises:
+        ValueError: for a factor below 1, and for a model that has more than such a Llama's weights.
+    """
+    if factor < 1:
+        raise ValueError(f"`factor` must be at least 1, got {factor!r}.")
+    if not isinstance(model, LlamaForCausalLM) or model.config.attention_bias or model.config.mlp_bias:
+        raise ValueError(f"`model` must be a LlamaForCausalLM without biases, got {type(model).__name__}.")
+    config = copy.deepcopy(model.config)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(config, name, getattr(config, name) * factor)
+    config.tie_word_embeddings = False
+    with torch.device("meta"):
+        wide = LlamaForCausalLM(config)
+    states = model.state_dict()
+    states["lm_head.weight"] = model.lm_head.weight
+    wide.load_state_dict({name: _copies(name, weight, factor) for name, weight in states.items()}, assign=True)
+    # Rotary frequencies are a buffer that no state dict holds; heads keep their size, so they are the model's own.
+    wide.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    wide.generation_config = copy.deepcopy(model.generation_config)
+    return wide.eval().requires_grad_(False)
+
+
+def _copies(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
+    """The weight of that name in the wide model."""
+    if weight.ndim == 1:  # Of a norm.
+        return weight.repeat(factor)
+    if name == "model.embed_tokens.weight":
+        return weight.repeat(1, factor)
+    reading = torch.cat([weight * share for share in shares(factor)], dim=1)
+    return reading if name == "lm_head.weight" else reading.repeat(factor, 1)
+
+
+@torch.no_grad()
+def with_noise(model: LlamaForCausalLM, share: float, seed: int = 0) -> LlamaForCausalLM:
+    """A copy of the model whose matrices are part noise, from 0, the model itself, to 1, none of it.
+
+    Each matrix becomes (1 - share) of itself and `share` of normal noise of its own standard deviation.
+    """
+    noisy = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in noisy.parameters():
+        if weight.ndim == 2:
+            noise = torch.randn(weight.shape, generator=generator).to(weight) * weight.std()
+            weight.lerp_(noise, share)
+    return noisy

@@ -1,0 +1,239 @@
+"""The benchmark's widening keeps the function, its figures are those of its rows, and what is broken off goes on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import contestants  # noqa: E402
+import meters  # noqa: E402
+import run  # noqa: E402
+import scenarios  # noqa: E402
+import tables  # noqa: E402
+from contestants import ADAPTIVE, BASE, CONTESTANTS, OWN, SHARED, Work  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
+from widen import shares, widened, with_noise  # noqa: E402
+
+from nudging_hf.demo import LM  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def narrow() -> dict[str, LM]:
+    """The mini pair in float64."""
+    found = {}
+    for name in contestants.widths(1):
+        lm = LM.load(contestants.MINI / "models" / name)
+        found[name] = LM(lm.model.double(), lm.tokenizer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return contestants.dev_questions(1)
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens_are_fast():
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3, 8, 24])
+def test_shares_are_powers_of_two_whose_sum_is_one(copies):
+    parts = shares(copies)
+    assert len(parts) == copies and sum(parts) == 1
+    assert all(part.hex().startswith("0x1.0000000000000p") for part in parts)
+
+
+def norm_in_own_dtype(norm, states):
+    return norm.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("name", [BASE, OWN, SHARED])
+def test_a_widened_model_writes_the_same_logits(narrow, name, factor, monkeypatch):
+    # Llama's own norm squares in float32, whatever the dtype: its rounding would hide what is to be seen.
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_own_dtype)
+    lm = narrow[name]
+    wide = widened(lm.model, factor)
+    assert wide.config.hidden_size == factor * lm.model.config.hidden_size
+    ids = torch.randint(2, 1000, (2, 40))
+    with torch.no_grad():
+        logits = lm.model(ids).logits
+        assert (wide(ids).logits - logits).abs().max() < 1e-9
+    assert logits.abs().max() > 1  # Else nothing was compared.
+    before = sum(each.numel() for each in lm.model.model.layers.parameters() if each.ndim == 2)
+    after = sum(each.numel() for each in wide.model.layers.parameters() if each.ndim == 2)
+    assert after == factor**2 * before
+
+
+def test_widening_leaves_the_model_as_it_was(narrow):
+    model = narrow[SHARED].model
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    widened(model, 2)
+    assert model.config.hidden_size == 64 and model.config.tie_word_embeddings
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_no_weight_is_rounded_in_bfloat16(narrow):
+    model = narrow[SHARED].model.to(torch.bfloat16)
+    wide = widened(model, 3)
+    own, copies = model.model.layers[0].mlp.up_proj.weight, wide.model.layers[0].mlp.up_proj.weight
+    together = copies[: len(own)].double().reshape(len(own), 3, -1).sum(dim=1)
+    assert torch.equal(together, own.double())
+    model.double()
+
+
+def test_a_factor_below_one_is_refused(narrow):
+    with pytest.raises(ValueError, match="`factor` must be at least 1, got 0"):
+        widened(narrow[SHARED].model, 0)
+
+
+@pytest.mark.parametrize("small", [OWN, SHARED])
+def test_a_widened_pair_writes_the_same_nudged_answers(narrow, questions, small):
+    wide = {name: LM(widened(narrow[name].model, 2), narrow[name].tokenizer) for name in (BASE, small)}
+    work = Work(questions[:2])
+    answers = contestants.nudged(narrow, work, small, ADAPTIVE)
+    assert answers == contestants.nudged(wide, work, small, ADAPTIVE)
+    assert all(len(answer) > 20 for answer in answers)
+
+
+def test_noise_goes_from_none_to_all(narrow):
+    model = narrow[SHARED].model
+    weight = model.model.layers[0].mlp.up_proj.weight
+    same, all_noise = (with_noise(model, share).model.layers[0].mlp.up_proj.weight for share in (0.0, 1.0))
+    assert torch.equal(same, weight)
+    both = torch.stack([weight.flatten(), all_noise.flatten()])
+    assert both.corrcoef()[0, 1].abs() < 0.05 and (all_noise.std() / weight.std() - 1).abs() < 0.05
+
+
+@pytest.mark.parametrize("small", [OWN, SHARED])
+def test_a_contradicting_model_never_agrees_and_writes_short_words(narrow, questions, small):
+    lm = narrow[small]
+    lms = {BASE: narrow[BASE], small: LM(widened(contestants.contradicting(lm), 1), lm.tokenizer)}
+    work = Work(questions[:1], threshold=0.0).of_length(40)
+    (answer,), output = contestants.nudged_output(lms, work, small, ADAPTIVE)
+    assert output.nudge_rate.item() < 0.15
+    if small == SHARED:
+        assert scenarios.own_share(lms[small], questions[0], answer[4:]) < 0.1
+        assert scenarios.own_share(lm, questions[0], answer[4:]) > 0.1
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS, ids=lambda each: each.name)
+def test_each_contestant_writes_as_much_as_it_is_told_to(narrow, questions, contestant):
+    lms = {name: narrow[name] for name in contestant.models}
+    rows = 2 if contestant.in_batches else 1
+    row, _ = scenarios.measure(contestant, lms, Work(questions[:rows]).of_length(9))
+    assert row["lengths"] == [9] * rows
+    assert row["large"]["passes"] >= 1 and row["large"]["seconds"] + row["small"]["seconds"] <= row["seconds"]
+    assert (row["small"]["passes"] > 0) == (len(contestant.models) > 1)
+
+
+def test_rows_of_a_batch_count_as_far_as_they_were_to_go(narrow, questions):
+    row, _ = scenarios.measure(contestants.ALONE, {BASE: narrow[BASE]}, Work(questions[:2], lengths=[3, 8]))
+    assert row["lengths"] == [3, 8] and row["large"]["passes"] == 8
+
+
+def test_stepping_both_at_threshold_zero_is_the_base_behind_the_first_word(narrow, questions):
+    work = Work(questions[:1], threshold=0.0).of_length(12)
+    assert contestants.stepping_both(narrow, work) == contestants.nudged(narrow, work, SHARED, 0)
+
+
+def test_assisted_generation_writes_the_bases_own_text(narrow, questions):
+    work = Work(questions[:1]).of_length(12)
+    assert contestants.assisted(narrow, work) == contestants.base_alone(narrow, work)
+
+
+def test_a_meter_counts_passes_and_leaves_the_model_as_it_was(narrow):
+    model = narrow[SHARED].model
+    with meters.Meter({"it": model}) as meter:
+        model.generate(torch.tensor([[5, 6, 7]]), do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    assert "forward" not in vars(model)
+    assert (meter.passes["it"].count, meter.passes["it"].fed) == (4, 6)
+    assert 0 < meter.passes["it"].seconds < meter.seconds
+
+
+def test_the_peak_of_memory_is_seen_also_after_it_is_over():
+    with meters.PeakMemory() as memory:
+        large = torch.ones(40_000_000)
+        del large
+    if memory.extra_bytes is None:
+        pytest.skip("This kernel does not let its high-water mark be set back.")
+    assert 150e6 < memory.extra_bytes < 250e6
+
+
+def test_a_timed_pass_leaves_the_cache_as_it_was(narrow):
+    cache = scenarios.random_cache(narrow[SHARED].model, 2, 10)
+    assert scenarios.timed_pass(narrow[SHARED].model, cache, 2, 3, 10) > 0
+    assert cache.get_seq_length() == 10
+
+
+def test_questions_of_a_batch_are_of_all_tasks(questions):
+    assert [len(call) for call in scenarios.groups(scenarios.Size(questions=2), 1)] == [1] * 8
+    (call,) = scenarios.groups(scenarios.Size(), 8)
+    assert [question.task for question in call[:4]] == [question.task for question in questions]
+    assert len({question.text for question in call}) == 8
+
+
+def timed(contestant: str, call: int, turn: int, seconds: float, tokens: int = 10) -> dict:
+    return {"contestant": contestant, "call": call, "round": turn, "seconds": seconds, "lengths": [tokens]}
+
+
+def test_a_ratio_is_that_of_rates_and_its_quartiles_those_of_paired_runs():
+    own = [timed("a", 0, 0, 1.0), timed("a", 0, 1, 3.0), timed("a", 1, 0, 2.0), timed("a", 1, 1, 2.0)]
+    alone = [timed("b", 0, 0, 4.0), timed("b", 0, 1, 6.0), timed("b", 1, 0, 4.0), timed("b", 1, 1, 8.0)]
+    found = tables.rate_against(own, alone)
+    assert found["tokens_per_second"] == 20 / 4 and found["ratio"] == (5 + 6) / 4
+    assert found["quartiles"] == [2.0, 3.0, 4.0]
+
+
+@pytest.fixture
+def tiny_run(monkeypatch, tmp_path):
+    """Runs the whole benchmark, so small that it takes seconds, and names the folder of what it wrote."""
+    size = scenarios.Size(
+        width=1, rounds=1, tasks=("letters",), repeats=1, noise=(0.5,), thresholds=(0.4,), short_answer=4,
+        short_questions=1, long_answer=40, max_new_tokens=12,
+    )  # fmt: skip
+    monkeypatch.setattr(run, "QUICK", size)
+    for module in (scenarios, tables):
+        monkeypatch.setattr(module, "CONTEXTS", (16, 32))
+        monkeypatch.setattr(module, "LONG_BIN", 16)
+
+    def start(*arguments: str) -> Path:
+        run.main(["--quick", "--out", str(tmp_path), *arguments])
+        return tmp_path
+
+    return start
+
+
+def test_a_run_writes_its_figures_and_goes_on_where_it_was_broken_off(tiny_run, capsys):
+    folder = tiny_run()
+    results = json.loads((folder / "results.json").read_text())
+    (race,) = results["races"]
+    assert [each["contestant"] for each in race["contestants"]] == [each.name for each in CONTESTANTS]
+    assert race["contestants"][0]["ratio"] == 1 and all(each["ratio"] > 0 for each in race["contestants"])
+    assert all(each["differing"] == 0 for each in race["differing_answers"].values())
+    assert results["passes"] and results["hopeless"] and results["agreement"] and results["long"] and results["far"]
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "tables.md").read_text() in capsys.readouterr().out
+
+    lines = (folder / "journal.jsonl").read_text().splitlines(keepends=True)
+    (folder / "journal.jsonl").write_text("".join(lines[:-2]))
+    tiny_run()
+    again = (folder / "journal.jsonl").read_text().splitlines(keepends=True)
+    assert again[:-2] == lines[:-2] and len(again) == len(lines)
+
+
+def test_answers_that_differ_by_draft_length_are_told_of():
+    rows = [{**timed("a", 0, 0, 1.0), "answers": ["x", "y"]}] * 2 + [{**timed("b", 0, 0, 1.0), "answers": ["x", "z"]}]
+    assert tables._differing(rows) == {"differing": 1, "of": 6}
+
+
+def test_an_unknown_scenario_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["rase"])
+    assert "no scenario rase" in capsys.readouterr().err
