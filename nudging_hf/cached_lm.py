@@ -1,9 +1,9 @@
 """One causal LM with its KV cache, which extends and rolls back each row of a batch on its own. It knows no text.
 
-Rows of a batch keep different numbers of tokens after each pass. What a row rejects is removed by *realignment*: its
-keys and values are moved to the right by what it rejects beyond the least of all rows, and the least is cropped.
-Every row then ends at the same slot, without holes: masking rejected slots would be wrong past a sliding window,
-which counts cache slots.
+Rows of a batch keep different numbers of tokens after each pass. The slots of what a row rejects are *holes*: the mask
+leaves them out, and what all rows reject at the end is cropped. Where holes have become a share of all slots, the
+cache is *realigned*: each row's keys and values are moved together, to end at the same slot. So most passes copy
+nothing. Models that tell distances by counting slots, past a sliding window say, are realigned before every pass.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache
 
-from .host import first_inputs, input_device
+from .host import first_inputs, input_device, tells_distances_by_positions
 
 _MOST_LOGITS = 64  # Columns of a pass with logits, beyond which a pass is worth saving them.
+_MOST_SLOTS, _SPARE_SLOTS = 1.25, 64  # A token of the longest row, and besides: with more, the cache is copied.
 
 
 class Reading(NamedTuple):
@@ -55,6 +56,7 @@ class CachedLM:
     Attributes:
         forward_passes (`int`): how many forward passes the model has made.
         tokens_fed (`int`): how many tokens of all rows it has been fed, padding not counted.
+        last_width (`int`): how many tokens the widest row was fed in the last pass.
     """
 
     def __init__(self, model: Any, rows: int, use_cache: bool = True, prompts: Prompts | None = None):
@@ -63,14 +65,17 @@ class CachedLM:
         self.use_cache = use_cache
         self.forward_passes = 0
         self.tokens_fed = 0
+        self.last_width = 0
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
         self._cache: DynamicCache | None = None
         self._rows = list(range(rows))  # In the order of the cache's batch dimension.
         self._fed: dict[int, list[int]] = {row: [] for row in self._rows}
-        self._slots = 0  # Of the cache; each row's text ends `self._junk[row]` slots before its end.
-        self._junk = dict.fromkeys(self._rows, 0)
+        self._slots = 0  # Of the cache.
+        # Which slots hold a token, of shape (rows, slots), on the CPU; `None` where all do.
+        self._used: torch.Tensor | None = None
+        self._keeps_holes = prompts is None and tells_distances_by_positions(model)
         self._prompts = prompts
         self._fixed = dict.fromkeys(self._rows, 0)  # How many ids of a row are never rolled back.
         self._after_prompt: torch.Tensor | None = None  # The logits there, of shape (rows, 1, vocab_size).
@@ -85,8 +90,9 @@ class CachedLM:
         if not self._rows:
             self._cache = None
         elif self._cache is not None:
-            kept = [i for i in range(len(self._rows) + 1) if i != place]
-            self._cache.batch_select_indices(torch.tensor(kept))
+            kept = torch.tensor([i for i in range(len(self._rows) + 1) if i != place])
+            self._cache.batch_select_indices(kept)
+            self._used = None if self._used is None else self._used[kept]
 
     def read(self, readings: Mapping[int, Reading]) -> dict[int, torch.Tensor]:
         """Reads texts in one forward pass.
@@ -129,13 +135,12 @@ class CachedLM:
             columns.append(self._forward(kept, list(new.values()), width - max(0, first)))
             self.forward_passes += 1
             self.tokens_fed += sum(map(len, new.values()))
+            self.last_width = width
         logits = torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
         if self.use_cache:
-            self._slots += width
-            for row in rows:
-                self._junk[row] = width - len(new[row])
-                if row in readings:
-                    self._fed[row] = readings[row].ids
+            self._add_slots(list(map(len, new.values())), width)
+            for row in readings:
+                self._fed[row] = readings[row].ids
         return {
             row: logits[i, wanted[row].start - first : wanted[row].stop - first]
             for i, row in enumerate(rows)
@@ -148,7 +153,7 @@ class CachedLM:
         inputs = first_inputs(self.model, prompts.input_ids.to(self.device), self._cache, prompts.model_kwargs)
         logits = self.model(**inputs).logits
         self._after_prompt = logits[:, -1:].to(self.device)
-        self._slots = prompts.input_ids.shape[1]
+        self._add_slots([len(ids) for ids in prompts.ids], prompts.input_ids.shape[1], padded_left=True)
         if any(layer.is_initialized and layer.get_seq_length() != self._slots for layer in self._cache.layers):
             raise ValueError(
                 f"{type(self.model).__name__} caches more than a slot for each token, which cannot be rolled back row "
@@ -160,7 +165,9 @@ class CachedLM:
             lengths = torch.tensor([[len(ids)] for ids in prompts.ids], device=positions.device)
             self._shift = positions[..., -1:] + 1 - lengths
         if len(self._rows) < len(prompts.ids):  # Some were released before anything was read.
-            self._cache.batch_select_indices(torch.tensor(self._rows))
+            there = torch.tensor(self._rows)
+            self._cache.batch_select_indices(there)
+            self._used = None if self._used is None else self._used[there]
         self.forward_passes += 1
         self.tokens_fed += sum(self._fixed.values())
 
@@ -176,16 +183,16 @@ class CachedLM:
         width = max(map(len, new))
         device = self.device
         tokens = [ids + [ids[-1] if ids else 0] * (width - len(ids)) for ids in new]
-        inputs: dict[str, Any] = {"input_ids": torch.tensor(tokens, device=device)}
-        begins = torch.tensor(kept, device=device)[:, None]
+        places = [[n + min(i, max(len(ids) - 1, 0)) for i in range(width)] for n, ids in zip(kept, new, strict=True)]
+        input_ids, position_ids = torch.tensor([tokens, places], device=device)  # One transfer.
+        inputs: dict[str, Any] = {"input_ids": input_ids}
         if self._takes_positions:
-            lasts = torch.tensor([max(len(ids) - 1, 0) for ids in new], device=device)[:, None]
-            inputs["position_ids"] = begins + torch.arange(width, device=device).minimum(lasts)
+            inputs["position_ids"] = position_ids
             if self._shift is not None:
-                inputs["position_ids"] = inputs["position_ids"] + self._shift[..., self._rows, :]
-        if any(n < self._slots for n in kept):
-            slots = torch.arange(self._slots + width, device=device)
-            inputs["attention_mask"] = (slots >= self._slots - begins).long()
+                inputs["position_ids"] = position_ids + self._shift[..., self._rows, :]
+        if self._used is not None:
+            new_slots = torch.ones(len(new), width, dtype=torch.bool)
+            inputs["attention_mask"] = torch.cat([self._used, new_slots], dim=1).to(device, torch.long)
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = logits_to_keep
         if self.use_cache:
@@ -196,30 +203,63 @@ class CachedLM:
         logits = self.model(**inputs, use_cache=self.use_cache).logits
         return logits[:, -logits_to_keep:].to(device)
 
+    def _add_slots(self, lengths: Sequence[int], width: int, padded_left: bool = False) -> None:
+        """Takes note of what a pass of some width has put into the cache: rows of these lengths, and padding."""
+        before, self._slots = self._slots, self._slots + width
+        if self._used is None and all(length == width for length in lengths):
+            return
+        columns, ends = torch.arange(width), torch.tensor(lengths)[:, None]
+        new = columns >= width - ends if padded_left else columns < ends
+        old = torch.ones(len(lengths), before, dtype=torch.bool) if self._used is None else self._used
+        self._used = torch.cat([old, new], dim=1)
+
     def _roll_back(self, kept: Sequence[int]) -> None:
-        """Realigns the cache, so that each row ends with its first `kept` tokens, and drops slots that no row uses."""
+        """Takes all but its first `kept` tokens out of each row, and drops slots that no row uses."""
         if self._cache is None:
             return
-        slots = max(kept)
-        if slots == 0:
-            self._cache, self._slots = None, 0
+        longest = max(kept)
+        if longest == 0:
+            self._cache, self._slots, self._used = None, 0, None
             return
-        rejected = [self._junk[row] + len(self._fed[row]) - n for row, n in zip(self._rows, kept, strict=True)]
-        least = min(rejected)
-        if max(rejected) == least and self._slots - least == slots:  # No row is ragged: nothing need move.
-            self._cache.crop(-least)
-        else:
-            device = self.device
-            ends = self._slots - torch.tensor(rejected, device=device)
-            source = (ends[:, None] - slots + torch.arange(slots, device=device)).clamp(min=0)
-            for layer in self._cache.layers:
-                if layer.is_initialized:
-                    layer.keys = _take_slots(layer.keys, source)
-                    layer.values = _take_slots(layer.values, source)
-        self._slots = slots
+        rejected = [len(self._fed[row]) - n for row, n in zip(self._rows, kept, strict=True)]
         for row, n in zip(self._rows, kept, strict=True):
             self._fed[row] = self._fed[row][:n]
-            self._junk[row] = 0
+        if self._used is None and min(rejected) == max(rejected):
+            self._crop(rejected[0])
+            return
+        used = torch.ones(len(kept), self._slots, dtype=torch.bool) if self._used is None else self._used
+        from_end = used.flip(1).cumsum(1).flip(1)  # How many tokens stand in a slot and behind it.
+        self._used = used & (from_end > torch.tensor(rejected)[:, None])
+        is_used = self._used.any(dim=0)
+        self._crop(int(is_used.flip(0).int().argmax()))
+        if not self._keeps_holes or self._slots > _MOST_SLOTS * longest + _SPARE_SLOTS:
+            self._realign(kept, longest)
+        if self._used is not None and self._used.all():
+            self._used = None
+
+    def _crop(self, slots: int) -> None:
+        """Drops the last slots."""
+        if slots:
+            assert self._cache is not None
+            self._cache.crop(-slots)
+            self._slots -= slots
+            self._used = None if self._used is None else self._used[:, : self._slots]
+
+    def _realign(self, kept: Sequence[int], longest: int) -> None:
+        """Moves each row's tokens together, to end at the same slot."""
+        assert self._cache is not None and self._used is not None
+        if longest == self._slots and all(
+            used[self._slots - n :].all() for used, n in zip(self._used, kept, strict=True)
+        ):
+            return  # They stand so.
+        # A stable sort by use puts a row's tokens behind its holes, in their order.
+        source = self._used.int().argsort(dim=1, stable=True)[:, self._slots - longest :].to(self.device)
+        for layer in self._cache.layers:
+            if layer.is_initialized:
+                layer.keys = _take_slots(layer.keys, source)
+                layer.values = _take_slots(layer.values, source)
+        self._slots = longest
+        self._used = torch.arange(longest) >= longest - torch.tensor(kept)[:, None]
 
 
 def _take_slots(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

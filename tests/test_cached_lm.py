@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny import pair
 
+from nudging_hf import cached_lm
 from nudging_hf.cached_lm import CachedLM, Reading
 
+TAKE = cached_lm._take_slots
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
 
 
@@ -74,13 +76,36 @@ def test_no_token_is_read_twice():
 
 
 @torch.no_grad()
-def test_a_cache_keeps_no_more_slots_than_its_longest_row():
-    model = pair("llama", 0, "shared").base
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
+def test_a_cache_keeps_few_slots_besides_those_of_its_longest_row(arch):
+    model = pair(arch, 0, "shared").base
     draw = random.Random(1)
     lm = CachedLM(model, rows=3)
     texts = [[draw.randrange(5, 300) for _ in range(n)] for n in (4, 9, 6)]
-    for _ in range(20):
+    most_new = 9 + 12 + 1
+    for _ in range(60):
         texts = texts_that_grow_and_turn_back(draw, texts)
         lm.read({row: Reading(list(text), 1) for row, text in enumerate(texts)})
-        most_new = 9 + 12 + 1
-        assert lm._cache.get_seq_length() <= max(map(len, texts)) + most_new
+        longest = max(map(len, texts))
+        assert lm._cache.get_seq_length() <= (1.25 * longest + 64 if arch == "llama" else longest) + most_new
+
+
+@torch.no_grad()
+def test_most_passes_copy_nothing(monkeypatch):
+    copies = []
+    monkeypatch.setattr(cached_lm, "_take_slots", lambda states, source: copies.append(1) or TAKE(states, source))
+    model = pair("llama", 0, "shared").base
+    draw = random.Random(1)
+    lm = CachedLM(model, rows=3)
+    texts = [[draw.randrange(5, 300) for _ in range(n)] for n in (40, 90, 60)]
+    for _ in range(100):
+        texts = texts_that_grow_and_turn_back(draw, texts)
+        lm.read({row: Reading(list(text), 1) for row, text in enumerate(texts)})
+    layers = 2 * model.config.num_hidden_layers
+    assert 0 < len(copies) / layers < 10
+    before = len(copies)
+    alone = CachedLM(model, rows=1)
+    for _ in range(20):
+        texts = texts_that_grow_and_turn_back(draw, texts)
+        alone.read({0: Reading(list(texts[0]), 1)})
+    assert len(copies) == before
