@@ -377,7 +377,8 @@ class NudgedDecoder:
                 row.written_top1[len(row.written)] = top1
         for row, token in zip(rows, choose(allowed, keys).tolist(), strict=True):
             row.write(token, token in self.voices.nudging_eos)
-        self._policy.observe_step(time.perf_counter() - began)
+        if _usual_width(self.nudging):
+            self._policy.observe_step(time.perf_counter() - began)
 
     def _may_not_end(self, row: Row) -> bool:
         fewest = self.voices.min_new_tokens
@@ -439,8 +440,8 @@ class NudgedDecoder:
         tokens, probabilities = choose(scores, keys), raw.float().softmax(dim=-1)
         own = (tokens, self.gate.score(probabilities, tokens.to(raw.device)), probabilities.amax(dim=-1))
         said = torch.stack([each.double() for each in own]).cpu()  # One transfer.
-        if self.base.last_width <= LENGTHS[-1] + 1:
-            self._policy.base_pass.observe(self.base.last_width, time.perf_counter() - began)
+        if width := _usual_width(self.base):
+            self._policy.base_pass.observe(width, time.perf_counter() - began)
         recorded = zip(*said.tolist(), raw, scores, strict=True)
         for row in rows:
             for _ in range(len(row.seen), len(row.read) + 1):
@@ -449,3 +450,8 @@ class NudgedDecoder:
                 row.seen.append(_Seen(int(token), score, top1, *kept))
             if row.finish_reason is not None:
                 self.base.release(row.number)
+
+
+def _usual_width(lm: CachedLM) -> int | None:
+    """The width of its last pass, if others like it will follow: a prompt is read once, and compiled once."""
+    return lm.last_width if lm.last_width is not None and lm.last_width <= LENGTHS[-1] + 1 else None

@@ -196,3 +196,10 @@ def tells_distances_by_positions(model: Any) -> bool:
         and all(layer == "full_attention" for layer in layers)
         and (bool(layers) or not any(windows))
     )
+
+
+def compiled_call(model: Any, cache: Cache, generation_config: GenerationConfig) -> Callable[..., Any] | None:
+    """The model's forward pass, compiled as `generate` would compile it over that cache; `None` where it would not."""
+    if not model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):
+        return None
+    return model.get_compiled_call(generation_config.compile_config)

@@ -45,14 +45,14 @@ def refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, a
             raise ValueError(f"`{name}={_short(given)}` does not go together with nudging: {why}.")
     if config.guidance_scale not in (None, 1, 1.0):
         raise ValueError(f"`guidance_scale={config.guidance_scale}` does not go together with nudging: leave it out.")
-    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full", "static"):
         raise ValueError(
             f"Nudging rolls its caches back row by row, which `cache_implementation={config.cache_implementation!r}` "
-            "cannot do: leave it out."
+            "cannot do: leave it out, or take 'static', whose passes can be compiled."
         )
 
 
-def refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: bool) -> None:
+def refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: bool, is_static: bool) -> None:
     """Raises a `ValueError` where inputs besides ids, of these names, cannot be read once and for all."""
     name, given = type(model).__name__, ", ".join(f"`{each}`" for each in more)
     if not reads_more_than_text(model):
@@ -65,6 +65,10 @@ def refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: boo
     if not use_cache:
         raise ValueError(
             f"What goes beyond text is read once, into the cache: with {given} leave out `use_cache=False`."
+        )
+    if is_static:
+        raise ValueError(
+            f"What goes beyond text takes a cache that grows: with {given} leave out `cache_implementation='static'`."
         )
 
 

@@ -5,11 +5,12 @@ import random
 import pytest
 import torch
 from tiny import pair
+from transformers import GenerationConfig
 
-from nudging_hf import cached_lm
-from nudging_hf.cached_lm import CachedLM, Reading
+from nudging_hf import cached_lm, slots
+from nudging_hf.cached_lm import CachedLM, Reading, Static
 
-TAKE = cached_lm._take_slots
+TAKE = slots.take_slots
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
 
 
@@ -27,12 +28,13 @@ def texts_that_grow_and_turn_back(draw: random.Random, texts: list[list[int]]) -
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_what_is_read_is_as_if_read_alone(arch, use_cache):
+def test_what_is_read_is_as_if_read_alone(arch, cache):
     model = pair(arch, 0, "shared").base
     draw = random.Random(arch)
-    lm = CachedLM(model, rows=4, use_cache=use_cache)
+    static = Static(new_tokens=150, generation_config=GenerationConfig()) if cache == "static" else None
+    lm = CachedLM(model, rows=4, use_cache=cache is not None, static=static)
     texts = [[draw.randrange(5, 300) for _ in range(n)] for n in (3, 17, 9, 30)]
     there = {0, 1, 2, 3}
     for step in range(12):
@@ -47,6 +49,42 @@ def test_what_is_read_is_as_if_read_alone(arch, use_cache):
         for row in reading:
             # Gemma2 takes its softmax in float32 whatever the model's dtype.
             torch.testing.assert_close(logits[row], alone(model, texts[row], keeps[row]), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_static_cache_grows_where_texts_are_longer_than_was_foreseen(arch, monkeypatch):
+    monkeypatch.setattr(cached_lm, "_STATIC_STEP", 64)
+    model = pair(arch, 0, "shared").base
+    draw = random.Random(arch)
+    lm = CachedLM(model, rows=2, static=Static(new_tokens=1, generation_config=GenerationConfig()))
+    texts = [[5, 6, 7], [8, 9]]
+    capacities = set()
+    for _ in range(12):
+        texts = [text + [draw.randrange(5, 300) for _ in range(draw.randint(1, 60))] for text in texts]
+        logits = lm.read({row: Reading(list(text), 2) for row, text in enumerate(texts)})
+        for row, text in enumerate(texts):
+            torch.testing.assert_close(logits[row], alone(model, text, 2), rtol=0, atol=1e-5)
+        capacities.add(lm._slots.capacity)
+    assert 1 < len(capacities) < 5
+
+
+@torch.no_grad()
+def test_a_static_cache_is_taken_again_by_the_next_text():
+    model = pair("llama", 0, "shared").base
+    static = Static(new_tokens=20, generation_config=GenerationConfig())
+    caches = []
+    for text in ([5, 6, 7, 8], [9, 10, 11]):
+        lm = CachedLM(model, rows=1, static=static)
+        logits = lm.read({0: Reading(text, 2)})
+        torch.testing.assert_close(logits[0], alone(model, text, 2), rtol=0, atol=1e-9)
+        caches.append(lm._slots.cache.layers[0].keys.data_ptr())
+        lm.release(0)
+    beside = CachedLM(model, rows=1, static=static), CachedLM(model, rows=1, static=static)
+    for lm in beside:
+        lm.read({0: Reading([5, 6], 1)})
+        caches.append(lm._slots.cache.layers[0].keys.data_ptr())
+    assert caches[0] == caches[1] == caches[2] != caches[3]
 
 
 @torch.no_grad()
@@ -87,13 +125,13 @@ def test_a_cache_keeps_few_slots_besides_those_of_its_longest_row(arch):
         texts = texts_that_grow_and_turn_back(draw, texts)
         lm.read({row: Reading(list(text), 1) for row, text in enumerate(texts)})
         longest = max(map(len, texts))
-        assert lm._cache.get_seq_length() <= (1.25 * longest + 64 if arch == "llama" else longest) + most_new
+        assert lm._slots.cache.get_seq_length() <= (1.25 * longest + 64 if arch == "llama" else longest) + most_new
 
 
 @torch.no_grad()
 def test_most_passes_copy_nothing(monkeypatch):
     copies = []
-    monkeypatch.setattr(cached_lm, "_take_slots", lambda states, source: copies.append(1) or TAKE(states, source))
+    monkeypatch.setattr(slots, "take_slots", lambda states, source: copies.append(1) or TAKE(states, source))
     model = pair("llama", 0, "shared").base
     draw = random.Random(1)
     lm = CachedLM(model, rows=3)

@@ -454,7 +454,7 @@ def refused(model, inputs, match, **kwargs):
         ({"penalty_alpha": 0.5, "top_k": 4}, "penalty_alpha"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
         ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
         ({"token_healing": True}, "token_healing"),
         ({"forced_eos_token_id": 2}, "forced_eos_token_id"),

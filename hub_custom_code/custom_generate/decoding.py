@@ -33,12 +33,13 @@ from transformers.generation import (
 from .bridge import OneVocabulary, TwoVocabularies, to_text
 from .cached_lm import CachedLM, Reading
 from .choosing import choose, mix, processed_scores
-from .config import NudgingConfig
+from .config import ADAPTIVE, NudgingConfig
+from .drafting import LENGTHS, Acceptance, draft_length_of
 from .gate import GATES, top1_probabilities
+from .host import shared_by_ranks
 from .rounds import Accept, Lookahead, Question, Reply, Step, Verdict
 from .threshold import FixedThreshold, OnlineThreshold
 
-_MOST_ADAPTIVE_DRAFTS = 16
 _CHARACTER_BYTES = 4  # Of UTF-8, at the most.
 _BASE_STREAM, _NUDGING_STREAM = 0, 1  # Each model draws by keys of its own.
 
@@ -122,9 +123,9 @@ class Row:
     # What the base said at each position of the answer, and of the draft that it has read behind it.
     seen: list[_Seen] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
-    draft_length: int = 8
     draft_size: int = 0
     draft_hits: int = 0
+    acceptance: Acceptance = field(default_factory=Acceptance)
     # What the nudging model has written: its ids for a text that the answer had, a continuation, and whether EOS.
     written: list[int] = field(default_factory=list)
     written_eos: bool = False
@@ -184,13 +185,6 @@ class Row:
         if self.written_key is not None:
             self.written_key = mix(self.written_key, token)
 
-    def adapt_draft(self) -> None:
-        """Chooses how far to draft next: twice as far where all of the last draft was good, else as far as it was."""
-        if self.draft_size:
-            good = self.draft_hits >= self.draft_size
-            self.draft_length = min(2 * self.draft_length, _MOST_ADAPTIVE_DRAFTS) if good else max(1, self.draft_hits)
-        self.draft_hits = self.draft_size = 0
-
 
 @dataclass(frozen=True)
 class Voices:
@@ -248,10 +242,13 @@ class NudgedDecoder:
         self.streamer = streamer
         self.record = record
         self.record_logits = record_logits
+        self._policy = draft_length_of(base.model, nudging.model, len(rows))
+        self._draft_length: int | None = None  # Of the next pass of the base, once it is chosen.
 
     def run(self) -> None:
         """Writes all answers to their end."""
         for row in self.rows:
+            row.acceptance = self._policy.of_new_row()
             self._resume(row, None)
         while True:
             if self.limits.time_is_up():
@@ -360,6 +357,7 @@ class NudgedDecoder:
 
     def _write(self, rows: list[Row]) -> None:
         """Lets the nudging model write one more token in each of these rows."""
+        began = time.perf_counter()
         readings = {}
         for row in rows:
             row.continuation()  # What stands written is now along the answer's own text.
@@ -379,6 +377,8 @@ class NudgedDecoder:
                 row.written_top1[len(row.written)] = top1
         for row, token in zip(rows, choose(allowed, keys).tolist(), strict=True):
             row.write(token, token in self.voices.nudging_eos)
+        if _usual_width(self.nudging):
+            self._policy.observe_step(time.perf_counter() - began)
 
     def _may_not_end(self, row: Row) -> bool:
         fewest = self.voices.min_new_tokens
@@ -394,22 +394,36 @@ class NudgedDecoder:
 
     def _draft_room(self, row: Row) -> int:
         """How many drafted tokens the base is to read behind the answer."""
-        drafts = self.config.num_draft_tokens
-        wanted = row.draft_length if isinstance(drafts, str) else drafts
-        return int(max(0, min(wanted, self.limits.max_length - row.length - 1)))
+        if self._draft_length is None:
+            self._draft_length = self._choose_draft_length()
+        return int(max(0, min(self._draft_length, self.limits.max_length - row.length - 1)))
+
+    def _choose_draft_length(self) -> int:
+        if self.config.num_draft_tokens != ADAPTIVE:
+            return int(self.config.num_draft_tokens)
+        ahead = self.config.num_nudging_tokens
+        chosen = self._policy.choose(
+            (row.acceptance, ahead if row.question is Question.LOOKAHEAD else len(row.continuation()))
+            for row in self._open()
+        )
+        return shared_by_ranks(self.base.model, [chosen])[0]  # Their clocks differ, and they must pass alike.
 
     def _verify(self, rows: list[Row]) -> None:
         """Lets the base read each row's answer and draft, and say its verdict at every position it has not read."""
         readings = {}
         for row in rows:
             if row.finish_reason is None:
-                row.adapt_draft()
+                for acceptance in (row.acceptance, self._policy.acceptance):
+                    acceptance.observe(row.draft_hits, row.draft_size)
+                row.draft_hits = 0
                 draft = row.answer.draft(row.continuation(), self._draft_room(row))
                 row.read = [*row.answer.ids, *draft]
                 row.draft_size = len(draft)
             else:
                 row.read = row.answer.ids[:-1]
             readings[row.number] = Reading([*row.answer.prompt, *row.read], len(row.read) + 1 - len(row.seen))
+        self._draft_length = None
+        began = time.perf_counter()
         # Processors are where the caller's ids are, which need not be where the base is.
         logits = {number: read.to(rows[0].prompt.device) for number, read in self.base.read(readings).items()}
         raw = torch.cat([logits[row.number] for row in rows])
@@ -426,6 +440,8 @@ class NudgedDecoder:
         tokens, probabilities = choose(scores, keys), raw.float().softmax(dim=-1)
         own = (tokens, self.gate.score(probabilities, tokens.to(raw.device)), probabilities.amax(dim=-1))
         said = torch.stack([each.double() for each in own]).cpu()  # One transfer.
+        if width := _usual_width(self.base):
+            self._policy.base_pass.observe(width, time.perf_counter() - began)
         recorded = zip(*said.tolist(), raw, scores, strict=True)
         for row in rows:
             for _ in range(len(row.seen), len(row.read) + 1):
@@ -434,3 +450,8 @@ class NudgedDecoder:
                 row.seen.append(_Seen(int(token), score, top1, *kept))
             if row.finish_reason is not None:
                 self.base.release(row.number)
+
+
+def _usual_width(lm: CachedLM) -> int | None:
+    """The width of its last pass, if others like it will follow: a prompt is read once, and compiled once."""
+    return lm.last_width if lm.last_width is not None and lm.last_width <= LENGTHS[-1] + 1 else None

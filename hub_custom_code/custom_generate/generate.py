@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, Proces
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
 from .bridge import OneVocabulary, TwoVocabularies, Vocabulary, answer_class
-from .cached_lm import CachedLM, Prompts
+from .cached_lm import CachedLM, Prompts, Static
 from .choosing import new_seeds
 from .config import NudgingConfig
 from .decoding import Limits, NudgedDecoder, Row, Voices
@@ -179,10 +179,11 @@ def _decode(
     """
     attention_mask, use_cache = model_kwargs.get("attention_mask"), model_kwargs.pop("use_cache")
     model_kwargs.pop("past_key_values", None)  # Empty: `CachedLM` makes its own.
+    is_static = use_cache and generation_config.cache_implementation == "static"
     prepared = {"attention_mask", "position_ids", "logits_to_keep"}
     more = sorted(name for name, value in model_kwargs.items() if name not in prepared and value not in (None, {}))
     if more:
-        refuse_what_the_base_cannot_read(model, more, use_cache)
+        refuse_what_the_base_cannot_read(model, more, use_cache, is_static)
     batch = input_ids.shape[0]
     call = nudging_call
     pad = pad_token_id(generation_config)
@@ -211,8 +212,9 @@ def _decode(
     ]
     full = generation_config.return_dict_in_generate
     scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
-    base = CachedLM(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None)
-    nudging = CachedLM(call.nudging_model, batch, use_cache)
+    static = Static(generation_config.max_length - input_ids.shape[1], generation_config) if is_static else None
+    base = CachedLM(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None, static)
+    nudging = CachedLM(call.nudging_model, batch, use_cache, static=static)
     NudgedDecoder(
         base,
         nudging,

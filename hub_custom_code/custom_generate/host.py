@@ -163,11 +163,11 @@ def without_wrapper(model: Any) -> Any:
     return model.get_base_model()
 
 
-def shared_by_ranks(model: Any, seeds: list[int]) -> list[int]:
-    """The seeds of the first rank, where tensor parallelism has several that must draw alike."""
+def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:
+    """Those of the first rank, where tensor parallelism has several that must do alike."""
     if (model.tp_size or 1) == 1:
-        return seeds
-    shared = torch.tensor(seeds, device=model.device)
+        return numbers
+    shared = torch.tensor(numbers, device=model.device)
     torch.distributed.broadcast(shared, group=model._mesh_manager.get_mesh("tp").get_group(), group_src=0)
     return shared.tolist()
 
@@ -181,3 +181,25 @@ def cannot_roll_back(model: Any) -> bool:
     return bool(model._is_stateful) or any(
         type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
     )
+
+
+def tells_distances_by_positions(model: Any) -> bool:
+    """Whether how far apart two tokens are is told by `position_ids` alone, never by the cache slots between them.
+
+    So it is with rotary embeddings where no layer attends through a sliding window or in chunks.
+    """
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or []
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return (
+        getattr(config, "rope_parameters", None) is not None
+        and all(layer == "full_attention" for layer in layers)
+        and (bool(layers) or not any(windows))
+    )
+
+
+def compiled_call(model: Any, cache: Cache, generation_config: GenerationConfig) -> Callable[..., Any] | None:
+    """The model's forward pass, compiled as `generate` would compile it over that cache; `None` where it would not."""
+    if not model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):
+        return None
+    return model.get_compiled_call(generation_config.compile_config)
