@@ -43,7 +43,7 @@ def load(name: str, factor: int, dtype: torch.dtype, change: Callable[[LM], Any]
     """A model of the mini pair, widened; where `change` is given, what that makes of it."""
     lm = LM.load(MINI / "models" / name)
     model = lm.model if change is None else change(lm)
-    return LM(widened(model, factor).to(dtype), lm.tokenizer)
+    return LM(widened(model, factor).to(dtype), lm.tokenizer, chat=True)
 
 
 @torch.no_grad()
@@ -123,8 +123,8 @@ def nudged_output(
 ) -> tuple[list[list[int]], nudging_hf.NudgingOutput]:
     """The ids of each row's answer, without padding, and all else that `generate` returned."""
     base, nudging = lms[BASE], lms[small]
-    ids, mask = base.plain_prompts(work.questions)
-    nudging_ids, nudging_mask = nudging.chat_prompts(work.questions)
+    ids, mask = base.padded_prompts(work.questions)
+    nudging_ids, nudging_mask = nudging.padded_prompts(work.questions)
     arguments = {
         "nudge_threshold": work.threshold,
         "num_draft_tokens": draft,
@@ -151,13 +151,13 @@ def nudged_output(
 
 def base_alone(lms: LMs, work: Work, **kwargs: Any) -> list[list[int]]:
     """Plain `generate`. All rows are written to the length of the longest, as always; each counts as its own."""
-    ids, mask = lms[BASE].plain_prompts(work.questions)
+    ids, mask = lms[BASE].padded_prompts(work.questions)
     out = lms[BASE].model.generate(input_ids=ids, attention_mask=mask, **work.fixed, **kwargs)
     return _rows(out, ids, work)
 
 
 def large_aligned(lms: LMs, work: Work) -> list[list[int]]:
-    ids, mask = lms[LARGE].chat_prompts(work.questions)
+    ids, mask = lms[LARGE].padded_prompts(work.questions)
     return _rows(lms[LARGE].model.generate(input_ids=ids, attention_mask=mask, **work.fixed), ids, work)
 
 
@@ -168,8 +168,8 @@ def assisted(lms: LMs, work: Work) -> list[list[int]]:
 
 def mixed(lms: LMs, work: Work, mix: Callable[..., torch.Tensor], unaligned: bool) -> list[list[int]]:
     base, nudging = lms[BASE], lms[SHARED]
-    ids, mask = base.plain_prompts(work.questions)
-    nudging_ids, nudging_mask = nudging.chat_prompts(work.questions)
+    ids, mask = base.padded_prompts(work.questions)
+    nudging_ids, nudging_mask = nudging.padded_prompts(work.questions)
     more: dict[str, Any] = {}
     if unaligned:
         more = {"unaligned_model": lms[UNALIGNED].model, "unaligned_tokenizer": lms[UNALIGNED].tokenizer}
@@ -196,7 +196,7 @@ def stepping_both(lms: LMs, work: Work) -> list[list[int]]:
     a step takes one transfer from the device.
     """
     base, nudging = lms[BASE], lms[SHARED]
-    fed = {"base": base.plain_prompts(work.questions)[0], "nudging": nudging.chat_prompts(work.questions)[0]}
+    fed = {"base": base.padded_prompts(work.questions)[0], "nudging": nudging.padded_prompts(work.questions)[0]}
     models = {"base": base.model, "nudging": nudging.model}
     caches = {name: DynamicCache() for name in models}
     begins_word = [

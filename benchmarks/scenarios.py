@@ -120,7 +120,7 @@ def measure(contestant: Contestant, lms: LMs, work: Work) -> tuple[Row, list[lis
     slots = len(answers) * max(map(len, answers))
     caches = 0
     for lm in lms.values():
-        prompts, _ = (lm.chat_prompts if lm.tokenizer.chat_template else lm.plain_prompts)(work.questions)
+        prompts, _ = lm.padded_prompts(work.questions)
         caches += cache_bytes(lm.model, slots + prompts.numel())
     row = {
         "seconds": meter.seconds,
@@ -314,7 +314,7 @@ def agreement(size: Size, dtype: str) -> Iterator[Unit]:
 @torch.no_grad()
 def own_share(lm: LM, question: Question, answer: list[int]) -> float:
     """The share of an answer's tokens that the model, given all before, would have written itself."""
-    prompt, _ = lm.chat_prompts([question])
+    prompt, _ = lm.padded_prompts([question])
     ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
     own = lm.model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1].argmax(dim=-1)
     return (own == torch.tensor(answer)).float().mean().item()

@@ -28,7 +28,7 @@ def narrow() -> dict[str, LM]:
     found = {}
     for name in contestants.widths(1):
         lm = LM.load(contestants.MINI / "models" / name)
-        found[name] = LM(lm.model.double(), lm.tokenizer)
+        found[name] = LM(lm.model.double(), lm.tokenizer, chat=True)
     return found
 
 
@@ -95,7 +95,7 @@ def test_a_factor_below_one_is_refused(narrow):
 
 @pytest.mark.parametrize("small", [OWN, SHARED])
 def test_a_widened_pair_writes_the_same_nudged_answers(narrow, questions, small):
-    wide = {name: LM(widened(narrow[name].model, 2), narrow[name].tokenizer) for name in (BASE, small)}
+    wide = {name: LM(widened(narrow[name].model, 2), narrow[name].tokenizer, chat=True) for name in (BASE, small)}
     work = Work(questions[:2])
     answers = contestants.nudged(narrow, work, small, ADAPTIVE)
     assert answers == contestants.nudged(wide, work, small, ADAPTIVE)
@@ -114,7 +114,7 @@ def test_noise_goes_from_none_to_all(narrow):
 @pytest.mark.parametrize("small", [OWN, SHARED])
 def test_a_contradicting_model_never_agrees_and_writes_short_words(narrow, questions, small):
     lm = narrow[small]
-    lms = {BASE: narrow[BASE], small: LM(widened(contestants.contradicting(lm), 1), lm.tokenizer)}
+    lms = {BASE: narrow[BASE], small: LM(widened(contestants.contradicting(lm), 1), lm.tokenizer, chat=True)}
     work = Work(questions[:1], threshold=0.0).of_length(40)
     (answer,), output = contestants.nudged_output(lms, work, small, ADAPTIVE)
     assert output.nudge_rate.item() < 0.15
