@@ -181,10 +181,12 @@ STAGES = {
         ),
     ),
     "nudging-unaligned": Stage(
-        Shape(48, 2, 4, 128), "nudging", "documents", steps=700, batch=7, rates=((60, 1.0), (245, 1.0))
+        Shape(48, 2, 4, 128), "nudging", "documents", steps=1400, batch=7, rates=((60, 1.0), (490, 1.0))
     ),
     "nudging": Stage("nudging-unaligned", "nudging", "answers", steps=500, batch=12, rates=SMALL),
-    "nudging-shared-unaligned": Stage(Shape(64, 2, 4, 192), "base", "documents", steps=500, batch=7, rates=SMALL),
+    "nudging-shared-unaligned": Stage(
+        Shape(64, 2, 4, 192), "base", "documents", steps=1500, batch=7, rates=((60, 1.0), (525, 1.0))
+    ),
     "nudging-shared": Stage("nudging-shared-unaligned", "base", "answers", steps=500, batch=12, rates=SMALL),
     "large-aligned": Stage("base", "base", "answers", steps=150, batch=12, rates=((30, 1.0),), muon=1e-3, adamw=5e-4),
 }
