@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from widen import widened
+from widen import hand_to_onednn, widened
 
 import nudging_hf
 from nudging_hf import baselines
@@ -22,6 +22,11 @@ MINI = Path(__file__).parents[1] / "examples" / "mini"
 BASE, LARGE = "base", "large-aligned"
 OWN, SHARED, UNALIGNED = "nudging", "nudging-shared", "nudging-shared-unaligned"
 THRESHOLD = 0.4
+
+# Linear layers read several tokens at a time by MKL where torch is left to itself, which is far from what the CPU can
+# do on some, or by oneDNN.
+ONEDNN = "float32-onednn"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, ONEDNN: torch.float32}
 
 BASE_ALONE = "base alone"
 ADAPTIVE = "adaptive"
@@ -39,11 +44,14 @@ def dev_questions(per_task: int, skip: int = 0) -> list[Question]:
     return [question for questions in drawn.values() for question in questions[skip : skip + per_task]]
 
 
-def load(name: str, factor: int, dtype: torch.dtype, change: Callable[[LM], Any] | None = None) -> LM:
-    """A model of the mini pair, widened; where `change` is given, what that makes of it."""
+def load(name: str, factor: int, dtype: str, change: Callable[[LM], Any] | None = None) -> LM:
+    """A model of the mini pair, widened, in one of `DTYPES`; where `change` is given, what that makes of it."""
     lm = LM.load(MINI / "models" / name)
     model = lm.model if change is None else change(lm)
-    return LM(widened(model, factor).to(dtype), lm.tokenizer, chat=True)
+    wide = LM(widened(model, factor).to(DTYPES[dtype]), lm.tokenizer, chat=True)
+    if dtype == ONEDNN:
+        hand_to_onednn(wide.model)
+    return wide
 
 
 @torch.no_grad()
@@ -64,7 +72,8 @@ def contradicting(lm: LM) -> Any:
 
 def widths(width: int) -> dict[str, int]:
     """How wide each model becomes: a pass of a nudging model is to cost about 1/15 of one of the base."""
-    return {BASE: width, LARGE: width, SHARED: width, UNALIGNED: width, OWN: width * 3 // 2}
+    small = max(1, width * 2 // 3)
+    return {BASE: width, LARGE: width, SHARED: small, UNALIGNED: small, OWN: width}
 
 
 @dataclass(frozen=True)
@@ -231,15 +240,15 @@ def _rows(sequences: torch.Tensor, ids: torch.Tensor, work: Work) -> list[list[i
 def nudging_contestant(small: str, draft: int | str) -> Contestant:
     name = "nudged, " + ("two vocabularies" if small == OWN else "one vocabulary")
     name += "" if draft == ADAPTIVE else f", {'nothing drafted' if draft == 0 else f'drafts of {draft}'}"
-    few = draft in (ADAPTIVE, 0, 4) if small == SHARED else draft == ADAPTIVE
+    few = draft in (ADAPTIVE, 0, 4, 8) if small == SHARED else draft == ADAPTIVE
     return Contestant(name, (BASE, small), partial(nudged, small=small, draft=draft), (small, draft), few)
 
 
 ALONE = Contestant(BASE_ALONE, (BASE,), base_alone)
 CONTESTANTS = [
     ALONE,
-    *(nudging_contestant(SHARED, draft) for draft in (ADAPTIVE, 0, 4, 8, 16)),
-    *(nudging_contestant(OWN, draft) for draft in (ADAPTIVE, 0, 8)),
+    *(nudging_contestant(SHARED, draft) for draft in (ADAPTIVE, 0, 4, 8, 16, 32)),
+    *(nudging_contestant(OWN, draft) for draft in (ADAPTIVE, 8, 16, 32)),
     Contestant("assisted generation", (BASE, SHARED), assisted, in_batches=False),
     Contestant("both models at every token", (BASE, SHARED), stepping_both, in_batches=False),
     Contestant("ensemble", (BASE, SHARED), partial(mixed, mix=baselines.ensemble, unaligned=False), in_batches=False),

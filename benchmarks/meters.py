@@ -207,8 +207,13 @@ class Stopwatch:
         pass
 
 
+def weights(model: Any) -> list[torch.Tensor]:
+    """Of a model whose layers may have been handed to oneDNN, which keeps theirs as buffers."""
+    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_mkldnn)]
+
+
 def weight_bytes(model: Any) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return sum(weight.numel() * weight.element_size() for weight in weights(model))
 
 
 def cache_bytes(model: Any, tokens: int) -> int:

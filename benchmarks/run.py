@@ -23,8 +23,8 @@ from typing import Any
 import tables
 import torch
 import transformers
-from contestants import dev_questions, widths
-from scenarios import DTYPES, Find, Key, Row, Size, Unit, agreement, hopeless, long_text, passes, race
+from contestants import DTYPES, dev_questions, widths
+from scenarios import Find, Key, Row, Size, Unit, agreement, hopeless, long_text, passes, race
 from tqdm import tqdm
 
 import nudging_hf
@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 SCENARIOS = ("passes", "race", "hopeless", "agreement", "long")
 FULL = Size()
 QUICK = Size(
-    width=8,
+    width=9,
     rounds=1,
     minutes=1.0,
     tasks=("letters",),
@@ -54,7 +54,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", metavar="scenario", help=f"of {', '.join(SCENARIOS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="a check of some minutes, with a narrower base")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="of widened models; both by default")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), help="of widened models; all at batch 1 by default"
+    )
     parser.add_argument("--batch-size", nargs="+", type=int, metavar="N", help="of the race; 1, 8 and 32 by default")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="letters, stories, coins, lengths; all by default")
     parser.add_argument("--questions", type=int, metavar="N", help="of each task at batch 1")
@@ -74,7 +76,7 @@ def jobs(args: argparse.Namespace, size: Size, find: Find) -> Iterator[Iterable[
     """The scenarios that are asked for, in order."""
     dtypes = args.dtype or (["float32"] if args.quick else list(DTYPES))
     batches = args.batch_size or ([1] if args.quick else [1, 8, 32])
-    # The longer scenarios outside the race are of one dtype: that in which passes of several tokens cost least.
+    # The longer scenarios outside the race are of one dtype.
     one = "float32" if "float32" in dtypes else dtypes[0]
     for scenario in args.scenarios or SCENARIOS:
         if scenario == "passes":

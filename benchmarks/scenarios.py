@@ -33,7 +33,7 @@ from contestants import (
     nudging_contestant,
     widths,
 )
-from meters import Meter, PeakMemory, Stopwatch, cache_bytes, weight_bytes
+from meters import Meter, PeakMemory, Stopwatch, cache_bytes, weight_bytes, weights
 from transformers import DynamicCache
 from widen import with_noise
 
@@ -42,11 +42,10 @@ from nudging_hf.journal import digest
 
 Key = dict[str, Any]
 Row = dict[str, Any]
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-PASS_WIDTHS = (1, 2, 4, 5, 8, 9, 16, 17)
-FAR_WIDTHS = (1, 4, 9, 17)
-BATCH_SHAPES = ((8, 1), (8, 5), (32, 1))  # Rows, and tokens of each.
+PASS_WIDTHS = (1, 2, 3, 5, 9, 17, 33)
+FAR_WIDTHS = (1, 5, 9, 17, 33)
+BATCH_SHAPES = ((8, 1), (8, 5), (8, 9), (32, 1), (32, 5))  # Rows, and tokens of each.
 CONTEXTS = (128, 4096)
 ENOUGH_SECONDS = 6.0  # Of one kind of pass, after which three of it are enough.
 NOISE = (0.0, 0.15, 0.3, 0.45, 1.0)
@@ -67,7 +66,7 @@ class Size:
         tasks: all, or those of these names.
     """
 
-    width: int = 16
+    width: int = 18
     questions: int = 1
     rounds: int = 3
     minutes: float = 8.0
@@ -105,7 +104,7 @@ class Models:
 
     def __getitem__(self, name: str) -> LM:
         if name not in self.loaded:
-            self.loaded[name] = load(name, widths(self.width)[name], DTYPES[self.dtype])
+            self.loaded[name] = load(name, widths(self.width)[name], self.dtype)
         return self.loaded[name]
 
     def of(self, contestant: Contestant) -> LMs:
@@ -230,7 +229,9 @@ def passes(size: Size, dtype: str) -> Iterator[Unit]:
                 {"model": name, "rows": rows, "width": width, "context": context, "seconds": quartiles(each)}
                 for (name, rows, width, context), each in seconds.items()
             ],
-            "parameters": {name: models[name].model.num_parameters() for name in (BASE, SHARED, OWN)},
+            "parameters": {
+                name: sum(map(torch.Tensor.numel, weights(models[name].model))) for name in (BASE, SHARED, OWN)
+            },
         }
 
     yield Unit({"scenario": "passes", "dtype": dtype}, all_shapes)
@@ -278,9 +279,7 @@ def agreement(size: Size, dtype: str) -> Iterator[Unit]:
 
         def run(share: float, threshold: float, question: Question, noisy: LMs = noisy) -> Row:
             if not noisy:
-                noisy[SHARED] = load(
-                    SHARED, widths(size.width)[SHARED], DTYPES[dtype], lambda lm: with_noise(lm.model, share)
-                )
+                noisy[SHARED] = load(SHARED, widths(size.width)[SHARED], dtype, lambda lm: with_noise(lm.model, share))
             lms = {BASE: base[BASE], SHARED: noisy[SHARED]}
             work = Work([question], threshold, max_new_tokens=size.short_answer)
             for name in (BASE, SHARED):  # Whatever ran before, both models' weights have just been read.
@@ -333,7 +332,7 @@ def hopeless(size: Size, dtype: str) -> Iterator[Unit]:
         for name in (SHARED, OWN):
             if name not in models.loaded:
                 factor = widths(size.width)[name]
-                models.loaded[name] = load(name, factor, DTYPES[dtype], contradicting)
+                models.loaded[name] = load(name, factor, dtype, contradicting)
         work = replace(Work([question], threshold=0.0), max_new_tokens=size.short_answer)
         work = replace(work, lengths=[size.short_answer])
         if not warm:

@@ -1,4 +1,4 @@
-"""A Llama made wide, or noisy, without training. It knows weights, never tokenizers, prompts or clocks.
+"""A Llama made wide, or noisy, without training, or run by other kernels. It knows weights, never tokenizers, prompts or clocks.
 
 A small trained pair answers as it was trained to, and costs next to nothing; what drafting saves can only be timed
 where a pass of the base costs something. So each vector of the model is written down `factor` times, one copy behind
@@ -79,3 +79,21 @@ def with_noise(model: LlamaForCausalLM, share: float, seed: int = 0) -> LlamaFor
             noise = torch.randn(weight.shape, generator=generator).to(weight) * weight.std()
             weight.lerp_(noise, share)
     return noisy
+
+
+class OneDNNLinear(torch.nn.Module):
+    """A linear layer without a bias, in float32, whose product oneDNN computes."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().to_mkldnn())
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.mkldnn_linear(states.to_mkldnn(), self.weight).to_dense()
+
+
+def hand_to_onednn(model: torch.nn.Module) -> None:
+    """Replaces all linear layers of a model, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.set_submodule(name, OneDNNLinear(module))

@@ -88,6 +88,15 @@ def test_no_weight_is_rounded_in_bfloat16(narrow):
     model.double()
 
 
+@torch.no_grad()
+def test_one_dnn_writes_the_same_logits_and_its_weights_are_counted():
+    plain, quick = (contestants.load(BASE, 2, dtype).model for dtype in ("float32", contestants.ONEDNN))
+    ids = torch.arange(5, 30)[None]
+    torch.testing.assert_close(quick(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-3)
+    assert meters.weight_bytes(quick) == meters.weight_bytes(plain)
+    assert sum(weight.is_mkldnn for weight in meters.weights(quick)) == 7 * plain.config.num_hidden_layers + 1
+
+
 def test_a_factor_below_one_is_refused(narrow):
     with pytest.raises(ValueError, match="`factor` must be at least 1, got 0"):
         widened(narrow[SHARED].model, 0)
