@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("scenarios", nargs="*", metavar="scenario", help=f"of {', '.join(SCENARIOS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="a check of some minutes, with a narrower base")
     parser.add_argument(
-        "--dtype", nargs="+", choices=list(DTYPES), help="of widened models; all at batch 1 by default"
+        "--dtype", nargs="+", choices=list(DTYPES), help="of widened models; by default all, at batch 1"
     )
     parser.add_argument("--batch-size", nargs="+", type=int, metavar="N", help="of the race; 1, 8 and 32 by default")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="letters, stories, coins, lengths; all by default")

@@ -1,4 +1,4 @@
-"""A Llama made wide, or noisy, without training, or run by other kernels. It knows weights, never tokenizers, prompts or clocks.
+"""A Llama made wide, noisy, or run by other kernels, without training. It knows weights, never prompts or clocks.
 
 A small trained pair answers as it was trained to, and costs next to nothing; what drafting saves can only be timed
 where a pass of the base costs something. So each vector of the model is written down `factor` times, one copy behind
