@@ -103,6 +103,11 @@ class CachedLM:
         # fewer positions than they have ids, and a position may have several axes.
         self._shift: torch.Tensor | None = None
 
+    @property
+    def kind_of_cache(self) -> str:
+        """Of what kind it is, for passes over another take another time."""
+        return "none" if not self.use_cache else "dynamic" if self._static is None else "static"
+
     def release(self, row: int) -> None:
         """Forgets a row that will not read again."""
         self._there.remove(row)

@@ -242,7 +242,7 @@ class NudgedDecoder:
         self.streamer = streamer
         self.record = record
         self.record_logits = record_logits
-        self._policy = draft_length_of(base.model, nudging.model, len(rows))
+        self._policy = draft_length_of(base.model, nudging.model, (len(rows), base.kind_of_cache))
         self._draft_length: int | None = None  # Of the next pass of the base, once it is chosen.
 
     def run(self) -> None:

@@ -12,7 +12,7 @@ What was found out about two models is kept for as long as they are.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -112,10 +112,14 @@ class DraftLength:
         return max(LENGTHS, key=speed)
 
 
-_KNOWN: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[int, DraftLength]]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, DraftLength]]] = WeakKeyDictionary()
 
 
-def draft_length_of(base: Any, nudging_model: Any, rows: int) -> DraftLength:
-    """The one of two models and a size of batch, with all that earlier answers have told."""
+def draft_length_of(base: Any, nudging_model: Any, way: Hashable) -> DraftLength:
+    """The one of two models and a way of running them, with all that earlier answers have told.
+
+    Args:
+        way: all else on which the time of a pass depends: how many rows it has, and so on.
+    """
     pairs = _KNOWN.setdefault(base, WeakKeyDictionary())
-    return pairs.setdefault(nudging_model, {}).setdefault(rows, DraftLength())
+    return pairs.setdefault(nudging_model, {}).setdefault(way, DraftLength())
