@@ -243,6 +243,8 @@ class NudgedDecoder:
         self.record = record
         self.record_logits = record_logits
         self._policy = draft_length_of(base.model, nudging.model, (len(rows), base.kind_of_cache))
+        # On the device, so that no step waits for it to get there.
+        self._nudging_eos = torch.tensor(voices.nudging_eos, device=nudging.device)
         self._draft_length: int | None = None  # Of the next pass of the base, once it is chosen.
 
     def run(self) -> None:
@@ -367,7 +369,7 @@ class NudgedDecoder:
         for row in rows:
             row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, row.written, logits[row.number])
             if self._may_not_end(row):
-                row_scores[:, self.voices.nudging_eos] = float("-inf")
+                row_scores = row_scores.index_fill(-1, self._nudging_eos, float("-inf"))
             scores.append(row_scores)
         keys = [row.nudging_key() for row in rows] if self.voices.nudging_samples else None
         allowed = torch.cat(scores).index_fill(-1, self.voices.nudging_control, float("-inf"))

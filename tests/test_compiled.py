@@ -40,13 +40,13 @@ def test_compiled_passes_give_the_same_answers_from_few_graphs(kind):
     chosen = pair("llama", 0, kind)
     backend = CountingBackend()
     graphs = []
-    for seed in range(4):
-        settings = {"max_new_tokens": 40, "nudge_threshold": 0.2}
+    for seed in range(3):
+        settings = {"max_new_tokens": 24, "nudge_threshold": 0.2, "num_draft_tokens": 4}
         asked = prompts(chosen, 1, seed)
         plain, compiled = nudge(chosen, *asked, **settings), nudge(chosen, *asked, **settings, **compiled_by(backend))
         assert [(r.ids, r.nudged, r.reason) for r in compiled] == [(r.ids, r.nudged, r.reason) for r in plain]
         graphs.append(backend.graphs)
-    assert 0 < graphs[-1] <= 5
+    assert 0 < graphs[-1] <= 4
     assert graphs[-1] == graphs[-2]  # What is there is used again.
 
 

@@ -90,9 +90,9 @@ def test_cached_is_recomputed(arch, kind):
         settings = {"max_new_tokens": 24, "nudge_threshold": threshold, "num_draft_tokens": 4}
         cached = nudge(chosen, base_prompts, nudging_prompts, **settings)
         recomputed = nudge(chosen, base_prompts, nudging_prompts, use_cache=False, **settings)
-        static = nudge(chosen, base_prompts, nudging_prompts, cache_implementation="static", **settings)
-        for results in (cached, static):
-            assert [(r.ids, r.nudged, r.reason) for r in results] == [(r.ids, r.nudged, r.reason) for r in recomputed]
+        assert [(r.ids, r.nudged, r.reason) for r in cached] == [(r.ids, r.nudged, r.reason) for r in recomputed]
+    static = nudge(chosen, base_prompts, nudging_prompts, cache_implementation="static", **settings)
+    assert [(r.ids, r.nudged, r.reason) for r in static] == [(r.ids, r.nudged, r.reason) for r in recomputed]
 
 
 @pytest.mark.parametrize("kind", ["shared", "two"])
