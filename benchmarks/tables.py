@@ -403,4 +403,6 @@ def plot(figures: Row, path: Path) -> None:
     for axes in (race_axes, pass_axes, agreement_axes, long_axes):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+        else:  # Not measured.
+            axes.remove()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
