@@ -102,6 +102,7 @@ def run(capsys, *args, terminal=False):
 # generate -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("drafts_of_four")
 def test_a_pipe_gets_the_plain_answer_and_standard_error_the_figures(pair_folder, models, capsys):
     text, full = expected(pair_folder)
     code, out, err = run(capsys, "generate", *models, "--max-new-tokens", 24, PROMPT)

@@ -27,7 +27,6 @@ from nudging_hf.comparison import (
     take_turn,
     tasks_of,
 )
-from nudging_hf.drafting import DraftLength
 from nudging_hf.journal import Journal
 from nudging_hf.provenance import Piece, count_nudged_words, pieces_of
 
@@ -165,13 +164,7 @@ def alone(reader):
     return [reader.answers([question], LENGTH)[0] for question in FEW]
 
 
-@pytest.fixture
-def _drafts_of_four(monkeypatch):
-    """How many passes there are depends on nothing that the clock tells."""
-    monkeypatch.setattr(DraftLength, "choose", lambda self, rows: 4)
-
-
-@pytest.mark.usefixtures("_drafts_of_four")
+@pytest.mark.usefixtures("drafts_of_four")
 def test_a_turn_counts_words_passes_and_right_answers(models):
     nudged = by_name(models)["nudged, γ = 0.4"]
     turn = take_turn(nudged, QUESTIONS[5:8], 5, LENGTH)
@@ -383,7 +376,7 @@ def figures(out):
     return rows, report["says"], report["left_out"], report["setup"]
 
 
-@pytest.mark.usefixtures("_drafts_of_four")
+@pytest.mark.usefixtures("drafts_of_four")
 def test_the_command_writes_one_table_and_a_killed_run_goes_on_to_the_same(folder, tmp_path, monkeypatch, capsys):
     shared = ["--shared-nudging-model", folder / "shared", "--unaligned", folder / "unaligned"]
     assert cli.main(arguments(folder, tmp_path / "whole", *shared)) == 0
