@@ -10,10 +10,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from contestants import ADAPTIVE, BASE, MINI, OWN, SHARED, THRESHOLD, dev_questions
+from contestants import ADAPTIVE, BASE, MINI, OWN, SHARED, Work, dev_questions, nudged_output
 from meters import CallMeter, graphs_compiled, synchronisations
 
-import nudging_hf
 from nudging_hf.demo import LM
 
 VOCABULARIES = {SHARED: "one vocabulary", OWN: "two vocabularies"}
@@ -66,27 +65,8 @@ class MiniPair:
     def _write(
         self, lms: dict[str, LM], small: str, batch: int, draft: int | str, **kwargs: Any
     ) -> tuple[Answers, Any]:
-        base, nudging = lms[BASE], lms[small]
-        questions = self._questions[:batch]
-        ids, mask = base.padded_prompts(questions)
-        nudging_ids, nudging_mask = nudging.padded_prompts(questions)
-        arguments = {"do_sample": False, "max_new_tokens": self.tokens, "nudge_threshold": THRESHOLD, **kwargs}
-        out = nudging_hf.generate(
-            base.model,
-            input_ids=ids,
-            attention_mask=mask,
-            tokenizer=base.tokenizer,
-            nudging_model=nudging.model,
-            nudging_tokenizer=nudging.tokenizer,
-            nudging_input_ids=nudging_ids,
-            nudging_attention_mask=nudging_mask,
-            num_draft_tokens=draft,
-            return_dict_in_generate=True,
-            **arguments,
-        )
-        lengths = (~out.base_top1_probs.isnan()).sum(dim=1).tolist()
-        rows = out.sequences[:, ids.shape[1] :].tolist()
-        return [row[:n] for row, n in zip(rows, lengths, strict=True)], out
+        work = Work(self._questions[:batch], max_new_tokens=self.tokens)
+        return nudged_output(lms, work, small, draft, **kwargs)
 
 
 def _loaded(name: str, device: torch.device) -> LM:
