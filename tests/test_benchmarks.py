@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import contestants  # noqa: E402
-import meters  # noqa: E402
-import run  # noqa: E402
-import scenarios  # noqa: E402
-import tables  # noqa: E402
-from contestants import ADAPTIVE, BASE, CONTESTANTS, OWN, SHARED, Work  # noqa: E402
-from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
-from widen import shares, widened, with_noise  # noqa: E402
+import contestants
+import meters
+import run
+import scenarios
+import tables
+from contestants import ADAPTIVE, BASE, CONTESTANTS, OWN, SHARED, Work
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from widen import shares, widened, with_noise
 
-from nudging_hf.demo import LM  # noqa: E402
+from nudging_hf.demo import LM
 
 
 @pytest.fixture(scope="module")
