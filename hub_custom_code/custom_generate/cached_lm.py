@@ -94,7 +94,8 @@ class CachedLM:
         self._keeps_holes = prompts is None and tells_distances_by_positions(model)
         self._slots: Slots | None = None  # Before the first pass, and after the last row.
         self._static = static
-        self._compiled: Counter[int] = Counter()  # Passes, by width.
+        self._compiled_model: Any = None  # If passes are compiled.
+        self._compiled: Counter[int] = Counter()  # Such passes, by width.
         self._there = set(self._rows)  # Rows that are not released: a static cache keeps the others too.
         self._prompts = prompts
         self._fixed = dict.fromkeys(self._rows, 0)  # How many ids of a row are never rolled back.
@@ -215,7 +216,7 @@ class CachedLM:
         if isinstance(slots, StaticSlots):
             if is_static:
                 width = _STATIC_WIDTHS[bisect_left(_STATIC_WIDTHS, width)]
-                call = self._compiled_call(slots, width) or call
+                call = self._call_for(slots, width)
             slots.reserve(width)
         tokens = [ids + [ids[-1] if ids else 0] * (width - len(ids)) for ids in new]
         places = [[n + min(i, max(len(ids) - 1, 0)) for i in range(width)] for n, ids in zip(kept, new, strict=True)]
@@ -246,18 +247,18 @@ class CachedLM:
             return Slots(rows, self._keeps_holes)
         capacity = most_slots(tokens + self._static.new_tokens) + _STATIC_WIDTHS[-1]
         capacity = math.ceil(capacity / _STATIC_STEP) * _STATIC_STEP
-        return borrow_static_slots(self.model, rows, self._keeps_holes, capacity)
+        slots = borrow_static_slots(self.model, rows, self._keeps_holes, capacity)
+        self._compiled_model = compiled_call(self.model, slots.cache, self._static.generation_config)
+        return slots
 
-    def _compiled_call(self, slots: StaticSlots, width: int) -> Any:
-        """The model's, compiled for passes of that width, if it is to be compiled."""
-        assert self._static is not None
-        call = compiled_call(self.model, slots.cache, self._static.generation_config)
-        if call is None or not slots.is_allocated:  # Which cannot be compiled.
-            return None
+    def _call_for(self, slots: StaticSlots, width: int) -> Any:
+        """The model, compiled if it is to be, for a pass of that width."""
+        if self._compiled_model is None or not slots.is_allocated:  # Allocating cannot be compiled.
+            return self.model
         self._compiled[width] += 1
         if self._compiled[width] <= _WARM_UP:
             self.last_width = None
-        return call
+        return self._compiled_model
 
     def _roll_back(self, kept: Sequence[int]) -> None:
         """Takes all but its first `kept` tokens out of each row."""
