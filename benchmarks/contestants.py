@@ -124,13 +124,18 @@ class Contestant:
 
 
 def nudged(lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any) -> list[list[int]]:
-    return nudged_output(lms, work, small, draft, **kwargs)[0]
+    """The ids of each row's answer, without padding."""
+    return _generate(lms, work, small, draft, **kwargs)[0]
 
 
 def nudged_output(
     lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any
 ) -> tuple[list[list[int]], nudging_hf.NudgingOutput]:
-    """The ids of each row's answer, without padding, and all else that `generate` returned."""
+    """The same, and all else that `generate` can return: for that the base reads an answer's last tokens too."""
+    return _generate(lms, work, small, draft, return_dict_in_generate=True, **kwargs)
+
+
+def _generate(lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any) -> tuple[list[list[int]], Any]:
     base, nudging = lms[BASE], lms[small]
     ids, mask = base.padded_prompts(work.questions)
     nudging_ids, nudging_mask = nudging.padded_prompts(work.questions)
@@ -150,12 +155,11 @@ def nudged_output(
         nudging_tokenizer=nudging.tokenizer,
         nudging_input_ids=nudging_ids,
         nudging_attention_mask=nudging_mask,
-        return_dict_in_generate=True,
         **arguments,
     )
-    lengths = (~out.base_top1_probs.isnan()).sum(dim=1).tolist()
-    rows = out.sequences[:, ids.shape[1] :].tolist()
-    return [row[:n] for row, n in zip(rows, lengths, strict=True)], out
+    sequences = out if isinstance(out, torch.Tensor) else out.sequences
+    rows, eos = sequences[:, ids.shape[1] :].tolist(), base.tokenizer.eos_token_id
+    return [row[: row.index(eos) + 1] if eos in row else row for row in rows], out
 
 
 def base_alone(lms: LMs, work: Work, **kwargs: Any) -> list[list[int]]:

@@ -69,7 +69,7 @@ class Size:
     width: int = 18
     questions: int = 1
     rounds: int = 3
-    minutes: float = 8.0
+    minutes: float = 12.0
     tasks: Sequence[str] = ()
     max_new_tokens: int = MAX_NEW_TOKENS
     repeats: int = 7
@@ -77,6 +77,7 @@ class Size:
     thresholds: Sequence[float] = THRESHOLDS
     short_answer: int = 64  # New tokens where not the answer matters but its cost.
     short_questions: int = 2
+    hopeless_answer: int = 160
     long_answer: int = 4096
 
 
@@ -284,20 +285,14 @@ def agreement(size: Size, dtype: str) -> Iterator[Unit]:
             work = Work([question], threshold, max_new_tokens=size.short_answer)
             for name in (BASE, SHARED):  # Whatever ran before, both models' weights have just been read.
                 timed_pass(lms[name].model, random_cache(lms[name].model, 1, 8), 1, 1, 8)
-            outputs = []
-
-            def write(lms: LMs, work: Work) -> list[list[int]]:
-                answers, output = nudged_output(lms, work, SHARED, ADAPTIVE)
-                outputs.append(output)
-                return answers
-
-            row, (answer,) = measure(replace(runner, write=write), lms, work)
+            row, (answer,) = measure(runner, lms, work)
             alone, _ = measure(ALONE, {BASE: lms[BASE]}, replace(work, lengths=[len(answer)]))
+            _, output = nudged_output(lms, work, SHARED, ADAPTIVE)  # Not timed: it says more, and reads more for that.
             return {
                 **row,
                 "alone_seconds": alone["seconds"],
                 "agreement": own_share(noisy[SHARED], question, answer),
-                "nudge_rate": outputs[0].nudge_rate.item(),
+                "nudge_rate": output.nudge_rate.item(),
             }
 
         for threshold in size.thresholds:
@@ -323,8 +318,7 @@ def hopeless(size: Size, dtype: str) -> Iterator[Unit]:
     """Where drafting cannot help: the base is always sure of itself, and the nudging model contradicts itself."""
     questions = dev_questions(1)[: size.short_questions]
     models = Models(size.width, dtype)
-    runners = [ALONE, *(nudging_contestant(SHARED, draft) for draft in (ADAPTIVE, 0, 4, 8, 16))]
-    runners.append(nudging_contestant(OWN, ADAPTIVE))
+    runners = [ALONE, *(nudging_contestant(small, draft) for small in (SHARED, OWN) for draft in (ADAPTIVE, 0))]
     warm = False
 
     def run(contestant: Contestant, question: Question) -> Row:
@@ -333,8 +327,7 @@ def hopeless(size: Size, dtype: str) -> Iterator[Unit]:
             if name not in models.loaded:
                 factor = widths(size.width)[name]
                 models.loaded[name] = load(name, factor, dtype, contradicting)
-        work = replace(Work([question], threshold=0.0), max_new_tokens=size.short_answer)
-        work = replace(work, lengths=[size.short_answer])
+        work = Work([question], threshold=0.0).of_length(size.hopeless_answer)
         if not warm:
             for each in runners:
                 each.write(models.of(each), work.of_length(6))

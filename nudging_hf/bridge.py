@@ -134,6 +134,26 @@ class _Answer:
         self.ids.append(token)
         self.text += self.vocabulary.bytes_of(token)
 
+    def sure_of(self, draft: Sequence[int], continuation: Sequence[int], sure: Sequence[float]) -> list[float]:
+        """How sure the nudging model was of each id of a draft: of all that it wrote which begins in the id's text.
+
+        Args:
+            draft: the first ids, for the base, of the continuation.
+            continuation: ids of the nudging model.
+            sure: how sure it was of each of them, a probability.
+        """
+        ends = accumulate(len(self.vocabulary.bytes_of(token)) for token in draft)
+        starts = accumulate((len(self.nudging_vocabulary.bytes_of(token)) for token in continuation), initial=0)
+        begun = list(zip(starts, sure, strict=False))
+        found, place = [], 0
+        for end in ends:
+            probability = 1.0
+            while place < len(begun) and begun[place][0] < end:
+                probability *= begun[place][1]
+                place += 1
+            found.append(probability)
+        return found
+
     @property
     def inside_character(self) -> bool:
         return ends_inside_character(bytes(self.text[-3:]))

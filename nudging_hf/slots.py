@@ -50,12 +50,13 @@ class Slots:
 
     def add(self, lengths: Sequence[int], width: int, padded_left: bool = False) -> None:
         """Takes note of what a pass of some width has put into the cache: rows of these lengths, and padding."""
-        before, self.count = self._taken(), self.count + width
+        is_full = self._used is None and all(length == width for length in lengths)
+        if not is_full:
+            columns, ends = torch.arange(width), torch.tensor(lengths)[:, None]
+            added = columns >= width - ends if padded_left else columns < ends
+            self._used = torch.cat([self._taken(), added], dim=1)
         self.lengths = [n + more for n, more in zip(self.lengths, lengths, strict=True)]
-        if self._used is None and all(length == width for length in lengths):
-            return
-        columns, ends = torch.arange(width), torch.tensor(lengths)[:, None]
-        self._used = torch.cat([before, columns >= width - ends if padded_left else columns < ends], dim=1)
+        self.count += width
 
     def take_back(self, rejected: Sequence[int]) -> None:
         """Takes its last tokens out of each row, that many, and drops slots that no row uses."""

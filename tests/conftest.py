@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nudging_hf.drafting import DraftLength
+from nudging_hf.drafting import DraftLength, GuessLength, Plan
 
 
 @pytest.fixture(autouse=True)
@@ -12,5 +12,6 @@ def _repeatable():
 
 @pytest.fixture
 def drafts_of_four(monkeypatch):
-    """Adaptive drafts are of four tokens: how many passes there are depends on no clock."""
-    monkeypatch.setattr(DraftLength, "choose", lambda self, rows: 4)
+    """Adaptive drafts and guesses are of four tokens: how many passes there are depends on no clock."""
+    monkeypatch.setattr(DraftLength, "choose", lambda self, rows, steps_are_free: Plan(4, 4))
+    monkeypatch.setattr(GuessLength, "choose", lambda self, rows: 4)

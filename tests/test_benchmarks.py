@@ -204,7 +204,7 @@ def tiny_run(monkeypatch, tmp_path):
     """Runs the whole benchmark, so small that it takes seconds, and names the folder of what it wrote."""
     size = scenarios.Size(
         width=1, rounds=1, tasks=("letters",), repeats=1, noise=(0.5,), thresholds=(0.4,), short_answer=4,
-        short_questions=1, long_answer=40, max_new_tokens=12,
+        short_questions=1, hopeless_answer=4, long_answer=40, max_new_tokens=12,
     )  # fmt: skip
     monkeypatch.setattr(run, "QUICK", size)
     for module in (scenarios, tables):

@@ -11,6 +11,7 @@ from tiny import pair, prompts
 from transformers import TextIteratorStreamer
 
 import nudging_hf
+from nudging_hf.drafting import GuessLength
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
 THRESHOLDS = [0, 0.2, 0.4, 0.7, 1.01]
@@ -71,6 +72,36 @@ def test_drafted_is_sequential(arch, kind):
         ]
         for results in answers[1:]:
             assert [(r.ids, r.nudged, r.reason) for r in results] == [(r.ids, r.nudged, r.reason) for r in answers[0]]
+
+
+@pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["shared", "two"])
+def test_guesses_change_nothing(kind, samples, monkeypatch):
+    """What the nudging model reads beyond its own text, right or wrong, leaves what it writes as it is."""
+    found = {"right": 0, "wrong": 0}
+    observe = GuessLength.observe
+
+    def observe_and_count(self, hits, guessed):
+        found["right"] += hits
+        found["wrong"] += guessed - hits
+        observe(self, hits, guessed)
+
+    monkeypatch.setattr(GuessLength, "observe", observe_and_count)
+    for seed, gate in itertools.product(range(4), ["top1", "rejection"]):
+        chosen, base_prompts, nudging_prompts = case("qwen3", kind, seed, rows=3)
+        chosen.nudging_model.generation_config.do_sample = samples
+        settings = {"max_new_tokens": 40, "do_sample": samples, "nudge_gate": gate, "min_new_tokens": 4 * (seed % 2)}
+        answers = []
+        try:
+            for drafts, length in [(0, 0), (3, 1), (5, 4), ("adaptive", 16)]:
+                monkeypatch.setattr(GuessLength, "choose", lambda self, rows, length=length: length)
+                torch.manual_seed(7)
+                results = nudge(chosen, base_prompts, nudging_prompts, num_draft_tokens=drafts, **settings)
+                answers.append([(r.ids, r.nudged, r.reason) for r in results])
+        finally:
+            chosen.nudging_model.generation_config.do_sample = False
+        assert answers[1:] == answers[:1] * 3
+    assert found["right"] > 20 and found["wrong"] > 20
 
 
 @pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)

@@ -68,8 +68,8 @@ class CachedLM:
     Attributes:
         forward_passes (`int`): how many forward passes the model has made.
         tokens_fed (`int`): how many tokens of all rows it has been fed, padding not counted.
-        last_width (`int`, *optional*): how many tokens the widest row was fed in the last pass; `None` where that
-            pass was compiled first, so that its time tells nothing of the next ones.
+        last_shape (`tuple[int, int]`, *optional*): rows and tokens of each, padding included, of the last pass;
+            `None` where it was compiled first, so that its time tells nothing of the next ones.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class CachedLM:
         self.use_cache = use_cache
         self.forward_passes = 0
         self.tokens_fed = 0
-        self.last_width: int | None = None
+        self.last_shape: tuple[int, int] | None = None
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
@@ -142,7 +142,7 @@ class CachedLM:
             kept.append(len(fed))
             if row in readings:
                 ids, keep = readings[row]
-                kept[-1] = max(min(_common_prefix(fed, ids), len(ids) - keep), self._fixed[row])
+                kept[-1] = max(min(common_prefix(fed, ids), len(ids) - keep), self._fixed[row])
         new = {row: readings[row].ids[n:] if row in readings else [] for row, n in zip(rows, kept, strict=True)}
         width = max(map(len, new.values()))
         # From column -1 on, where a prompt's own logits are wanted.
@@ -211,16 +211,21 @@ class CachedLM:
         call, slots = self.model, None
         if self.use_cache:
             slots = self._slots = self._slots or self._new_slots(max(kept) + width)
-        self.last_width = width
         is_static = isinstance(slots, StaticSlots) and width <= _STATIC_WIDTHS[-1]
         if isinstance(slots, StaticSlots):
             if is_static:
                 width = _STATIC_WIDTHS[bisect_left(_STATIC_WIDTHS, width)]
                 call = self._call_for(slots, width)
             slots.reserve(width)
+        if call is self.model or self._compiled[width] > _WARM_UP:
+            self.last_shape = (len(new), width)
+        else:
+            self.last_shape = None
         tokens = [ids + [ids[-1] if ids else 0] * (width - len(ids)) for ids in new]
         places = [[n + min(i, max(len(ids) - 1, 0)) for i in range(width)] for n, ids in zip(kept, new, strict=True)]
-        input_ids, position_ids = torch.tensor([tokens, places]).to(device, non_blocking=True)  # One transfer.
+        input_ids, position_ids = (
+            torch.tensor([tokens, places]).to(device, non_blocking=True).unbind()
+        )  # One transfer.
         inputs: dict[str, Any] = {"input_ids": input_ids}
         if self._takes_positions:
             inputs["position_ids"] = position_ids
@@ -256,8 +261,6 @@ class CachedLM:
         if self._compiled_model is None or not slots.is_allocated:  # Allocating cannot be compiled.
             return self.model
         self._compiled[width] += 1
-        if self._compiled[width] <= _WARM_UP:
-            self.last_width = None
         return self._compiled_model
 
     def _roll_back(self, kept: Sequence[int]) -> None:
@@ -269,7 +272,7 @@ class CachedLM:
                 self._fed[row] = self._fed[row][:n]
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
     """How many ids the two lists begin with in common; by slices, which compare faster than a loop."""
     most = min(len(a), len(b))
     if a[:most] == b[:most]:

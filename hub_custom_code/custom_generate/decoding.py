@@ -4,7 +4,8 @@
 questions of all rows, answers those of one kind in one forward pass, and answers early: the base is fed the text *and*
 what the nudging model has written after it, and the verdicts at all these positions are kept. If the answer goes on
 along the nudging model's text, the next verdicts are there already; where it leaves it, what is left is dropped and
-both caches roll back. So drafts save passes and cannot change an answer.
+both caches roll back. The nudging model in turn reads its own text *and* a guess of what it will write, and writes as
+far as the guess was right, and a token. So drafts save passes and cannot change an answer.
 
 Sampling: a token is a function of its row's seed, its place and the distribution there, so a verdict is the same
 whether it was asked for early or late. A drafted token is accepted if it is the one that is drawn, i.e. with the
@@ -18,6 +19,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +33,17 @@ from transformers.generation import (
 )
 
 from .bridge import OneVocabulary, TwoVocabularies, to_text
-from .cached_lm import CachedLM, Reading
+from .cached_lm import CachedLM, Reading, common_prefix
 from .choosing import choose, mix, processed_scores
 from .config import ADAPTIVE, NudgingConfig
-from .drafting import LENGTHS, Acceptance, draft_length_of
+from .drafting import MOST, Plan, Written, draft_length_of
 from .gate import GATES, top1_probabilities
 from .host import shared_by_ranks
+from .lookup import guess
 from .rounds import Accept, Lookahead, Question, Reply, Step, Verdict
 from .threshold import FixedThreshold, OnlineThreshold
 
+_USUAL_WIDTH = MOST + 16  # Tokens that a row is fed in a pass which reads no prompt, at the most.
 _CHARACTER_BYTES = 4  # Of UTF-8, at the most.
 _BASE_STREAM, _NUDGING_STREAM = 0, 1  # Each model draws by keys of its own.
 
@@ -123,14 +127,14 @@ class Row:
     # What the base said at each position of the answer, and of the draft that it has read behind it.
     seen: list[_Seen] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
-    draft_size: int = 0
+    draft_sure: Sequence[float] = ()  # How sure the nudging model was of each token of that draft.
     draft_hits: int = 0
-    acceptance: Acceptance = field(default_factory=Acceptance)
     # What the nudging model has written: its ids for a text that the answer had, a continuation, and whether EOS.
     written: list[int] = field(default_factory=list)
     written_eos: bool = False
     written_key: int | None = None
     written_top1: dict[int, float] = field(default_factory=dict)  # How sure it was, by how many ids stood before.
+    left: list[int] = field(default_factory=list)  # What it had written last where the answer went another way.
 
     @property
     def length(self) -> int:
@@ -158,6 +162,8 @@ class Row:
         """
         context = self.answer.nudging_ids()
         if self.written[: len(context)] != context:
+            if tail := self.written[common_prefix(self.written, context) + 1 :]:
+                self.left = tail
             self.forget_written()
             self.written = list(context)
         return self.written[len(context) :]
@@ -171,6 +177,11 @@ class Row:
     def nudging_top1(self) -> float | None:
         """The nudging model's top-1 probability after the answer as it stands, if it is known."""
         return self.written_top1.get(len(self.written) - len(self.continuation()))
+
+    def sure(self) -> list[float]:
+        """The nudging model's top-1 probability at each token of its continuation."""
+        ahead = len(self.continuation())
+        return [self.written_top1[i] for i in range(len(self.written) - ahead, len(self.written))]
 
     def forget_written(self) -> None:
         self.written, self.written_eos, self.written_key = [], False, None
@@ -245,12 +256,11 @@ class NudgedDecoder:
         self._policy = draft_length_of(base.model, nudging.model, (len(rows), base.kind_of_cache))
         # On the device, so that no step waits for it to get there.
         self._nudging_eos = torch.tensor(voices.nudging_eos, device=nudging.device)
-        self._draft_length: int | None = None  # Of the next pass of the base, once it is chosen.
+        self._tokens = 0  # Of all answers, when the base has last read.
 
     def run(self) -> None:
         """Writes all answers to their end."""
         for row in self.rows:
-            row.acceptance = self._policy.of_new_row()
             self._resume(row, None)
         while True:
             if self.limits.time_is_up():
@@ -258,10 +268,11 @@ class NudgedDecoder:
                     self._finish(row, "time")
             for row in self._open():
                 self._proceed(row)
-            if short := [row for row in self._open() if self._lacks_text(row)]:
+            plan = self._plan()
+            if short := [row for row in self._open() if self._lacks_text(row, plan.write)]:
                 self._write(short)
             elif due := [row for row in self.rows if self._lacks_verdict(row)]:
-                self._verify(due)
+                self._verify(due, plan.read)
             else:
                 break
 
@@ -339,15 +350,20 @@ class NudgedDecoder:
                 return Lookahead(row.answer.words(written[:length]), ended=False)
         return Lookahead(row.answer.words(written), ended=True) if row.written_eos else None
 
-    def _lacks_text(self, row: Row) -> bool:
-        """Whether the nudging model must write before the row's question can be answered, or answered early."""
+    def _must_write(self, row: Row) -> bool:
+        """Whether the nudging model must write before the row's question can be answered."""
         if row.question is Question.LOOKAHEAD:
             return True  # One that is known has been answered already.
-        if self.gate.against_nudging_model and row.nudging_top1() is None:
-            row.forget_written()
+        return self.gate.against_nudging_model and row.nudging_top1() is None
+
+    def _may_draft(self, row: Row) -> bool:
+        return not row.written_eos and not self._eos_is_early(row)
+
+    def _lacks_text(self, row: Row, length: int) -> bool:
+        """Whether it must write before the question can be answered, or answered early by a draft of that length."""
+        if self._must_write(row):
             return True
-        written = row.continuation()
-        return not row.written_eos and not self._eos_is_early(row) and len(written) < self._draft_room(row)
+        return self._may_draft(row) and len(row.continuation()) < self._within_limits(row, length)
 
     def _eos_is_early(self, row: Row) -> bool:
         """Whether what the nudging model writes here depends on more than the text.
@@ -358,29 +374,56 @@ class NudgedDecoder:
         return isinstance(row.answer, TwoVocabularies) and len(row.answer.ids) < self.voices.min_new_tokens
 
     def _write(self, rows: list[Row]) -> None:
-        """Lets the nudging model write one more token in each of these rows."""
+        """Lets the nudging model write a token in each of these rows, and before it what was guessed right."""
         began = time.perf_counter()
-        readings = {}
+        most = self._most_guesses()
+        guesses, readings = [], {}
         for row in rows:
             row.continuation()  # What stands written is now along the answer's own text.
-            readings[row.number] = Reading([*row.answer.nudging_prompt, *row.written], 1)
+            text = [*row.answer.nudging_prompt, *row.written]
+            # Where a count forbids it to end the answer, it counts token by token.
+            guesses.append([] if self._may_not_end(row) else guess(text, row.left, most))
+            readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1)
         logits = self.nudging.read(readings)
         scores = []
-        for row in rows:
-            row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, row.written, logits[row.number])
+        for row, guessed in zip(rows, guesses, strict=True):
+            ids = row.written + guessed
+            row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, ids, logits[row.number])
             if self._may_not_end(row):
                 row_scores = row_scores.index_fill(-1, self._nudging_eos, float("-inf"))
             scores.append(row_scores)
-        keys = [row.nudging_key() for row in rows] if self.voices.nudging_samples else None
-        allowed = torch.cat(scores).index_fill(-1, self.voices.nudging_control, float("-inf"))
-        if self.gate.against_nudging_model:
-            sure = torch.cat([top1_probabilities(logits[row.number]) for row in rows]).tolist()
-            for row, top1 in zip(rows, sure, strict=True):
-                row.written_top1[len(row.written)] = top1
-        for row, token in zip(rows, choose(allowed, keys).tolist(), strict=True):
-            row.write(token, token in self.voices.nudging_eos)
-        if _usual_width(self.nudging):
-            self._policy.observe_step(time.perf_counter() - began)
+        keys = None
+        if self.voices.nudging_samples:
+            keys = [
+                key
+                for row, guessed in zip(rows, guesses, strict=True)
+                for key in accumulate(guessed, mix, initial=row.nudging_key())
+            ]
+        tokens = choose(torch.cat(scores).index_fill(-1, self.voices.nudging_control, float("-inf")), keys)
+        top1 = top1_probabilities(torch.cat([logits[row.number] for row in rows]))
+        said = zip(*torch.stack([tokens.double(), top1.double()]).tolist(), strict=True)  # One transfer.
+        written = 0
+        for row, guessed in zip(rows, guesses, strict=True):
+            hits = self._take_down(row, guessed, list(islice(said, len(guessed) + 1)))
+            self._policy.guesses.observe(hits, len(guessed))
+            written += hits + 1
+        if (fed := _usual_size(self.nudging)) is not None:
+            self._policy.observe_step(fed, time.perf_counter() - began, written / len(rows))
+
+    def _take_down(self, row: Row, guessed: list[int], said: list[tuple[float, float]]) -> int:
+        """What a row's pass of the nudging model has written: as many of the guessed tokens as it returns, and one."""
+        for hits, (token, top1) in enumerate(said):
+            row.written_top1[len(row.written)] = top1
+            row.write(int(token), token in self.voices.nudging_eos)
+            if hits == len(guessed) or row.written_eos or token != guessed[hits]:
+                break
+        return hits
+
+    def _most_guesses(self) -> int:
+        """How many tokens the nudging model's next pass is to guess; none where nothing is to be drafted."""
+        if not self.config.num_draft_tokens:
+            return 0
+        return int(shared_by_ranks(self.nudging.model, [self._policy.guesses.choose(len(self._open()))])[0])
 
     def _may_not_end(self, row: Row) -> bool:
         fewest = self.voices.min_new_tokens
@@ -394,37 +437,36 @@ class NudgedDecoder:
             return row.question is Question.VERDICT and len(row.seen) <= len(row.answer.ids)
         return self.record and len(row.seen) < len(row.answer.ids)
 
-    def _draft_room(self, row: Row) -> int:
-        """How many drafted tokens the base is to read behind the answer."""
-        if self._draft_length is None:
-            self._draft_length = self._choose_draft_length()
-        return int(max(0, min(self._draft_length, self.limits.max_length - row.length - 1)))
+    def _within_limits(self, row: Row, length: int) -> int:
+        """How many of so many drafted tokens the base may read behind the answer."""
+        return max(0, int(min(length, self.limits.max_length - row.length - 1)))
 
-    def _choose_draft_length(self) -> int:
+    def _plan(self) -> Plan:
+        """How far is drafted before the next pass of the base."""
         if self.config.num_draft_tokens != ADAPTIVE:
-            return int(self.config.num_draft_tokens)
-        ahead = self.config.num_nudging_tokens
-        chosen = self._policy.choose(
-            (row.acceptance, ahead if row.question is Question.LOOKAHEAD else len(row.continuation()))
-            for row in self._open()
-        )
-        return shared_by_ranks(self.base.model, [chosen])[0]  # Their clocks differ, and they must pass alike.
+            return Plan(int(self.config.num_draft_tokens), int(self.config.num_draft_tokens))
+        rows = self._open()
+        pressed = [self._must_write(row) for row in rows]
+        if all(pressed):
+            return Plan(0, 0)  # It is asked again when they have written.
+        plan = self._policy.choose([Written(row.sure(), self._may_draft(row)) for row in rows], any(pressed))
+        return Plan(*shared_by_ranks(self.base.model, list(plan)))  # Their clocks differ, and they must pass alike.
 
-    def _verify(self, rows: list[Row]) -> None:
+    def _verify(self, rows: list[Row], length: int) -> None:
         """Lets the base read each row's answer and draft, and say its verdict at every position it has not read."""
+        tokens_before, self._tokens = self._tokens, sum(len(row.answer.ids) for row in self.rows)
+        self._policy.observe_accepted(self._tokens - tokens_before)
         readings = {}
         for row in rows:
             if row.finish_reason is None:
-                for acceptance in (row.acceptance, self._policy.acceptance):
-                    acceptance.observe(row.draft_hits, row.draft_size)
+                self._policy.acceptance.observe(row.draft_sure, row.draft_hits)
                 row.draft_hits = 0
-                draft = row.answer.draft(row.continuation(), self._draft_room(row))
+                draft = row.answer.draft(row.continuation()[:length], self._within_limits(row, length))
                 row.read = [*row.answer.ids, *draft]
-                row.draft_size = len(draft)
+                row.draft_sure = row.answer.sure_of(draft, row.continuation(), row.sure())
             else:
                 row.read = row.answer.ids[:-1]
             readings[row.number] = Reading([*row.answer.prompt, *row.read], len(row.read) + 1 - len(row.seen))
-        self._draft_length = None
         began = time.perf_counter()
         # Processors are where the caller's ids are, which need not be where the base is.
         logits = {number: read.to(rows[0].prompt.device) for number, read in self.base.read(readings).items()}
@@ -442,8 +484,8 @@ class NudgedDecoder:
         tokens, probabilities = choose(scores, keys), raw.float().softmax(dim=-1)
         own = (tokens, self.gate.score(probabilities, tokens.to(raw.device)), probabilities.amax(dim=-1))
         said = torch.stack([each.double() for each in own]).cpu()  # One transfer.
-        if width := _usual_width(self.base):
-            self._policy.base_pass.observe(width, time.perf_counter() - began)
+        if (fed := _usual_size(self.base)) is not None:
+            self._policy.observe_pass(fed, time.perf_counter() - began)
         recorded = zip(*said.tolist(), raw, scores, strict=True)
         for row in rows:
             for _ in range(len(row.seen), len(row.read) + 1):
@@ -454,6 +496,9 @@ class NudgedDecoder:
                 self.base.release(row.number)
 
 
-def _usual_width(lm: CachedLM) -> int | None:
-    """The width of its last pass, if others like it will follow: a prompt is read once, and compiled once."""
-    return lm.last_width if lm.last_width is not None and lm.last_width <= LENGTHS[-1] + 1 else None
+def _usual_size(lm: CachedLM) -> int | None:
+    """The tokens of its last pass, padding included, if others like it will follow: a prompt is read once, and
+    compiled once."""
+    if lm.last_shape is None or lm.last_shape[1] > _USUAL_WIDTH:
+        return None
+    return lm.last_shape[0] * lm.last_shape[1]

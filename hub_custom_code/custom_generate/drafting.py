@@ -1,115 +1,282 @@
 """How far to draft: as far as is worth its time, by what drafts brought and passes took. It knows numbers alone.
 
-A base pass over a draft of k tokens brings 1 + a + ... + a^k tokens, where a is the chance that the answer goes on
-with a drafted token. It takes the time of a pass over k + 1 tokens, and of the steps in which the nudging model writes
-what it has not yet written. The length that brings most tokens a second is chosen: Leviathan et al., "Fast Inference
-from Transformers via Speculative Decoding" (arXiv 2211.17192), section 3.5, with measured times in the place of a
-constant ratio. No draft is among the lengths, so that a draft that does not help costs what finding it out costs.
+A base pass over a draft of k tokens brings 1 + S(1) + ... + S(k) tokens, where S(i) is the chance that the first i
+are all good: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), section
+3. There each token has the same chance; here it is that of tokens of which the nudging model was as sure, as counted
+so far, for the answer rarely leaves a model that is sure (SVIP, arXiv 2411.18462, ends drafts by that).
+
+What is maximised is tokens a second in the long run. At a pace of λ a second is worth λ tokens, so the draft is chosen
+that promises most tokens, less λ times the seconds of its pass and of the nudging model's steps that are still to be
+made for it: for a ratio of sums the optimum lies where that difference does (Dinkelbach, 1967). λ is reckoned by
+section 3.5 of Leviathan et al. from what was measured, and corrected by how much of it was reached so far, for
+lookaheads are written beside drafts, and some of them serve as drafts. Not to draft is among the choices, so that a
+draft that does not help costs what finding it out costs.
 
 What was found out about two models is kept for as long as they are.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from bisect import bisect_left, bisect_right
+from collections.abc import Hashable, Sequence
+from itertools import accumulate, repeat
+from operator import mul
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_FIRST = 8  # Before any pass has been timed; none is drafted in the second.
-_NEW = 0.25  # What an observation weighs in a mean.
+MOST = 48  # Tokens of a draft.
+_FIRST = 8  # Tokens of the first draft, before any pass has been timed; in the second pass there are none.
+_GUESSES = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+
+# Bins of how sure the nudging model was, by their upper ends, and what each is taken for until it is known better.
+_SURE = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 0.999)
+_FIRST_CHANCES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99, 0.995)
+_FIRST_CHANCE, _FIRST_WEIGHT = 0.9, 2.0
+_MEMORY = 0.99  # What a token of a draft weighs after another one.
+_HOPE = 0.01  # Of a token that might have been drafted, was not, and might have been good.
+
+_NEW = 0.15  # What a pass weighs in the mean time of such passes.
 _FADE = 0.998  # What a time that was not observed becomes with each that was: it is tried again some day.
-_MEMORY = 0.9  # What a draft weighs after another one.
-_HOPE = 0.005  # Of a token that might have been drafted, was not, and might have been good.
-_FIRST_RATE, _FIRST_WEIGHT = 0.9, 5.0
+_OF_STEPS = 0.95  # What a step of the nudging model weighs after another one.
+# What is reached of the pace that is reckoned: at first, what that weighs in tokens, and what a pass weighs later.
+_REACHED, _REACHED_WEIGHT, _OF_PACE = 0.7, 20.0, 0.98
+_LEAST_GAIN = 0.03  # Tokens a row that a further token of the draft must promise, to be thought of.
 
 
-@dataclass
+class Share:
+    """The share of tokens that were good, the last ones counting most."""
+
+    def __init__(self, first: float):
+        self._hits = first * _FIRST_WEIGHT
+        self._misses = (1 - first) * _FIRST_WEIGHT
+
+    def observe(self, hits: float, misses: float) -> None:
+        fade = _MEMORY ** (hits + misses)
+        self._hits = fade * self._hits + hits
+        self._misses = fade * self._misses + misses
+
+    def hope(self) -> None:
+        """Forgets a little of what was bad, so that it is tried again some day."""
+        self._hits += _HOPE
+
+    def __call__(self) -> float:
+        return self._hits / (self._hits + self._misses)
+
+
 class Acceptance:
-    """The chance that a drafted token is good, from those that were."""
+    """The chance that a drafted token is good, if all before it were, by how sure the nudging model was of it."""
 
-    hits: float = _FIRST_RATE * _FIRST_WEIGHT
-    misses: float = (1 - _FIRST_RATE) * _FIRST_WEIGHT
+    def __init__(self) -> None:
+        self._of_any = Share(_FIRST_CHANCE)
+        self._bins = [Share(chance) for chance in _FIRST_CHANCES]
 
-    def observe(self, hits: int, drafted: int) -> None:
-        """Takes note of a draft of `drafted` tokens, of which the first `hits` were good."""
-        if drafted:
-            self.hits = _MEMORY * self.hits + hits
-            self.misses = _MEMORY * self.misses + (hits < drafted)
-        else:
-            self.hits += _HOPE
+    def observe(self, sure: Sequence[float], hits: int) -> None:
+        """Takes note of a draft.
+
+        Args:
+            sure: the nudging model's top-1 probability at each of its tokens.
+            hits: how many of them were good, from the first on.
+        """
+        for each in self._bins if not sure else ():
+            each.hope()
+        if not sure:
+            return self._of_any.hope()
+        self._of_any.observe(hits, hits < len(sure))
+        for i, probability in enumerate(sure[: hits + 1]):
+            self._bins[bisect_right(_SURE, probability)].observe(i < hits, i == hits)
 
     @property
-    def rate(self) -> float:
-        return self.hits / (self.hits + self.misses)
+    def of_any(self) -> float:
+        """The chance of a token that is not written yet."""
+        return self._of_any()
+
+    def survival(self, sure: Sequence[float]) -> list[float]:
+        """S(1), S(2), ... of a draft at whose tokens the nudging model was so sure."""
+        return list(accumulate((self._bins[bisect_right(_SURE, probability)]() for probability in sure), mul))
 
 
 class PassTime:
-    """The time of a base pass, by how many tokens a row of it has."""
+    """The seconds of a model's pass, by how many tokens are fed in it, padding included.
+
+    Means over 1, 2, 3 to 4, 5 to 8, ... tokens, and straight lines between them: a CPU takes about as long for each
+    further token, a GPU for none, and for a single one either may have a kernel of its own.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
+        self._means: dict[int, tuple[float, float]] = {}  # Tokens and seconds, by the size of the number of tokens.
+        self._known: list[tuple[float, float]] = []  # The same in order.
 
-    def knows(self, width: int) -> bool:
-        return width in self._seconds
+    def observe(self, tokens: int, seconds: float) -> None:
+        size = (tokens - 1).bit_length()
+        mean_tokens, mean_seconds = self._means.get(size, (tokens, seconds))
+        self._means = {each: (known, _FADE * took) for each, (known, took) in self._means.items()}
+        self._means[size] = (
+            mean_tokens + _NEW * (tokens - mean_tokens), mean_seconds + _NEW * (seconds - mean_seconds)
+        )  # fmt: skip
+        self._known = sorted(self._means.values())
 
-    def observe(self, width: int, seconds: float) -> None:
-        """Takes note of a pass."""
-        before = self._seconds.get(width, seconds)
-        self._seconds = {each: known * _FADE for each, known in self._seconds.items()}
-        self._seconds[width] = (1 - _NEW) * before + _NEW * seconds
+    @property
+    def is_known(self) -> bool:
+        return bool(self._known)
 
-    def __call__(self, width: int) -> float:
-        """Along straight lines between what is known, and on along the last of them."""
-        known = sorted(self._seconds)
-        if width in self._seconds or len(known) == 1:
-            return self._seconds.get(width, self._seconds[known[0]])
-        right = min(max(bisect_left(known, width), 1), len(known) - 1)
-        low, high = known[right - 1], known[right]
-        slope = max(0.0, (self._seconds[high] - self._seconds[low]) / (high - low))
-        return max(0.0, self._seconds[low] + slope * (width - low))
+    def __call__(self, tokens: int) -> float:
+        known = self._known
+        place = bisect_left(known, (tokens, 0.0))
+        if place == 0 or len(known) == 1:
+            return known[0][1]
+        right = min(place, len(known) - 1)
+        (few, early), (many, late) = known[right - 1 : right + 1]
+        return early + max(0.0, late - early) * (tokens - few) / (many - few)
+
+
+class Written(NamedTuple):
+    """What the nudging model has written of one row's draft.
+
+    Args:
+        sure: its top-1 probability at each token.
+        goes_on: whether it may write on.
+    """
+
+    sure: Sequence[float]
+    goes_on: bool
+
+
+class Plan(NamedTuple):
+    """How far is drafted: rows with fewer tokens than `write` write on, and then the base reads `read` of each."""
+
+    write: int
+    read: int
+
+
+class _Costs(NamedTuple):
+    """What is reckoned with until the base has made another pass: a pace, and the seconds of a pass by draft."""
+
+    pace: float
+    seconds: list[float]
 
 
 class DraftLength:
     """Chooses how many tokens the rows of a batch draft: one length for all, for the widest row makes the pass.
 
     Attributes:
-        base_pass: what is known of the base's passes.
-        acceptance: what is known of all drafts.
+        acceptance: what is known of drafts.
+        guesses: of the nudging model's own passes.
     """
 
     def __init__(self) -> None:
-        self.base_pass = PassTime()
         self.acceptance = Acceptance()
-        self._step: float | None = None
+        self.guesses = GuessLength()
+        self._base_pass = PassTime()
+        self._has_read_alone = False
+        self._costs: dict[int, _Costs] = {}  # By the number of rows.
+        self._accepted, self._reckoned = _REACHED * _REACHED_WEIGHT, _REACHED_WEIGHT  # Tokens.
+        self._seconds = 0.0  # Of a pass of the base and all steps since.
+        self._pace = 0.0  # That was reckoned with for it; 0 where nothing was chosen.
 
-    def of_new_row(self) -> Acceptance:
-        """What is to be thought of the drafts of an answer that is just begun."""
-        rate = self.acceptance.rate
-        return Acceptance(rate * _FIRST_WEIGHT, (1 - rate) * _FIRST_WEIGHT)
+    def observe_pass(self, tokens: int, seconds: float) -> None:
+        """Takes note of a pass of the base in which so many tokens were fed, padding included."""
+        self._base_pass.observe(tokens, seconds)
+        self._costs.clear()
+        self._seconds = seconds
 
-    def observe_step(self, seconds: float) -> None:
-        """Takes note of a step in which the nudging model wrote a token in each row that wanted one."""
-        self._step = seconds if self._step is None else (1 - _NEW) * self._step + _NEW * seconds
+    def observe_step(self, tokens: int, seconds: float, written: float) -> None:
+        """Takes note of a pass of the nudging model, in which each row wrote so many tokens."""
+        self.guesses.observe_pass(tokens, seconds, written)
+        self._seconds += seconds if self._seconds else 0.0
 
-    def choose(self, rows: Iterable[tuple[Acceptance, int]]) -> int:
-        """The length that promises most tokens a second.
+    def observe_accepted(self, tokens: int) -> None:
+        """Takes note of how many tokens of all rows were accepted since the base has last read."""
+        if self._seconds and self._pace:
+            self._accepted = _OF_PACE * self._accepted + tokens
+            self._reckoned = _OF_PACE * self._reckoned + self._pace * self._seconds
+        self._seconds = self._pace = 0.0
+
+    def _costs_of(self, rows: int) -> _Costs:
+        if rows not in self._costs:
+            seconds = [self._base_pass(rows * (length + 1)) for length in range(MOST + 1)]
+            chance, step = self.acceptance.of_any, self.guesses.seconds_a_token
+            tokens = accumulate(accumulate(repeat(chance, MOST), mul, initial=1.0))
+            paces = [rows * n / (s + length * step) for length, (n, s) in enumerate(zip(tokens, seconds, strict=True))]
+            self._costs[rows] = _Costs(max(paces), seconds)
+        return self._costs[rows]
+
+    def choose(self, rows: Sequence[Written], steps_are_free: bool = False) -> Plan:
+        """The plan that promises most tokens, less what its seconds are worth.
 
         Args:
-            rows: for each row of the batch its acceptance, and how many tokens are written already.
+            rows: of the batch.
+            steps_are_free: whether the nudging model makes a pass for other rows in any case.
         """
-        if self._step is None or not self.base_pass.knows(1):
-            return 0 if self.base_pass.knows(_FIRST + 1) else _FIRST
-        rates, written = zip(*((acceptance.rate, n) for acceptance, n in rows), strict=True)
+        if not self._base_pass.is_known:
+            return Plan(_FIRST, _FIRST)
+        if not self._has_read_alone:
+            self._has_read_alone = True
+            return Plan(0, 0)
+        self._pace, seconds = self._costs_of(len(rows))
+        pace = self._pace * self._accepted / self._reckoned
+        of_any = self.acceptance.of_any
+        step_cost = 0.0 if steps_are_free else pace * self.guesses.seconds_a_token
+        survivals = [self.acceptance.survival(row.sure) for row in rows]
+        ahead = [survival[-1] if survival else 1.0 for survival in survivals]  # Of the next token not yet written.
+        promised, best, write, plan = 0.0, -pace * seconds[0], 0, Plan(0, 0)
+        for length in range(1, MOST + 1):
+            gain = unwritten = 0.0
+            for i, survival in enumerate(survivals):
+                if length <= len(survival):
+                    gain += survival[length - 1]
+                elif rows[i].goes_on:
+                    ahead[i] *= of_any
+                    unwritten += ahead[i]
+            if unwritten > step_cost:
+                gain += unwritten - step_cost
+                write = length
+            if gain < _LEAST_GAIN * len(rows):
+                break
+            promised += gain
+            if (value := promised - pace * seconds[length]) > best:
+                best, plan = value, Plan(write, length)
+        return plan
 
-        def speed(length: int) -> float:
-            brought = sum(sum(rate**i for i in range(length + 1)) for rate in rates)
-            steps = max(0, length - min(written))
-            return brought / (self.base_pass(length + 1) + steps * self._step)
 
-        return max(LENGTHS, key=speed)
+class GuessLength:
+    """Chooses how many tokens the nudging model reads beyond its text, which are guessed to be what it will write.
+
+    The formula of section 3 of Leviathan et al. as it stands, for guesses cost nothing: most tokens a second.
+    """
+
+    def __init__(self) -> None:
+        self.pass_time = PassTime()
+        self._share = Share(_FIRST_CHANCE)
+        self._seconds = self._written = 0.0
+
+    def observe(self, hits: int, guessed: int) -> None:
+        """Takes note of a guess of so many tokens, of which the first `hits` were good."""
+        if guessed:
+            self._share.observe(hits, hits < guessed)
+
+    def observe_pass(self, tokens: int, seconds: float, written: float) -> None:
+        """Takes note of a pass in which so many tokens were fed, and so many written in each row."""
+        self.pass_time.observe(tokens, seconds)
+        self._seconds = _OF_STEPS * self._seconds + seconds
+        self._written = _OF_STEPS * self._written + written
+
+    @property
+    def seconds_a_token(self) -> float:
+        """That each row takes for a token that it writes."""
+        return self._seconds / self._written if self._written else 0.0
+
+    def choose(self, rows: int) -> int:
+        """How many tokens each row of a pass is to guess."""
+        if not self.pass_time.is_known:
+            return _FIRST
+        chosen, best = 0, 0.0
+        promised = list(accumulate(accumulate(repeat(self._share(), _GUESSES[-1]), mul, initial=1.0)))
+        for length in _GUESSES:
+            if (speed := promised[length] / self.pass_time(rows * (length + 1))) > best:
+                chosen, best = length, speed
+        if not chosen:
+            self._share.hope()
+        return chosen
 
 
 _KNOWN: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, DraftLength]]] = WeakKeyDictionary()
