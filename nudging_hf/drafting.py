@@ -77,10 +77,10 @@ class Acceptance:
             sure: the nudging model's top-1 probability at each of its tokens.
             hits: how many of them were good, from the first on.
         """
-        for each in self._bins if not sure else ():
-            each.hope()
         if not sure:
-            return self._of_any.hope()
+            for each in (self._of_any, *self._bins):
+                each.hope()
+            return
         self._of_any.observe(hits, hits < len(sure))
         for i, probability in enumerate(sure[: hits + 1]):
             self._bins[bisect_right(_SURE, probability)].observe(i < hits, i == hits)

@@ -22,16 +22,27 @@ def guess(text: Sequence[int], left: Sequence[int], most: int) -> list[int]:
         left: what had been written after a beginning of the text, from where the text went another way.
         most: how many ids are guessed.
     """
-    if most < 1:
+    if most < 1 or not text:
         return []
-    for length in range(min(_LONGEST, len(text)), 0, -1):
-        end = text[len(text) - length :]
-        for start in range(len(left) - length):
-            if left[start] == end[0] and left[start : start + length] == end:
-                return list(left[start + length : start + length + most])
-    for length in range(min(_LONGEST, len(text)), 1, -1):
-        end = text[len(text) - length :]
-        for start in range(len(text) - length - 1, max(0, len(text) - _LOOK_BACK) - 1, -1):
-            if text[start] == end[0] and text[start : start + length] == end:
-                return list(text[start + length : start + length + most])
+    if place := _behind(left[:-1], text, fewest=1):
+        return list(left[place : place + most])
+    before = text[-_LOOK_BACK - 1 : -1]
+    if place := _behind(before, text, fewest=2):
+        return [*before, text[-1]][place : place + most]
     return []
+
+
+def _behind(ids: Sequence[int], text: Sequence[int], fewest: int) -> int:
+    """Where `ids` go on behind most of the last ids of a text, the last such place; 0 where it is behind too few."""
+    best, place = fewest - 1, 0
+    last = text[-1]
+    for i in range(len(ids) - 1, -1, -1):
+        if ids[i] == last:
+            alike = 1
+            while alike < _LONGEST and alike <= i and alike < len(text) and ids[i - alike] == text[-1 - alike]:
+                alike += 1
+            if alike > best:
+                best, place = alike, i + 1
+                if best == _LONGEST:
+                    break
+    return place

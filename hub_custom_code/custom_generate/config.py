@@ -38,7 +38,8 @@ class NudgingConfig:
             Whether the base takes over also where it is unsure but its token begins the next nudging word.
         num_draft_tokens (`int` or `"adaptive"`, defaults to `"adaptive"`):
             How many tokens of the nudging model's continuation the base verifies in one forward pass, in tokens of
-            the base's vocabulary. A matter of speed alone: the answer is the same for every value. 0 drafts nothing.
+            the base's vocabulary. A matter of speed alone: the answer is the same for every value. 0 drafts nothing,
+            and lets the nudging model guess nothing of its own text either.
 
     Raises:
         ValueError: if a field has a value of the wrong kind or out of range.

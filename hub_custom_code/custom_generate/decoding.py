@@ -423,7 +423,7 @@ class NudgedDecoder:
         """How many tokens the nudging model's next pass is to guess; none where nothing is to be drafted."""
         if not self.config.num_draft_tokens:
             return 0
-        return int(shared_by_ranks(self.nudging.model, [self._policy.guesses.choose(len(self._open()))])[0])
+        return self._alike([self._policy.guesses.choose(len(self._open()))])[0]
 
     def _may_not_end(self, row: Row) -> bool:
         fewest = self.voices.min_new_tokens
@@ -450,7 +450,11 @@ class NudgedDecoder:
         if all(pressed):
             return Plan(0, 0)  # It is asked again when they have written.
         plan = self._policy.choose([Written(row.sure(), self._may_draft(row)) for row in rows], any(pressed))
-        return Plan(*shared_by_ranks(self.base.model, list(plan)))  # Their clocks differ, and they must pass alike.
+        return Plan(*self._alike(plan))
+
+    def _alike(self, numbers: Sequence[int]) -> list[int]:
+        """What was chosen by the clock, alike in all processes of tensor parallelism: they must pass alike."""
+        return shared_by_ranks(self.base.model, list(numbers))
 
     def _verify(self, rows: list[Row], length: int) -> None:
         """Lets the base read each row's answer and draft, and say its verdict at every position it has not read."""
@@ -459,7 +463,8 @@ class NudgedDecoder:
         readings = {}
         for row in rows:
             if row.finish_reason is None:
-                self._policy.acceptance.observe(row.draft_sure, row.draft_hits)
+                if self.config.num_draft_tokens:
+                    self._policy.acceptance.observe(row.draft_sure, row.draft_hits)
                 row.draft_hits = 0
                 draft = row.answer.draft(row.continuation()[:length], self._within_limits(row, length))
                 row.read = [*row.answer.ids, *draft]
