@@ -59,7 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         nargs="+",
         choices=list(DTYPES),
-        help="of widened models; bfloat16 and float32 by default, at batch 1",
+        help="of widened models; bfloat16 and float32 by default",
     )
     parser.add_argument("--batch-size", nargs="+", type=int, metavar="N", help="of the race; 1, 8 and 32 by default")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="letters, stories, coins, lengths; all by default")
@@ -88,7 +88,7 @@ def jobs(args: argparse.Namespace, size: Size, find: Find) -> Iterator[Iterable[
             yield from (passes(size, dtype) for dtype in dtypes)
         elif scenario == "race":
             for batch in batches:
-                for dtype in dtypes if batch == 1 or args.dtype else [one]:
+                for dtype in dtypes:
                     yield race(size if batch == 1 else replace(size, rounds=min(size.rounds, 2)), dtype, batch, find)
         elif scenario == "agreement":
             yield agreement(size, one)
