@@ -269,7 +269,8 @@ class CachedLM:
             rejected = [len(self._fed[row]) - n for row, n in zip(self._rows, kept, strict=True)]
             self._slots.take_back(rejected)
             for row, n in zip(self._rows, kept, strict=True):
-                self._fed[row] = self._fed[row][:n]
+                if n < len(self._fed[row]):
+                    self._fed[row] = self._fed[row][:n]
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

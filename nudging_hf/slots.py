@@ -60,6 +60,8 @@ class Slots:
 
     def take_back(self, rejected: Sequence[int]) -> None:
         """Takes its last tokens out of each row, that many, and drops slots that no row uses."""
+        if self._used is None and not any(rejected):
+            return
         self.lengths = [n - less for n, less in zip(self.lengths, rejected, strict=True)]
         longest = max(self.lengths)
         if longest == 0:

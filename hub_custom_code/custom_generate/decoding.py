@@ -134,7 +134,9 @@ class Row:
     written_eos: bool = False
     written_key: int | None = None
     written_top1: dict[int, float] = field(default_factory=dict)  # How sure it was, by how many ids stood before.
-    left: list[int] = field(default_factory=list)  # What it had written last where the answer went another way.
+    # What it had written last where the answer went another way, one id behind that place, and how many stood before.
+    left: list[int] = field(default_factory=list)
+    left_at: int = 0
 
     @property
     def length(self) -> int:
@@ -162,8 +164,9 @@ class Row:
         """
         context = self.answer.nudging_ids()
         if self.written[: len(context)] != context:
-            if tail := self.written[common_prefix(self.written, context) + 1 :]:
-                self.left = tail
+            place = common_prefix(self.written, context) + 1
+            if tail := self.written[place:]:
+                self.left, self.left_at = tail, place
             self.forget_written()
             self.written = list(context)
         return self.written[len(context) :]
@@ -382,7 +385,9 @@ class NudgedDecoder:
             row.continuation()  # What stands written is now along the answer's own text.
             text = [*row.answer.nudging_prompt, *row.written]
             # Where a count forbids it to end the answer, it counts token by token.
-            guesses.append([] if self._may_not_end(row) else guess(text, row.left, most))
+            guesses.append(
+                [] if self._may_not_end(row) else guess(text, row.left, len(row.written) - row.left_at, most)
+            )
             readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1)
         logits = self.nudging.read(readings)
         scores = []
@@ -399,9 +404,10 @@ class NudgedDecoder:
                 for row, guessed in zip(rows, guesses, strict=True)
                 for key in accumulate(guessed, mix, initial=row.nudging_key())
             ]
-        tokens = choose(torch.cat(scores).index_fill(-1, self.voices.nudging_control, float("-inf")), keys)
-        top1 = top1_probabilities(torch.cat([logits[row.number] for row in rows]))
-        said = zip(*torch.stack([tokens.double(), top1.double()]).tolist(), strict=True)  # One transfer.
+        tokens = choose(_joined(scores).index_fill(-1, self.voices.nudging_control, float("-inf")), keys)
+        top1 = top1_probabilities(_joined([logits[row.number] for row in rows]))
+        # One transfer; a float32 holds whole numbers up to 2**24, more than any vocabulary has.
+        said = zip(*torch.stack([tokens.float(), top1]).tolist(), strict=True)
         written = 0
         for row, guessed in zip(rows, guesses, strict=True):
             hits = self._take_down(row, guessed, list(islice(said, len(guessed) + 1)))
@@ -475,8 +481,8 @@ class NudgedDecoder:
         began = time.perf_counter()
         # Processors are where the caller's ids are, which need not be where the base is.
         logits = {number: read.to(rows[0].prompt.device) for number, read in self.base.read(readings).items()}
-        raw = torch.cat([logits[row.number] for row in rows])
-        scores = torch.cat([
+        raw = _joined([logits[row.number] for row in rows])
+        scores = _joined([
             processed_scores(row.base_processors, row.prompt, row.read, logits[row.number]) for row in rows
         ])  # fmt: skip
         keys = None
@@ -499,6 +505,11 @@ class NudgedDecoder:
                 row.seen.append(_Seen(int(token), score, top1, *kept))
             if row.finish_reason is not None:
                 self.base.release(row.number)
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One behind the other; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _usual_size(lm: CachedLM) -> int | None:

@@ -11,21 +11,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _LONGEST = 3  # Ids by which a place is found again.
+_SAME_LENGTH = 2  # Ids behind another one for which it is thought that it stands for just one that was left.
 _LOOK_BACK = 1024  # Ids of the text that are searched, so that a long one costs no more than a short one.
 
 
-def guess(text: Sequence[int], left: Sequence[int], most: int) -> list[int]:
+def guess(text: Sequence[int], left: Sequence[int], since: int, most: int) -> list[int]:
     """At most so many ids that may follow a text.
 
     Args:
         text: with what the guess is to go on; its end is looked for.
-        left: what had been written after a beginning of the text, from where the text went another way.
+        left: what had been written after a beginning of the text, from behind the id where it went another way.
+        since: how many ids of the text stand behind that id.
         most: how many ids are guessed.
     """
     if most < 1 or not text:
         return []
     if place := _behind(left[:-1], text, fewest=1):
         return list(left[place : place + most])
+    if 0 <= since <= min(_SAME_LENGTH, len(left) - 1):
+        return list(left[since : since + most])
     before = text[-_LOOK_BACK - 1 : -1]
     if place := _behind(before, text, fewest=2):
         return [*before, text[-1]][place : place + most]
