@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,15 @@ class Work:
     threshold: float = THRESHOLD
     lengths: Sequence[int] = ()
     max_new_tokens: int = MAX_NEW_TOKENS
+    _prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def prompts(self, lm: LM) -> tuple[torch.Tensor, torch.Tensor]:
+        """The questions as a model reads them, `input_ids` and `attention_mask`, encoded once, untimed."""
+        if id(lm) not in self._prompts:
+            self._prompts[id(lm)] = lm.padded_prompts(self.questions)
+        return self._prompts[id(lm)]
 
     def of_length(self, tokens: int) -> Work:
         return replace(self, max_new_tokens=tokens, lengths=[tokens] * len(self.questions))
@@ -137,8 +146,8 @@ def nudged_output(
 
 def _generate(lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any) -> tuple[list[list[int]], Any]:
     base, nudging = lms[BASE], lms[small]
-    ids, mask = base.padded_prompts(work.questions)
-    nudging_ids, nudging_mask = nudging.padded_prompts(work.questions)
+    ids, mask = work.prompts(base)
+    nudging_ids, nudging_mask = work.prompts(nudging)
     arguments = {
         "nudge_threshold": work.threshold,
         "num_draft_tokens": draft,
@@ -164,13 +173,13 @@ def _generate(lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any)
 
 def base_alone(lms: LMs, work: Work, **kwargs: Any) -> list[list[int]]:
     """Plain `generate`. All rows are written to the length of the longest, as always; each counts as its own."""
-    ids, mask = lms[BASE].padded_prompts(work.questions)
+    ids, mask = work.prompts(lms[BASE])
     out = lms[BASE].model.generate(input_ids=ids, attention_mask=mask, **work.fixed, **kwargs)
     return _rows(out, ids, work)
 
 
 def large_aligned(lms: LMs, work: Work) -> list[list[int]]:
-    ids, mask = lms[LARGE].padded_prompts(work.questions)
+    ids, mask = work.prompts(lms[LARGE])
     return _rows(lms[LARGE].model.generate(input_ids=ids, attention_mask=mask, **work.fixed), ids, work)
 
 
@@ -181,8 +190,8 @@ def assisted(lms: LMs, work: Work) -> list[list[int]]:
 
 def mixed(lms: LMs, work: Work, mix: Callable[..., torch.Tensor], unaligned: bool) -> list[list[int]]:
     base, nudging = lms[BASE], lms[SHARED]
-    ids, mask = base.padded_prompts(work.questions)
-    nudging_ids, nudging_mask = nudging.padded_prompts(work.questions)
+    ids, mask = work.prompts(base)
+    nudging_ids, nudging_mask = work.prompts(nudging)
     more: dict[str, Any] = {}
     if unaligned:
         more = {"unaligned_model": lms[UNALIGNED].model, "unaligned_tokenizer": lms[UNALIGNED].tokenizer}
@@ -209,7 +218,7 @@ def stepping_both(lms: LMs, work: Work) -> list[list[int]]:
     a step takes one transfer from the device.
     """
     base, nudging = lms[BASE], lms[SHARED]
-    fed = {"base": base.padded_prompts(work.questions)[0], "nudging": nudging.padded_prompts(work.questions)[0]}
+    fed = {"base": work.prompts(base)[0], "nudging": work.prompts(nudging)[0]}
     models = {"base": base.model, "nudging": nudging.model}
     caches = {name: DynamicCache() for name in models}
     begins_word = [

@@ -48,10 +48,9 @@ FAR_WIDTHS = (1, 5, 9, 17, 33)
 BATCH_SHAPES = ((8, 1), (8, 5), (8, 9), (32, 1), (32, 5))  # Rows, and tokens of each.
 CONTEXTS = (128, 4096)
 ENOUGH_SECONDS = 6.0  # Of one kind of pass, after which three of it are enough.
-NOISE = (0.0, 0.15, 0.3, 0.45, 1.0)
+NOISE = (0.0, 0.15, 0.2, 0.25, 1.0)
 THRESHOLDS = (0.2, 0.4, 0.6)
 LONG_BIN = 256
-MOST_ROWS_TO_THE_END = 8  # Of a batch; larger ones write `short_answer` tokens a row, which tell as much.
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,12 @@ class Models:
 
 def measure(contestant: Contestant, lms: LMs, work: Work) -> tuple[Row, list[list[int]]]:
     """Lets a contestant write once; what that took, and the ids of the answers."""
+    prompts = [work.prompts(lm)[0].numel() for lm in lms.values()]
     with PeakMemory() as memory, Meter({name: lm.model for name, lm in lms.items()}) as meter:
         answers = contestant.write(lms, work)
     large, *small = [meter.passes[name] for name in contestant.models]
     slots = len(answers) * max(map(len, answers))
-    caches = 0
-    for lm in lms.values():
-        prompts, _ = lm.padded_prompts(work.questions)
-        caches += cache_bytes(lm.model, slots + prompts.numel())
+    caches = sum(cache_bytes(lm.model, slots + prompt) for lm, prompt in zip(lms.values(), prompts, strict=True))
     row = {
         "seconds": meter.seconds,
         "lengths": [len(answer) for answer in answers],
@@ -158,7 +155,6 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
     """Every contestant on the same questions, in turn."""
     models = Models(size.width, dtype)
     runners = [each for each in CONTESTANTS if each.in_batches or batch == 1]
-    most = size.max_new_tokens if batch <= MOST_ROWS_TO_THE_END else size.short_answer
     calls = groups(size, batch)
     key = {"scenario": "race", "dtype": dtype, "batch": batch}
     warm = False
@@ -166,7 +162,7 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
     def lengths(questions: list[Question]) -> Row:
         """How long a nudged answer is; others write as much. Not timed: it warms up too."""
         small = nudging_contestant(SHARED, ADAPTIVE)
-        answers = small.write(models.of(small), Work(questions, max_new_tokens=most))
+        answers = small.write(models.of(small), Work(questions, max_new_tokens=size.max_new_tokens))
         return {"lengths": [len(answer) for answer in answers]}
 
     def run(contestant: Contestant, questions: list[Question], own: Row) -> Row:
@@ -175,7 +171,7 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
             for each in runners:
                 each.write(models.of(each), Work(questions).of_length(6))
             warm = True
-        work = Work(questions, lengths=own["lengths"], max_new_tokens=most)
+        work = Work(questions, lengths=own["lengths"], max_new_tokens=size.max_new_tokens)
         return measure(contestant, models.of(contestant), work)[0]
 
     start, slowest = time.monotonic(), 0.0

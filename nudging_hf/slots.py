@@ -4,6 +4,7 @@ Rows of a batch keep different numbers of tokens after each pass. The slots of w
 leaves them out, and what all rows reject at the end is cropped. Where holes have become a share of all slots, the
 cache is *realigned*: each row's keys and values are moved together, to end at the same slot. So most passes copy
 nothing. Models that tell distances by counting slots, past a sliding window say, are realigned before every pass.
+Nor does a pass copy what it adds to: a cache has room behind its last slot, and is copied where that is used up.
 """
 
 from __future__ import annotations
@@ -14,9 +15,75 @@ from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 _MOST, _SPARE = 1.25, 64  # Slots a token of the longest row, and besides: with more, the cache is realigned.
+_ROOM, _LEAST_ROOM = 1 / 16, 16  # For further slots: a share of those that are taken, and besides.
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them, where the next ones are put without copying those that are there."""
+
+    _count = 0  # How many slots are taken.
+    _keys_room: torch.Tensor
+    _values_room: torch.Tensor
+
+    def get_seq_length(self) -> int:
+        return self._count
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in `DynamicLayer`: takes states of shape (rows, heads, new slots, head_dim), and returns those of all."""
+        rows, _, width, _ = key_states.shape
+        self._reserve(rows, self._count + width, key_states, value_states)
+        self._keys_room[:, :, self._count : self._count + width] = key_states
+        self._values_room[:, :, self._count : self._count + width] = value_states
+        self._count += width
+        self.keys, self.values = self._keys_room[:, :, : self._count], self._values_room[:, :, : self._count]
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in `DynamicLayer`, by a negative number; `keys` and `values` go by it after the next `update`."""
+        if self.is_initialized:
+            self._count += tokens_to_remove
+
+    def take_in(self, part: DynamicLayer, taken: Sequence[torch.Tensor], row: int, rows: int, slots: int) -> None:
+        """Takes rows of another layer, `taken` of the slots of each, as its own from `row` on; all end at one slot.
+
+        What stands before a row is 0: the mask gives it the weight 0, which would make NaN of an infinity.
+        """
+        self._reserve(rows, slots, part.keys, part.values)
+        self._count = slots
+        for room, states in ((self._keys_room, part.keys), (self._values_room, part.values)):
+            for i, places in enumerate(taken):
+                begin = slots - len(places)
+                room[row + i, :, :begin] = 0.0
+                room[row + i, :, begin:slots] = states[i][:, places]
+
+    def drop(self, row: int) -> None:
+        """Drops a row, whose place the last one takes."""
+        self._keys_room[row], self._values_room[row] = self._keys_room[-1], self._values_room[-1]
+        self._keys_room, self._values_room = self._keys_room[:-1], self._values_room[:-1]
+
+    def move(self, source: torch.Tensor) -> None:
+        """Makes slot j of row i what slot source[i, j] was, and drops all behind."""
+        self._count = source.shape[1]
+        for room in (self._keys_room, self._values_room):
+            room[:, :, : self._count] = take_slots(room, source)
+
+    def _reserve(self, rows: int, slots: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Sees to it that there is room for so many slots, of states like these."""
+        if self.is_initialized and self._keys_room.shape[2] >= slots:
+            return
+        capacity = slots + int(_ROOM * slots) + _LEAST_ROOM
+        rooms = [like.new_empty(rows, like.shape[1], capacity, like.shape[3]) for like in (keys, values)]
+        if self.is_initialized:
+            for room, old in zip(rooms, (self._keys_room, self._values_room), strict=True):
+                room[:, :, : self._count] = old[:, :, : self._count]
+        else:
+            self.lazy_initialization(keys, values)
+        self._keys_room, self._values_room = rooms
 
 
 class Slots:
@@ -81,12 +148,30 @@ class Slots:
         if self._used is not None and self._used.all():
             self._used = None
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drops all rows but these, which stay in their order."""
-        kept = torch.tensor(rows)
-        self.cache.batch_select_indices(kept)
-        self.lengths = [self.lengths[row] for row in rows]
-        self._used = None if self._used is None else self._used[kept]
+    def begin(self, lengths: Sequence[int]) -> None:
+        """Makes place in an empty cache for rows of these lengths, which `take_in` fills; all end at the same slot."""
+        self.lengths, self.count = list(lengths), max(lengths)
+        self._used = torch.arange(self.count) >= self.count - torch.tensor(self.lengths)[:, None]
+
+    def take_in(self, part: Slots, row: int) -> None:
+        """Takes the rows of another batch as its own from `row` on."""
+        taken = [used.nonzero()[:, 0] for used in part._taken()]
+        for i, layer in enumerate(part.cache.layers):
+            if i == len(self.cache.layers):
+                self.cache.layers.append(RoomyLayer())
+            if layer.is_initialized:
+                self.cache.layers[i].take_in(layer, taken, row, len(self.lengths), self.count)
+
+    def drop(self, row: int) -> None:
+        """Drops a row, whose place the last one takes."""
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.drop(row)
+        self.lengths[row] = self.lengths[-1]
+        self.lengths.pop()
+        if self._used is not None:
+            self._used[row] = self._used[-1]
+            self._used = self._used[:-1]
 
     def _taken(self) -> torch.Tensor:
         return torch.ones(len(self.lengths), self.count, dtype=torch.bool) if self._used is None else self._used
@@ -119,6 +204,7 @@ class Slots:
         # Without a config every layer is a full one, also a sliding layer, whose window is kept by the mask: a cache
         # that forgets what leaves the window could not roll back past it.
         self.cache = DynamicCache()
+        self.cache.layer_class_to_replicate = RoomyLayer
 
     def _crop_cache(self, slots: int) -> None:
         self.cache.crop(-slots)
@@ -127,8 +213,7 @@ class Slots:
         """Makes slot j of row i what slot source[i, j] was, and drops all behind."""
         for layer in self.cache.layers:
             if layer.is_initialized:
-                layer.keys = take_slots(layer.keys, source)
-                layer.values = take_slots(layer.values, source)
+                layer.move(source)
 
 
 class StaticSlots(Slots):

@@ -104,6 +104,45 @@ def test_prompts_of_very_different_lengths_need_few_logits():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("most_logits", [64, 4])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
+def test_first_texts_are_read_in_groups_of_like_length(arch, most_logits, monkeypatch):
+    monkeypatch.setattr(cached_lm, "_MOST_AT_FIRST_ON_CPU", 40)
+    monkeypatch.setattr(cached_lm, "_MOST_LOGITS", most_logits)
+    model = pair(arch, 0, "shared").base
+    draw = random.Random(arch)
+    lm = CachedLM(model, rows=6)
+    texts = [[draw.randrange(5, 300) for _ in range(n)] for n in (9, 41, 3, 30, 12, 11)]
+    fed = []
+    handle = model.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape), with_kwargs=True)
+    logits = lm.read({row: Reading(texts[row], 2) for row in (0, 1, 2, 3, 5)})  # One sits it out.
+    handle.remove()
+    assert fed == [(1, 41), (1, 30), *([(4, 11)] if most_logits == 64 else [(4, 9), (4, 2)])]
+    assert (lm.forward_passes, lm.tokens_fed, lm.last_shape) == (len(fed), 94, None)
+    for turn in range(3):
+        for row in logits:
+            torch.testing.assert_close(logits[row], alone(model, texts[row], 2), rtol=0, atol=1e-9)
+        if turn == 1:
+            lm.release(3)
+        texts = texts_that_grow_and_turn_back(draw, texts)
+        logits = lm.read({row: Reading(list(texts[row]), 2) for row in (0, 1, 2, 3, 4, 5) if row != 3 or turn < 1})
+    assert most_logits == 4 or lm.last_shape is not None
+
+
+@torch.no_grad()
+def test_a_pass_copies_no_cache_that_has_room():
+    model = pair("llama", 0, "shared").base
+    lm = CachedLM(model, rows=2)
+    text, places = [5, 6, 7], set()
+    for _ in range(200):
+        text = [*text, 8]
+        lm.read({row: Reading(text, 1) for row in range(2)})
+        places.add(lm._slots.cache.layers[0].keys.data_ptr())
+    assert len(places) < 15
+    torch.testing.assert_close(lm.read({0: Reading([*text, 9], 1)})[0], alone(model, [*text, 9], 1), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
 def test_no_token_is_read_twice():
     model = pair("llama", 0, "shared").base
     lm = CachedLM(model, rows=1)

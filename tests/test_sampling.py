@@ -79,9 +79,9 @@ def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
     """A rule that takes a drafted token wherever the base gives it half a chance is off by more than the bound."""
     verify = NudgedDecoder._verify
 
-    def verify_too_kindly(self, rows, length):
+    def verify_too_kindly(self, rows):
         before = {row.number: len(row.seen) for row in rows}
-        verify(self, rows, length)
+        verify(self, rows)
         for row in rows:
             for place in range(before[row.number], len(row.read)):
                 if mix(row.seed, place) % 2:

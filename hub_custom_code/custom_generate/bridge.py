@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -68,16 +68,23 @@ class Vocabulary:
         `encode(left) + encode(text)` is not `encode(left + text)`: `left` is encoded with and without `text`, and
         where its ids stay the same the others are those of `text`. Where they do not (`text` goes on within a word,
         and its beginning would have merged with what is there), less and less of `left` is taken.
+
+        Args:
+            left: as far as a tokenizer looks back; see `window`.
         """
-        tails = [left[start:] for start in _starts_of_left(left)]
+        for start in _starts_of_left(left):
+            if (ids := self._encode_behind(left[start:], text)) is not None:
+                return ids
         alone = self._encode(text)
-        if self.join(alone) != text.encode():  # Where it puts a space before a first word, a line break is
-            tails.append("\n")  # the neighbour of the last resort.
-        for tail in tails:
-            ids, both = self._encode(tail), self._encode(tail + text)
-            if both[: len(ids)] == ids:
-                return list(both[len(ids) :])
-        return list(alone)
+        ids = None
+        if self.join(alone) != text.encode():  # It puts a space before a first word: let that be a line break.
+            ids = self._encode_behind("\n", text)
+        return list(alone) if ids is None else ids
+
+    def _encode_behind(self, left: str, text: str) -> list[int] | None:
+        """The ids of `text` behind those of `left`, where these stay the same."""
+        ids, both = self._encode(left), self._encode(left + text)
+        return list(both[len(ids) :]) if both[: len(ids)] == ids else None
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         # split_special_tokens: a control token that is spelt out is text like any other.
@@ -204,10 +211,8 @@ class TwoVocabularies(_Answer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._left = to_text(self.vocabulary.join(_after_control(self.prompt, self.vocabulary)))
-        self._nudging_left = to_text(
-            self.nudging_vocabulary.join(_after_control(self.nudging_prompt, self.nudging_vocabulary))
-        )
+        self._left = _text_behind_control(self.prompt, self.vocabulary)
+        self._nudging_left = _text_behind_control(self.nudging_prompt, self.nudging_vocabulary)
         self._chunks_end = 0  # Of the text, in bytes.
         self._chunk_ids: list[int] = []
         self._nudging_ids: list[int] | None = []
@@ -249,15 +254,22 @@ class TwoVocabularies(_Answer):
         return len(self.ids) + sum(len(word.ids) for word in self.words(continuation))
 
     def _base_left(self) -> str:
-        """What stands before the next word for the base, as far as its tokenizer looks back."""
-        text = to_text(bytes(self.text[-4 * _LEFT_CHARACTERS :]))
-        return text if len(self.text) > 4 * _LEFT_CHARACTERS else self._left + text
+        """What stands before the next word for the base, as far as its tokenizer looks back.
+
+        Where it begins moves in steps: what was encoded for a text is often asked for again when that has grown.
+        """
+        step = (len(self.text) // _LEFT_CHARACTERS - 1) * _LEFT_CHARACTERS
+        if step <= 0:
+            return self._left + to_text(bytes(self.text))
+        space = self.text.find(SPACE, step, step + _LEFT_CHARACTERS // 2)
+        return to_text(bytes(self.text[max(step, space + 1) :]))
 
     def _encode_for_nudging(self, end: int) -> list[int]:
         text = to_text(bytes(self.text[self._chunks_end : end]))
         start = max(0, self._chunks_end - 4 * _LEFT_CHARACTERS)
         left = to_text(bytes(self.text[start : self._chunks_end]))
-        return self.nudging_vocabulary.encode_after(left if start else self._nudging_left + left, text) if text else []
+        left = window(left if start else self._nudging_left + left)
+        return self.nudging_vocabulary.encode_after(left, text) if text else []
 
     def _next_chunk_end(self) -> int | None:
         """The first word end that makes the next piece long enough, where the text has got that far."""
@@ -302,19 +314,22 @@ def to_text(text: bytes) -> str:
     return text.decode("utf-8", errors="replace")
 
 
-def _after_control(ids: list[int], vocabulary: Vocabulary) -> list[int]:
-    """What follows the last control token."""
+def window(left: str) -> str:
+    """The end of a text, from some words back: more than any tokenizer looks at."""
+    return left[left.rfind(" ", 0, max(0, len(left) - _LEFT_CHARACTERS)) + 1 :]
+
+
+def _text_behind_control(ids: list[int], vocabulary: Vocabulary) -> str:
+    """The end of what follows the last control token."""
     last = max((i for i, token in enumerate(ids) if token in vocabulary.control), default=-1)
-    return ids[last + 1 :]
+    return window(to_text(vocabulary.join(ids[last + 1 :])))
 
 
-def _starts_of_left(left: str) -> list[int]:
-    """Where to begin with the text on the left: some words back, at the last word, then ever later within it."""
-    if not left:
-        return []
-    window = left.rfind(" ", 0, max(0, len(left) - _LEFT_CHARACTERS)) + 1
-    last_word = left.rstrip(" ").rfind(" ") + 1
-    return [window, *range(max(last_word - 1, window), len(left))]
+def _starts_of_left(left: str) -> Iterator[int]:
+    """Where to begin with the text on the left: with all of it, at the last word, then ever later within it."""
+    if left:
+        yield 0
+        yield from range(max(left.rstrip(" ").rfind(" "), 0), len(left))
 
 
 def _byte_scheme(tokenizer: Any) -> str | None:

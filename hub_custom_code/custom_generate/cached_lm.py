@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from .host import compiled_call, first_inputs, input_device, tells_distances_by_
 from .slots import Slots, StaticSlots, borrow_static_slots, give_back_static_slots, most_slots
 
 _MOST_LOGITS = 64  # Columns of a pass with logits, beyond which a pass is worth saving them.
+# Tokens of a first pass, padding included, beyond which rows of like length make a pass of their own. From so many on
+# a CPU takes as long for each further one, and padding is saved; an accelerator wants more at once.
+_MOST_AT_FIRST, _MOST_AT_FIRST_ON_CPU = 2048, 256
 _STATIC_WIDTHS = (1, 5, 9, 17, 33)  # Of passes over a static cache; they are few, for each is compiled.
 _STATIC_STEP = 512  # Static caches have multiples of this many slots, so that prompts of many lengths take the same.
 _WARM_UP = 2  # Passes of a width that take longer than others: one that compiles it, one that records a CUDA graph.
@@ -68,8 +72,9 @@ class CachedLM:
     Attributes:
         forward_passes (`int`): how many forward passes the model has made.
         tokens_fed (`int`): how many tokens of all rows it has been fed, padding not counted.
-        last_shape (`tuple[int, int]`, *optional*): rows and tokens of each, padding included, of the last pass;
-            `None` where it was compiled first, so that its time tells nothing of the next ones.
+        last_shape (`tuple[int, int]`, *optional*): rows and tokens of each, padding included, of the pass that the
+            last texts took; `None` where they took several, or one that was compiled first, so that the time tells
+            nothing of the next ones.
     """
 
     def __init__(
@@ -117,13 +122,18 @@ class CachedLM:
                 give_back_static_slots(self.model, self._slots)
             self._slots = None
         elif self._static is None:
-            place = self._rows.index(row)
-            del self._rows[place]
-            if self._slots is not None:
-                self._slots.keep([i for i in range(len(self._rows) + 1) if i != place])
+            self._drop(row)
+
+    def _drop(self, row: int) -> None:
+        """Takes a row out of the cache; the last one takes its place."""
+        place = self._rows.index(row)
+        self._rows[place] = self._rows[-1]
+        self._rows.pop()
+        if self._slots is not None:
+            self._slots.drop(place)
 
     def read(self, readings: Mapping[int, Reading]) -> dict[int, torch.Tensor]:
-        """Reads texts in one forward pass.
+        """Reads texts in one forward pass, or in several where long ones are read for the first time.
 
         Args:
             readings: for each row that is to read, its whole text from the prompt on, without padding. What the row
@@ -145,6 +155,10 @@ class CachedLM:
                 kept[-1] = max(min(common_prefix(fed, ids), len(ids) - keep), self._fixed[row])
         new = {row: readings[row].ids[n:] if row in readings else [] for row, n in zip(rows, kept, strict=True)}
         width = max(map(len, new.values()))
+        if self.use_cache and self._slots is None and self._static is None:
+            most = _MOST_AT_FIRST_ON_CPU if self.device.type == "cpu" else _MOST_AT_FIRST
+            if len(groups := _of_like_length({row: len(new[row]) for row in readings}, most)) > 1:
+                return self._read_in_groups(readings, groups)
         # From column -1 on, where a prompt's own logits are wanted.
         wanted = {row: range(len(new[row]) - keep, len(new[row])) for row, (_, keep) in readings.items() if keep}
         first = min((each.start for each in wanted.values()), default=width - 1)
@@ -152,7 +166,9 @@ class CachedLM:
             # Prompts of very different lengths: what needs no logits is read first, so that few columns need them.
             late = [row for row, each in wanted.items() if each.start > 0]
             self.read({row: Reading(readings[row].ids[: -len(wanted[row])], 0) for row in late})
-            return self.read(readings)
+            logits_of_row = self.read(readings)
+            self.last_shape = None
+            return logits_of_row
 
         self._roll_back(kept)
         columns = []
@@ -173,6 +189,22 @@ class CachedLM:
             if row in wanted
         }
 
+    def _read_in_groups(self, readings: Mapping[int, Reading], groups: list[list[int]]) -> dict[int, torch.Tensor]:
+        """Reads the first texts of all rows, each group of rows in a pass of its own."""
+        groups[-1] += [row for row in self._rows if row not in readings]
+        rows = [row for group in groups for row in group]
+        slots = Slots(len(rows), self._keeps_holes)
+        slots.begin([len(readings[row].ids) if row in readings else 0 for row in rows])
+        logits: dict[int, torch.Tensor] = {}
+        for group in groups:
+            self._rows = group
+            logits |= self.read({row: readings[row] for row in group if row in readings})
+            if self._slots is not None:
+                slots.take_in(self._slots, rows.index(group[0]))
+            self._slots = None
+        self._rows, self._slots, self.last_shape = rows, slots, None
+        return logits
+
     def _read_prompts(self, prompts: Prompts) -> None:
         """Reads all prompts as `generate` itself would: rows end at the same slot, as they do after any pass."""
         self._slots = Slots(len(prompts.ids), keeps_holes=False)
@@ -191,8 +223,9 @@ class CachedLM:
         if (positions := inputs.get("position_ids")) is not None:
             lengths = torch.tensor([[len(ids)] for ids in prompts.ids], device=positions.device)
             self._shift = positions[..., -1:] + 1 - lengths
-        if len(self._rows) < len(prompts.ids):  # Some were released before anything was read.
-            self._slots.keep(self._rows)
+        self._rows = list(range(len(prompts.ids)))
+        for row in set(self._rows) - self._there:  # Released before anything was read.
+            self._drop(row)
         self.forward_passes += 1
         self.tokens_fed += sum(self._fixed.values())
 
@@ -221,11 +254,14 @@ class CachedLM:
             self.last_shape = (len(new), width)
         else:
             self.last_shape = None
-        tokens = [ids + [ids[-1] if ids else 0] * (width - len(ids)) for ids in new]
-        places = [[n + min(i, max(len(ids) - 1, 0)) for i in range(width)] for n, ids in zip(kept, new, strict=True)]
-        input_ids, position_ids = (
-            torch.tensor([tokens, places]).to(device, non_blocking=True).unbind()
-        )  # One transfer.
+        numbers = array("q")
+        for ids in new:
+            numbers.extend(ids + (ids[-1:] or [0]) * (width - len(ids)))
+        for n, ids in zip(kept, new, strict=True):
+            last_place = n + max(len(ids) - 1, 0)
+            numbers.extend([*range(n, last_place), *[last_place] * (width - last_place + n)])
+        transferred = torch.frombuffer(numbers, dtype=torch.long).to(device, non_blocking=True)  # Together.
+        input_ids, position_ids = transferred.view(2, len(new), width).unbind()
         inputs: dict[str, Any] = {"input_ids": input_ids}
         if self._takes_positions:
             inputs["position_ids"] = position_ids
@@ -243,7 +279,9 @@ class CachedLM:
             slots.add(lengths, width)
         if call is not self.model:
             logits = logits.clone()  # The next call may write where this one has written.
-        return logits[:, logits.shape[1] - (width - last) - logits_to_keep :][:, :logits_to_keep].to(device)
+        if logits.shape[1] > logits_to_keep:
+            logits = logits[:, logits.shape[1] - (width - last) - logits_to_keep :][:, :logits_to_keep]
+        return logits.to(device)
 
     def _new_slots(self, tokens: int) -> Slots:
         """For rows whose longest is to have so many tokens after the first pass."""
@@ -268,9 +306,20 @@ class CachedLM:
         if self._slots is not None:
             rejected = [len(self._fed[row]) - n for row, n in zip(self._rows, kept, strict=True)]
             self._slots.take_back(rejected)
-            for row, n in zip(self._rows, kept, strict=True):
-                if n < len(self._fed[row]):
+            for row, n, less in zip(self._rows, kept, rejected, strict=True):
+                if less:
                     self._fed[row] = self._fed[row][:n]
+
+
+def _of_like_length(lengths: Mapping[int, int], most: int) -> list[list[int]]:
+    """Rows, longest first, in groups that come to at most so many tokens, padding included; a longer row is alone."""
+    groups: list[list[int]] = []
+    for row in sorted(lengths, key=lambda row: -lengths[row]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= most:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -260,6 +260,8 @@ class NudgedDecoder:
         # On the device, so that no step waits for it to get there.
         self._nudging_eos = torch.tensor(voices.nudging_eos, device=nudging.device)
         self._tokens = 0  # Of all answers, when the base has last read.
+        self._plan: Plan | None = None  # How far is drafted before it reads again, if that is still so.
+        self._steps_are_free = False  # To the rows that need not write: others must.
 
     def run(self) -> None:
         """Writes all answers to their end."""
@@ -271,11 +273,10 @@ class NudgedDecoder:
                     self._finish(row, "time")
             for row in self._open():
                 self._proceed(row)
-            plan = self._plan()
-            if short := [row for row in self._open() if self._lacks_text(row, plan.write)]:
+            if short := self._short_rows():
                 self._write(short)
             elif due := [row for row in self.rows if self._lacks_verdict(row)]:
-                self._verify(due, plan.read)
+                self._verify(due)
             else:
                 break
 
@@ -380,23 +381,20 @@ class NudgedDecoder:
         """Lets the nudging model write a token in each of these rows, and before it what was guessed right."""
         began = time.perf_counter()
         most = self._most_guesses()
-        guesses, readings = [], {}
+        guesses, readings, may_end = [], {}, []
         for row in rows:
             row.continuation()  # What stands written is now along the answer's own text.
             text = [*row.answer.nudging_prompt, *row.written]
             # Where a count forbids it to end the answer, it counts token by token.
-            guesses.append(
-                [] if self._may_not_end(row) else guess(text, row.left, len(row.written) - row.left_at, most)
-            )
+            may_end.append(not self._may_not_end(row))
+            guesses.append(guess(text, row.left, len(row.written) - row.left_at, most) if may_end[-1] else [])
             readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1)
         logits = self.nudging.read(readings)
+        raw = [logits[row.number].float() for row in rows]
         scores = []
-        for row, guessed in zip(rows, guesses, strict=True):
-            ids = row.written + guessed
-            row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, ids, logits[row.number])
-            if self._may_not_end(row):
-                row_scores = row_scores.index_fill(-1, self._nudging_eos, float("-inf"))
-            scores.append(row_scores)
+        for row, guessed, own, ends in zip(rows, guesses, raw, may_end, strict=True):
+            row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, row.written + guessed, own)
+            scores.append(row_scores if ends else row_scores.index_fill(-1, self._nudging_eos, float("-inf")))
         keys = None
         if self.voices.nudging_samples:
             keys = [
@@ -405,14 +403,17 @@ class NudgedDecoder:
                 for key in accumulate(guessed, mix, initial=row.nudging_key())
             ]
         tokens = choose(_joined(scores).index_fill(-1, self.voices.nudging_control, float("-inf")), keys)
-        top1 = top1_probabilities(_joined([logits[row.number] for row in rows]))
+        top1 = top1_probabilities(_joined(raw))
         # One transfer; a float32 holds whole numbers up to 2**24, more than any vocabulary has.
         said = zip(*torch.stack([tokens.float(), top1]).tolist(), strict=True)
         written = 0
         for row, guessed in zip(rows, guesses, strict=True):
-            hits = self._take_down(row, guessed, list(islice(said, len(guessed) + 1)))
+            own_said = list(islice(said, len(guessed) + 1))
+            hits = self._take_down(row, guessed, own_said)
             self._policy.guesses.observe(hits, len(guessed))
             written += hits + 1
+            if row.written_eos or min(top1 for _, top1 in own_said[: hits + 1]) < self._policy.acceptance.of_any:
+                self._plan = None
         if (fed := _usual_size(self.nudging)) is not None:
             self._policy.observe_step(fed, time.perf_counter() - began, written / len(rows))
 
@@ -435,6 +436,22 @@ class NudgedDecoder:
         fewest = self.voices.min_new_tokens
         return len(row.answer.ids) < fewest and row.answer.count(row.continuation()) < fewest
 
+    def _short_rows(self) -> list[Row]:
+        """The rows in which the nudging model is to write before the base reads, by the plan or by a new one.
+
+        A plan stands while all that is written since is as sure as was hoped, for choosing takes time too.
+        """
+        rows = self._open()
+        pressed = [self._must_write(row) for row in rows]
+        if all(pressed):
+            return rows  # There is nothing to choose.
+        if self._plan is not None and self._steps_are_free == any(pressed):
+            if short := [row for row in rows if self._lacks_text(row, self._plan.write)]:
+                return short
+        self._steps_are_free = any(pressed)
+        self._plan = self._new_plan(rows)
+        return [row for row in rows if self._lacks_text(row, self._plan.write)]
+
     # The base's side.
 
     def _lacks_verdict(self, row: Row) -> bool:
@@ -447,23 +464,20 @@ class NudgedDecoder:
         """How many of so many drafted tokens the base may read behind the answer."""
         return max(0, int(min(length, self.limits.max_length - row.length - 1)))
 
-    def _plan(self) -> Plan:
-        """How far is drafted before the next pass of the base."""
+    def _new_plan(self, rows: list[Row]) -> Plan:
+        """How far these rows, all that are open, draft before the next pass of the base."""
         if self.config.num_draft_tokens != ADAPTIVE:
             return Plan(int(self.config.num_draft_tokens), int(self.config.num_draft_tokens))
-        rows = self._open()
-        pressed = [self._must_write(row) for row in rows]
-        if all(pressed):
-            return Plan(0, 0)  # It is asked again when they have written.
-        plan = self._policy.choose([Written(row.sure(), self._may_draft(row)) for row in rows], any(pressed))
-        return Plan(*self._alike(plan))
+        drafts = [Written(row.sure(), self._may_draft(row)) for row in rows]
+        return Plan(*self._alike(self._policy.choose(drafts, self._steps_are_free)))
 
     def _alike(self, numbers: Sequence[int]) -> list[int]:
         """What was chosen by the clock, alike in all processes of tensor parallelism: they must pass alike."""
         return shared_by_ranks(self.base.model, list(numbers))
 
-    def _verify(self, rows: list[Row], length: int) -> None:
+    def _verify(self, rows: list[Row]) -> None:
         """Lets the base read each row's answer and draft, and say its verdict at every position it has not read."""
+        length, self._plan = self._plan.read if self._plan else 0, None
         tokens_before, self._tokens = self._tokens, sum(len(row.answer.ids) for row in self.rows)
         self._policy.observe_accepted(self._tokens - tokens_before)
         readings = {}

@@ -18,7 +18,7 @@ What was found out about two models is kept for as long as they are.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import accumulate, repeat
 from operator import mul
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 MOST = 48  # Tokens of a draft.
 _FIRST = 8  # Tokens of the first draft, before any pass has been timed; in the second pass there are none.
 _GUESSES = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+_GUESSES_A_CHOICE = 8  # How often the same number is guessed before it is chosen anew.
 
 # Bins of how sure the nudging model was, by their upper ends, and what each is taken for until it is known better.
 _SURE = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 0.999)
@@ -92,7 +93,16 @@ class Acceptance:
 
     def survival(self, sure: Sequence[float]) -> list[float]:
         """S(1), S(2), ... of a draft at whose tokens the nudging model was so sure."""
-        return list(accumulate((self._bins[bisect_right(_SURE, probability)]() for probability in sure), mul))
+        chances = [share() for share in self._bins]
+        return list(accumulate([chances[bisect_right(_SURE, probability)] for probability in sure], mul))
+
+
+class _Mean(NamedTuple):
+    """Of the tokens and the seconds of passes of one size, and which of all passes was the last of them."""
+
+    tokens: float
+    seconds: float
+    last: int
 
 
 class PassTime:
@@ -103,23 +113,29 @@ class PassTime:
     """
 
     def __init__(self) -> None:
-        self._means: dict[int, tuple[float, float]] = {}  # Tokens and seconds, by the size of the number of tokens.
-        self._known: list[tuple[float, float]] = []  # The same in order.
+        self._means: dict[int, _Mean] = {}  # By the size of the number of tokens.
+        self._observed = 0
+        self._known: list[tuple[float, float]] = []  # Tokens and seconds, in order; empty until it is asked for.
 
     def observe(self, tokens: int, seconds: float) -> None:
         size = (tokens - 1).bit_length()
-        mean_tokens, mean_seconds = self._means.get(size, (tokens, seconds))
-        self._means = {each: (known, _FADE * took) for each, (known, took) in self._means.items()}
-        self._means[size] = (
-            mean_tokens + _NEW * (tokens - mean_tokens), mean_seconds + _NEW * (seconds - mean_seconds)
-        )  # fmt: skip
-        self._known = sorted(self._means.values())
+        self._observed += 1
+        mean_tokens, mean_seconds = self._faded(self._means[size]) if size in self._means else (tokens, seconds)
+        self._means[size] = _Mean(
+            mean_tokens + _NEW * (tokens - mean_tokens), mean_seconds + _NEW * (seconds - mean_seconds), self._observed
+        )
+        self._known.clear()
+
+    def _faded(self, mean: _Mean) -> tuple[float, float]:
+        return mean.tokens, mean.seconds * _FADE ** max(0, self._observed - mean.last - 1)
 
     @property
     def is_known(self) -> bool:
-        return bool(self._known)
+        return bool(self._means)
 
     def __call__(self, tokens: int) -> float:
+        if not self._known:
+            self._known = sorted(map(self._faded, self._means.values()))
         known = self._known
         place = bisect_left(known, (tokens, 0.0))
         if place == 0 or len(known) == 1:
@@ -214,19 +230,9 @@ class DraftLength:
             return Plan(0, 0)
         self._pace, seconds = self._costs_of(len(rows))
         pace = self._pace * self._accepted / self._reckoned
-        of_any = self.acceptance.of_any
         step_cost = 0.0 if steps_are_free else pace * self.guesses.seconds_a_token
-        survivals = [self.acceptance.survival(row.sure) for row in rows]
-        ahead = [survival[-1] if survival else 1.0 for survival in survivals]  # Of the next token not yet written.
         promised, best, write, plan = 0.0, -pace * seconds[0], 0, Plan(0, 0)
-        for length in range(1, MOST + 1):
-            gain = unwritten = 0.0
-            for i, survival in enumerate(survivals):
-                if length <= len(survival):
-                    gain += survival[length - 1]
-                elif rows[i].goes_on:
-                    ahead[i] *= of_any
-                    unwritten += ahead[i]
+        for length, (gain, unwritten) in enumerate(self._gains(rows), start=1):
             if unwritten > step_cost:
                 gain += unwritten - step_cost
                 write = length
@@ -236,6 +242,17 @@ class DraftLength:
             if (value := promised - pace * seconds[length]) > best:
                 best, plan = value, Plan(write, length)
         return plan
+
+    def _gains(self, rows: Sequence[Written]) -> Iterator[tuple[float, float]]:
+        """By how many tokens of all rows each further token of the draft is good: those written, and those not."""
+        of_any, written, unwritten = self.acceptance.of_any, [], []
+        for row in rows:
+            survival = self.acceptance.survival(row.sure[:MOST])
+            more = repeat(of_any if row.goes_on else 0.0, MOST - len(survival))
+            written.append(survival + [0.0] * (MOST - len(survival)))
+            last = survival[-1] if survival else 1.0
+            unwritten.append([0.0] * len(survival) + list(accumulate(more, mul, initial=last))[1:])
+        return zip(map(sum, zip(*written, strict=True)), map(sum, zip(*unwritten, strict=True)), strict=True)
 
 
 class GuessLength:
@@ -247,6 +264,8 @@ class GuessLength:
     def __init__(self) -> None:
         self.pass_time = PassTime()
         self._share = Share(_FIRST_CHANCE)
+        self._chosen: dict[int, int] = {}  # By the number of rows.
+        self._asked = 0
         self._seconds = self._written = 0.0
 
     def observe(self, hits: int, guessed: int) -> None:
@@ -269,14 +288,15 @@ class GuessLength:
         """How many tokens each row of a pass is to guess."""
         if not self.pass_time.is_known:
             return _FIRST
-        chosen, best = 0, 0.0
-        promised = list(accumulate(accumulate(repeat(self._share(), _GUESSES[-1]), mul, initial=1.0)))
-        for length in _GUESSES:
-            if (speed := promised[length] / self.pass_time(rows * (length + 1))) > best:
-                chosen, best = length, speed
-        if not chosen:
+        self._asked += 1
+        if self._asked % _GUESSES_A_CHOICE == 0:
+            self._chosen.clear()
+        if rows not in self._chosen:
+            promised = list(accumulate(accumulate(repeat(self._share(), _GUESSES[-1]), mul, initial=1.0)))
+            self._chosen[rows] = max(_GUESSES, key=lambda n: promised[n] / self.pass_time(rows * (n + 1)))
+        if not self._chosen[rows]:
             self._share.hope()
-        return chosen
+        return self._chosen[rows]
 
 
 _KNOWN: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, DraftLength]]] = WeakKeyDictionary()
