@@ -16,6 +16,8 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from .rounds import Word
 
 SPACE = b" "
@@ -53,6 +55,7 @@ class Vocabulary:
         self._bytes = _Remembered(self._find_bytes)
         self._anchor: list[int] | None = None
         self._encode = lru_cache(maxsize=4096)(self._tokenize)
+        self._backend = tokenizer.backend_tokenizer if _is_backend_alone(tokenizer) else None
 
     def bytes_of(self, token: int) -> bytes:
         """What the token adds to a text, whatever stands before it; nothing for a control token."""
@@ -88,7 +91,13 @@ class Vocabulary:
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         # split_special_tokens: a control token that is spelt out is text like any other.
-        ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids)
+        backend = self._backend
+        if backend is not None and backend.padding is None and backend.truncation is None:
+            backend.encode_special_tokens = True  # As the call below would, which takes half as long again.
+            ids = tuple(backend.encode(text, add_special_tokens=False).ids)
+        else:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            ids = tuple(encoded.input_ids)
         found = [text.index(spelt) for i, spelt in self._spellings.items() if i in ids and spelt in text]
         if not found:
             return ids
@@ -246,8 +255,12 @@ class TwoVocabularies(_Answer):
         return tuple(words)
 
     def draft(self, continuation: Sequence[int], length: int) -> list[int]:
-        """The first `length` ids, for the base, of what the nudging model writes after the answer so far."""
-        return [token for word in self.words(continuation) for token in word.ids][:length]
+        """The first `length` ids, for the base, of what the nudging model writes after the answer so far.
+
+        Encoded in one piece: where words on their own have other ids, the draft is wrong there, and costs that.
+        """
+        text = to_text(self.nudging_vocabulary.join(continuation))
+        return self.vocabulary.encode_after(self._base_left(), text)[:length]
 
     def count(self, continuation: Sequence[int]) -> int:
         """How many tokens of the base the answer and a continuation of it come to."""
@@ -330,6 +343,15 @@ def _starts_of_left(left: str) -> Iterator[int]:
     if left:
         yield 0
         yield from range(max(left.rstrip(" ").rfind(" "), 0), len(left))
+
+
+def _is_backend_alone(tokenizer: Any) -> bool:
+    """Whether a call of the tokenizer does nothing to a text but what its `tokenizers.Tokenizer` does."""
+    kinds = type(tokenizer).__mro__
+    if PreTrainedTokenizerFast not in kinds:
+        return False
+    own = kinds[: kinds.index(PreTrainedTokenizerFast)]
+    return not any(name in vars(kind) for kind in own for name in ("__call__", "_encode_plus", "_convert_encoding"))
 
 
 def _byte_scheme(tokenizer: Any) -> str | None:

@@ -415,7 +415,7 @@ class NudgedDecoder:
             if row.written_eos or min(top1 for _, top1 in own_said[: hits + 1]) < self._policy.acceptance.of_any:
                 self._plan = None
         if (fed := _usual_size(self.nudging)) is not None:
-            self._policy.observe_step(fed, time.perf_counter() - began, written / len(rows))
+            self._policy.observe_step(fed, time.perf_counter() - began, written / len(rows), not self._steps_are_free)
 
     def _take_down(self, row: Row, guessed: list[int], said: list[tuple[float, float]]) -> int:
         """What a row's pass of the nudging model has written: as many of the guessed tokens as it returns, and one."""
@@ -444,6 +444,7 @@ class NudgedDecoder:
         rows = self._open()
         pressed = [self._must_write(row) for row in rows]
         if all(pressed):
+            self._steps_are_free = True
             return rows  # There is nothing to choose.
         if self._plan is not None and self._steps_are_free == any(pressed):
             if short := [row for row in rows if self._lacks_text(row, self._plan.write)]:

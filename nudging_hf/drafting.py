@@ -40,7 +40,7 @@ _NEW = 0.15  # What a pass weighs in the mean time of such passes.
 _FADE = 0.998  # What a time that was not observed becomes with each that was: it is tried again some day.
 _OF_STEPS = 0.95  # What a step of the nudging model weighs after another one.
 # What is reached of the pace that is reckoned: at first, what that weighs in tokens, and what a pass weighs later.
-_REACHED, _REACHED_WEIGHT, _OF_PACE = 0.7, 20.0, 0.98
+_REACHED, _REACHED_WEIGHT, _OF_PACE = 0.8, 60.0, 0.98
 _LEAST_GAIN = 0.03  # Tokens a row that a further token of the draft must promise, to be thought of.
 
 
@@ -184,27 +184,33 @@ class DraftLength:
         self.guesses = GuessLength()
         self._base_pass = PassTime()
         self._has_read_alone = False
+        self._is_trial = True  # Whether the last plan was made to learn what such a pass takes.
         self._costs: dict[int, _Costs] = {}  # By the number of rows.
-        self._accepted, self._reckoned = _REACHED * _REACHED_WEIGHT, _REACHED_WEIGHT  # Tokens.
-        self._seconds = 0.0  # Of a pass of the base and all steps since.
+        self._accepted, self._reckoned = _REACHED * _REACHED_WEIGHT, _REACHED_WEIGHT  # Tokens of a row.
+        self._seconds = 0.0  # Of a pass of the base and the steps since that were made for a draft.
         self._pace = 0.0  # That was reckoned with for it; 0 where nothing was chosen.
+        self._rows = 1  # For which it was.
 
     def observe_pass(self, tokens: int, seconds: float) -> None:
         """Takes note of a pass of the base in which so many tokens were fed, padding included."""
         self._base_pass.observe(tokens, seconds)
         self._costs.clear()
-        self._seconds = seconds
+        self._seconds = 0.0 if self._is_trial else seconds
 
-    def observe_step(self, tokens: int, seconds: float, written: float) -> None:
-        """Takes note of a pass of the nudging model, in which each row wrote so many tokens."""
+    def observe_step(self, tokens: int, seconds: float, written: float, drafts: bool) -> None:
+        """Takes note of a pass of the nudging model, in which each row wrote so many tokens.
+
+        Args:
+            drafts: whether it was made for a draft alone; others are made however far is drafted.
+        """
         self.guesses.observe_pass(tokens, seconds, written)
-        self._seconds += seconds if self._seconds else 0.0
+        self._seconds += seconds if self._seconds and drafts else 0.0
 
     def observe_accepted(self, tokens: int) -> None:
         """Takes note of how many tokens of all rows were accepted since the base has last read."""
         if self._seconds and self._pace:
-            self._accepted = _OF_PACE * self._accepted + tokens
-            self._reckoned = _OF_PACE * self._reckoned + self._pace * self._seconds
+            self._accepted = _OF_PACE * self._accepted + tokens / self._rows
+            self._reckoned = _OF_PACE * self._reckoned + self._pace * self._seconds / self._rows
         self._seconds = self._pace = 0.0
 
     def _costs_of(self, rows: int) -> _Costs:
@@ -225,10 +231,12 @@ class DraftLength:
         """
         if not self._base_pass.is_known:
             return Plan(_FIRST, _FIRST)
-        if not self._has_read_alone:
+        self._is_trial = not self._has_read_alone
+        if self._is_trial:
             self._has_read_alone = True
             return Plan(0, 0)
-        self._pace, seconds = self._costs_of(len(rows))
+        self._rows = len(rows)
+        self._pace, seconds = self._costs_of(self._rows)
         pace = self._pace * self._accepted / self._reckoned
         step_cost = 0.0 if steps_are_free else pace * self.guesses.seconds_a_token
         promised, best, write, plan = 0.0, -pace * seconds[0], 0, Plan(0, 0)

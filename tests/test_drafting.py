@@ -31,7 +31,7 @@ def tokens_and_seconds(chances, pass_time, step, passes, noise=0.0, length=None,
         plan = policy.choose([Written(sure, True) for sure in written]) if length is None else Plan(length, length)
         if short := [row for row, sure in enumerate(written) if len(sure) < plan.write]:
             took = step * (1 + noise * draw.random())
-            policy.observe_step(len(chances), took, 1)
+            policy.observe_step(len(chances), took, 1, drafts=True)
             seconds += took
             for row in short:
                 written[row].append(draw.choice(list(chances[row])))
@@ -88,7 +88,7 @@ def timed():
     policy = DraftLength()
     for tokens in (9, 1, 17, 33):
         policy.observe_pass(tokens, RISING(tokens))
-    policy.observe_step(1, 0.05, 1)
+    policy.observe_step(1, 0.05, 1, drafts=True)
     policy.choose([Written([], True)])  # Its second pass drafts nothing, to learn what that costs.
     return policy
 
