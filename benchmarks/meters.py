@@ -64,11 +64,11 @@ class Meter:
         @functools.wraps(forward)  # The signature too, which transformers looks at.
         def timed(*args: Any, **kwargs: Any) -> Any:
             ids = args[0] if args else kwargs["input_ids"]
+            passes.count += 1
+            passes.fed += ids.numel()
             start = self._now()
             result = forward(*args, **kwargs)
             passes.seconds += self._now() - start
-            passes.count += 1
-            passes.fed += ids.numel()
             return result
 
         return timed

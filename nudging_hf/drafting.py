@@ -91,6 +91,10 @@ class Acceptance:
         """The chance of a token that is not written yet."""
         return self._of_any()
 
+    def is_below_hope(self, sure: float) -> bool:
+        """Whether a token is less likely to be good, now that it is written, than it was before."""
+        return self._bins[bisect_right(_SURE, sure)]() < self._of_any()
+
     def survival(self, sure: Sequence[float]) -> list[float]:
         """S(1), S(2), ... of a draft at whose tokens the nudging model was so sure."""
         chances = [share() for share in self._bins]
@@ -127,7 +131,8 @@ class PassTime:
         self._known.clear()
 
     def _faded(self, mean: _Mean) -> tuple[float, float]:
-        return mean.tokens, mean.seconds * _FADE ** max(0, self._observed - mean.last - 1)
+        later = self._observed - mean.last - 1
+        return mean.tokens, mean.seconds * _FADE**later if later > 0 else mean.seconds
 
     @property
     def is_known(self) -> bool:
