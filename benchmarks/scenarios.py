@@ -160,10 +160,11 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
     warm = False
 
     def lengths(questions: list[Question]) -> Row:
-        """How long a nudged answer is; others write as much. Not timed: it warms up too."""
-        small = nudging_contestant(SHARED, ADAPTIVE)
-        answers = small.write(models.of(small), Work(questions, max_new_tokens=size.max_new_tokens))
-        return {"lengths": [len(answer) for answer in answers]}
+        """How long a nudged answer is; others write as much. Not timed: it warms both pairs up too."""
+        asked = Work(questions, max_new_tokens=size.max_new_tokens)
+        shared, own = (nudging_contestant(small, ADAPTIVE) for small in (SHARED, OWN))
+        own.write(models.of(own), asked)
+        return {"lengths": [len(answer) for answer in shared.write(models.of(shared), asked)]}
 
     def run(contestant: Contestant, questions: list[Question], own: Row) -> Row:
         nonlocal warm

@@ -12,6 +12,10 @@ section 3.5 of Leviathan et al. from what was measured, and corrected by how muc
 lookaheads are written beside drafts, and some of them serve as drafts. Not to draft is among the choices, so that a
 draft that does not help costs what finding it out costs.
 
+Steps that must be made however far is drafted, for a nudge, are no cost of a draft: those of a single row are as many
+for each token of its answer. But of many rows one or another must write after nearly every pass, and all wait for it:
+to them such steps are a cost of each pass, which longer drafts make rarer.
+
 What was found out about two models is kept for as long as they are.
 """
 
@@ -193,14 +197,19 @@ class DraftLength:
         self._costs: dict[int, _Costs] = {}  # By the number of rows.
         self._accepted, self._reckoned = _REACHED * _REACHED_WEIGHT, _REACHED_WEIGHT  # Tokens of a row.
         self._seconds = 0.0  # Of a pass of the base and the steps since that were made for a draft.
+        self._forced_since = 0.0  # Seconds of the steps since that were made in any case.
+        self._forced = 0.0  # The mean of that, from pass to pass.
         self._pace = 0.0  # That was reckoned with for it; 0 where nothing was chosen.
         self._rows = 1  # For which it was.
 
     def observe_pass(self, tokens: int, seconds: float) -> None:
         """Takes note of a pass of the base in which so many tokens were fed, padding included."""
+        if self._base_pass.is_known:
+            self._forced += _NEW * (self._forced_since - self._forced)
+        self._forced_since = 0.0
         self._base_pass.observe(tokens, seconds)
         self._costs.clear()
-        self._seconds = 0.0 if self._is_trial else seconds
+        self._seconds = 0.0 if self._is_trial else seconds + self._forced_by_pass(self._rows)
 
     def observe_step(self, tokens: int, seconds: float, written: float, drafts: bool) -> None:
         """Takes note of a pass of the nudging model, in which each row wrote so many tokens.
@@ -209,7 +218,10 @@ class DraftLength:
             drafts: whether it was made for a draft alone; others are made however far is drafted.
         """
         self.guesses.observe_pass(tokens, seconds, written)
-        self._seconds += seconds if self._seconds and drafts else 0.0
+        if not drafts:
+            self._forced_since += seconds
+        elif self._seconds:
+            self._seconds += seconds
 
     def observe_accepted(self, tokens: int) -> None:
         """Takes note of how many tokens of all rows were accepted since the base has last read."""
@@ -218,9 +230,14 @@ class DraftLength:
             self._reckoned = _OF_PACE * self._reckoned + self._pace * self._seconds / self._rows
         self._seconds = self._pace = 0.0
 
+    def _forced_by_pass(self, rows: int) -> float:
+        """The seconds of such steps that are thought of as a pass's own; what is left goes by the answer's tokens."""
+        return self._forced * (1 - 1 / rows)
+
     def _costs_of(self, rows: int) -> _Costs:
         if rows not in self._costs:
-            seconds = [self._base_pass(rows * (length + 1)) for length in range(MOST + 1)]
+            forced = self._forced_by_pass(rows)
+            seconds = [forced + self._base_pass(rows * (length + 1)) for length in range(MOST + 1)]
             chance, step = self.acceptance.of_any, self.guesses.seconds_a_token
             tokens = accumulate(accumulate(repeat(chance, MOST), mul, initial=1.0))
             paces = [rows * n / (s + length * step) for length, (n, s) in enumerate(zip(tokens, seconds, strict=True))]

@@ -15,13 +15,14 @@ FLAT, RISING, STEEP = (lambda n: 1 + 0.01 * n), (lambda n: 1 + 0.1 * n), (lambda
 SURE = (0.2, 0.6, 0.9, 0.97, 0.9995)
 
 
-def tokens_and_seconds(chances, pass_time, step, passes, noise=0.0, length=None, seed=0):
+def tokens_and_seconds(chances, pass_time, step, passes, noise=0.0, length=None, seed=0, forced=0):
     """Plays answers of several rows, and says what was drafted for each pass.
 
     Args:
         chances: for each row, how often a drafted token is good by how sure the nudging model is of it; it is as sure
             of one as of another.
         length: stands for the chosen one.
+        forced: how many steps all rows wait for after each pass, for one that must write.
     """
     draw, policy = random.Random(seed), DraftLength()
     written: list[list[float]] = [[] for _ in chances]
@@ -48,6 +49,9 @@ def tokens_and_seconds(chances, pass_time, step, passes, noise=0.0, length=None,
             tokens += 1 + hits
             sure.clear()
         policy.observe_accepted(int(tokens - before))
+        for _ in range(forced):
+            policy.observe_step(len(chances), step, 1, drafts=False)
+            seconds += step
     return tokens, seconds, chosen
 
 
@@ -66,6 +70,15 @@ def test_it_is_about_as_fast_as_the_best_fixed_length(pass_time, chances, noise)
         of_length = tokens_and_seconds(chances, pass_time, 0.1, 400, noise, length)
         speeds.append(of_length[0] / of_length[1])
     assert tokens / seconds > 0.87 * max(speeds)
+
+
+def test_rows_that_wait_for_others_after_each_pass_draft_farther():
+    def speed(forced, **kwargs):
+        tokens, seconds, chosen = tokens_and_seconds([ALIKE] * 8, RISING, 0.1, 400, forced=forced, **kwargs)
+        return tokens / seconds, sum(chosen)
+
+    assert speed(forced=100)[1] > 1.3 * speed(forced=0)[1]
+    assert speed(forced=100)[0] > 0.95 * max(speed(forced=100, length=length)[0] for length in (4, 6, 8, 12))
 
 
 def test_how_sure_the_nudging_model_is_beats_any_fixed_length():

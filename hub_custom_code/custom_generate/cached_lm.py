@@ -183,10 +183,10 @@ class CachedLM:
         if self.use_cache:
             for row in readings:
                 self._fed[row] = readings[row].ids
+        own = dict(zip(rows, logits.unbind(), strict=True))
         return {
-            row: logits[i, wanted[row].start - first : wanted[row].stop - first]
-            for i, row in enumerate(rows)
-            if row in wanted
+            row: own[row] if len(each) == width - first else own[row][each.start - first : each.stop - first]
+            for row, each in wanted.items()
         }
 
     def _read_in_groups(self, readings: Mapping[int, Reading], groups: list[list[int]]) -> dict[int, torch.Tensor]:

@@ -49,7 +49,7 @@ def processed_scores(
         prompt: ids of shape (1, prompt_length).
         answer: the ids behind it.
         logits: raw logits of shape (positions, vocab_size); the last stand after the whole answer, those before after
-            one id fewer each.
+            one id fewer each. They are not changed.
 
     Returns:
         float32 scores of shape (positions, vocab_size).

@@ -259,6 +259,7 @@ class NudgedDecoder:
         self._policy = draft_length_of(base.model, nudging.model, (len(rows), base.kind_of_cache))
         # On the device, so that no step waits for it to get there.
         self._nudging_eos = torch.tensor(voices.nudging_eos, device=nudging.device)
+        self._control_mask: torch.Tensor | None = None
         self._tokens = 0  # Of all answers, when the base has last read.
         self._plan: Plan | None = None  # How far is drafted before it reads again, if that is still so.
         self._steps_are_free = False  # To the rows that need not write: others must.
@@ -390,11 +391,8 @@ class NudgedDecoder:
             guesses.append(guess(text, row.left, len(row.written) - row.left_at, most) if may_end[-1] else [])
             readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1)
         logits = self.nudging.read(readings)
-        raw = [logits[row.number].float() for row in rows]
-        scores = []
-        for row, guessed, own, ends in zip(rows, guesses, raw, may_end, strict=True):
-            row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, row.written + guessed, own)
-            scores.append(row_scores if ends else row_scores.index_fill(-1, self._nudging_eos, float("-inf")))
+        raw = _joined([logits[row.number] for row in rows]).float()
+        scores = self._nudging_scores(rows, guesses, may_end, raw)
         keys = None
         if self.voices.nudging_samples:
             keys = [
@@ -402,20 +400,39 @@ class NudgedDecoder:
                 for row, guessed in zip(rows, guesses, strict=True)
                 for key in accumulate(guessed, mix, initial=row.nudging_key())
             ]
-        tokens = choose(_joined(scores).index_fill(-1, self.voices.nudging_control, float("-inf")), keys)
-        top1 = top1_probabilities(_joined(raw))
-        # One transfer; a float32 holds whole numbers up to 2**24, more than any vocabulary has.
-        said = zip(*torch.stack([tokens.float(), top1]).tolist(), strict=True)
+        tokens = choose(scores + self._never_drawn(scores), keys)
+        said = zip(*_transferred(tokens, top1_probabilities(raw)), strict=True)
         written = 0
         for row, guessed in zip(rows, guesses, strict=True):
             own_said = list(islice(said, len(guessed) + 1))
             hits = self._take_down(row, guessed, own_said)
             self._policy.guesses.observe(hits, len(guessed))
             written += hits + 1
-            if row.written_eos or min(top1 for _, top1 in own_said[: hits + 1]) < self._policy.acceptance.of_any:
+            least_sure = min(top1 for _, top1 in own_said[: hits + 1])
+            if row.written_eos or self._policy.acceptance.is_below_hope(least_sure):
                 self._plan = None
         if (fed := _usual_size(self.nudging)) is not None:
             self._policy.observe_step(fed, time.perf_counter() - began, written / len(rows), not self._steps_are_free)
+
+    def _nudging_scores(
+        self, rows: list[Row], guesses: list[list[int]], may_end: list[bool], raw: torch.Tensor
+    ) -> torch.Tensor:
+        """Its logits in these rows, processed as each row asks for, of the shape (positions, vocab_size) of `raw`."""
+        if all(may_end) and not any(row.nudging_processors for row in rows):
+            return raw
+        scores = []
+        own = raw.split([len(guessed) + 1 for guessed in guesses])
+        for row, guessed, ends, row_raw in zip(rows, guesses, may_end, own, strict=True):
+            row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, row.written + guessed, row_raw)
+            scores.append(row_scores if ends else row_scores.index_fill(-1, self._nudging_eos, float("-inf")))
+        return _joined(scores)
+
+    def _never_drawn(self, scores: torch.Tensor) -> torch.Tensor:
+        """What is added to scores so that no control token is drawn, of shape (vocab_size,)."""
+        if self._control_mask is None:
+            zeros = scores.new_zeros(scores.shape[-1])
+            self._control_mask = zeros.index_fill(0, self.voices.nudging_control, float("-inf"))
+        return self._control_mask
 
     def _take_down(self, row: Row, guessed: list[int], said: list[tuple[float, float]]) -> int:
         """What a row's pass of the nudging model has written: as many of the guessed tokens as it returns, and one."""
@@ -494,12 +511,16 @@ class NudgedDecoder:
                 row.read = row.answer.ids[:-1]
             readings[row.number] = Reading([*row.answer.prompt, *row.read], len(row.read) + 1 - len(row.seen))
         began = time.perf_counter()
+        logits = self.base.read(readings)
         # Processors are where the caller's ids are, which need not be where the base is.
-        logits = {number: read.to(rows[0].prompt.device) for number, read in self.base.read(readings).items()}
-        raw = _joined([logits[row.number] for row in rows])
-        scores = _joined([
-            processed_scores(row.base_processors, row.prompt, row.read, logits[row.number]) for row in rows
-        ])  # fmt: skip
+        raw = _joined([logits[row.number] for row in rows]).to(rows[0].prompt.device, torch.float32)
+        scores = raw
+        if any(row.base_processors for row in rows):
+            own = raw.split([readings[row.number].keep for row in rows])
+            scores = _joined([
+                processed_scores(row.base_processors, row.prompt, row.read, row_raw)
+                for row, row_raw in zip(rows, own, strict=True)
+            ])  # fmt: skip
         keys = None
         if self.voices.base_samples:
             keys = [
@@ -507,12 +528,11 @@ class NudgedDecoder:
                 for row in rows
                 for place in range(len(row.seen), len(row.read) + 1)
             ]
-        tokens, probabilities = choose(scores, keys), raw.float().softmax(dim=-1)
-        own = (tokens, self.gate.score(probabilities, tokens.to(raw.device)), probabilities.amax(dim=-1))
-        said = torch.stack([each.double() for each in own]).cpu()  # One transfer.
+        tokens, probabilities = choose(scores, keys), raw.softmax(dim=-1)
+        said = _transferred(tokens, self.gate.score(probabilities, tokens), probabilities.amax(dim=-1))
         if (fed := _usual_size(self.base)) is not None:
             self._policy.observe_pass(fed, time.perf_counter() - began)
-        recorded = zip(*said.tolist(), raw, scores, strict=True)
+        recorded = zip(*said, raw, scores, strict=True)
         for row in rows:
             for _ in range(len(row.seen), len(row.read) + 1):
                 token, score, top1, raw_logits, row_scores = next(recorded)
@@ -520,6 +540,16 @@ class NudgedDecoder:
                 row.seen.append(_Seen(int(token), score, top1, *kept))
             if row.finish_reason is not None:
                 self.base.release(row.number)
+
+
+def _transferred(*of_positions: torch.Tensor) -> list[list[float]]:
+    """The numbers of tensors of one shape, in one transfer from the device that they are on.
+
+    As float32, which holds whole numbers up to 2**24, more than any vocabulary has.
+    """
+    if of_positions[0].device.type == "cpu":  # Where nothing is to be waited for.
+        return [each.tolist() for each in of_positions]
+    return torch.stack([each.float() for each in of_positions]).tolist()
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

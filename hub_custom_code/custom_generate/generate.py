@@ -47,6 +47,8 @@ from .threshold import threshold_of
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _FOLDER_ARGUMENTS = ("code_revision", "revision", "subfolder", "trust_remote_code")
 
+_GENERATE_SIGNATURE = inspect.signature(GenerationMixin.generate)
+
 OWN_ARGUMENTS = (
     "nudging_model",
     "nudging_tokenizer",
@@ -135,7 +137,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     if plain:
         return plain_generate(model)(model, *args, **kwargs)
 
-    arguments = dict(inspect.signature(GenerationMixin.generate).bind(model, *args, **kwargs).arguments)
+    arguments = dict(_GENERATE_SIGNATURE.bind(model, *args, **kwargs).arguments)
     arguments.update(arguments.pop("kwargs", {}))
     del arguments["self"]
     tokenizer = arguments.pop("tokenizer", None)

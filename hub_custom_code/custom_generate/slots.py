@@ -117,8 +117,7 @@ class Slots:
 
     def add(self, lengths: Sequence[int], width: int, padded_left: bool = False) -> None:
         """Takes note of what a pass of some width has put into the cache: rows of these lengths, and padding."""
-        is_full = self._used is None and all(length == width for length in lengths)
-        if not is_full:
+        if self._used is not None or min(lengths) < width:
             columns, ends = torch.arange(width), torch.tensor(lengths)[:, None]
             added = columns >= width - ends if padded_left else columns < ends
             self._used = torch.cat([self._taken(), added], dim=1)
