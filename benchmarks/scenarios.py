@@ -68,7 +68,7 @@ class Size:
     width: int = 18
     questions: int = 1
     rounds: int = 3
-    minutes: float = 12.0
+    minutes: float = 25.0
     tasks: Sequence[str] = ()
     max_new_tokens: int = MAX_NEW_TOKENS
     repeats: int = 7
@@ -158,16 +158,20 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
     calls = groups(size, batch)
     key = {"scenario": "race", "dtype": dtype, "batch": batch}
     warm = False
+    answered: set[str] = set()  # Calls to which both pairs have answered in this run.
 
-    def lengths(questions: list[Question]) -> Row:
+    def lengths(call: str, questions: list[Question]) -> Row:
         """How long a nudged answer is; others write as much. Not timed: it warms both pairs up too."""
+        answered.add(call)
         asked = Work(questions, max_new_tokens=size.max_new_tokens)
         shared, own = (nudging_contestant(small, ADAPTIVE) for small in (SHARED, OWN))
         own.write(models.of(own), asked)
         return {"lengths": [len(answer) for answer in shared.write(models.of(shared), asked)]}
 
-    def run(contestant: Contestant, questions: list[Question], own: Row) -> Row:
+    def run(contestant: Contestant, call: str, questions: list[Question], own: Row) -> Row:
         nonlocal warm
+        if call not in answered:  # An earlier run found the lengths out.
+            lengths(call, questions)
         if not warm:
             for each in runners:
                 each.write(models.of(each), Work(questions).of_length(6))
@@ -184,14 +188,14 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
             call = digest([question.prompt for question in questions])[:12]
             call_key = {**key, "call": call, "task": questions[0].task if batch == 1 else "all"}
             own_key = {**call_key, "contestant": "lengths"}
-            yield Unit(own_key, lambda asked=questions: lengths(asked))
+            yield Unit(own_key, lambda call=call, asked=questions: lengths(call, asked))
             own = find(own_key)
             assert own is not None
             for i in range(len(runners)):
                 runner = runners[(i + turn) % len(runners)]  # Nobody is always behind the same one.
                 yield Unit(
                     {**call_key, "round": turn, "contestant": runner.name},
-                    lambda who=runner, asked=questions, own=own: run(who, asked, own),
+                    lambda who=runner, call=call, asked=questions, own=own: run(who, call, asked, own),
                 )
         slowest = max(slowest, time.monotonic() - begun)
 

@@ -8,7 +8,17 @@ import weakref
 import pytest
 from tiny import pair
 
-from nudging_hf.drafting import MOST, DraftLength, GuessLength, PassTime, Plan, Share, Written, draft_length_of
+from nudging_hf.drafting import (
+    MOST,
+    Acceptance,
+    DraftLength,
+    GuessLength,
+    PassTime,
+    Plan,
+    Share,
+    Written,
+    draft_length_of,
+)
 
 # Seconds of a pass by its tokens: a device that is waiting for its memory, and two that compute.
 FLAT, RISING, STEEP = (lambda n: 1 + 0.01 * n), (lambda n: 1 + 0.1 * n), (lambda n: 0.2 + 0.8 * n)
@@ -184,12 +194,26 @@ def test_guesses_are_as_long_as_they_are_right():
 
 def test_a_share_follows_what_was_seen_last():
     share = Share(0.5)
-    for _ in range(300):
-        share.observe(1, 0)
+    for hit, miss in [(1, 0)] * 300:
+        share.fade(0.99)
+        share.observe(hit, miss)
     assert share() > 0.97
-    for _ in range(300):
-        share.observe(0, 1)
+    for hit, miss in [(0, 1)] * 300:
+        share.fade(0.99)
+        share.observe(hit, miss)
     assert share() < 0.1
+
+
+def test_what_an_answer_taught_of_unsure_tokens_is_forgotten_over_those_that_follow():
+    acceptance = Acceptance()
+    first = acceptance.survival([0.2])
+    for _ in range(30):
+        acceptance.observe([0.2], 0)
+    wrong = acceptance.survival([0.2])
+    assert wrong[0] < 0.1 < first[0]
+    for _ in range(20):
+        acceptance.observe([0.9995] * 20, 20)
+    assert acceptance.survival([0.2])[0] > 0.8 * first[0]
 
 
 def test_what_is_known_of_two_models_is_kept_as_long_as_they_are():

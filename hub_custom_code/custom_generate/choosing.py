@@ -7,6 +7,7 @@ seed and of where the token stands, so a position asked for early, late, alone o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessorList
@@ -40,32 +41,55 @@ _BLIND_TO_IDS = (
 )
 
 
-def processed_scores(
-    processors: LogitsProcessorList, prompt: torch.Tensor, answer: Sequence[int], logits: torch.Tensor
-) -> torch.Tensor:
-    """The scores at the last positions of one row, as `generate` would process them one at a time.
+class Positions(NamedTuple):
+    """The last positions of one row.
 
     Args:
+        processors: of the row.
         prompt: ids of shape (1, prompt_length).
         answer: the ids behind it.
-        logits: raw logits of shape (positions, vocab_size); the last stand after the whole answer, those before after
-            one id fewer each. They are not changed.
+        number: of the positions; the last stands after the whole answer, those before after one id fewer each.
+    """
+
+    processors: LogitsProcessorList
+    prompt: torch.Tensor
+    answer: Sequence[int]
+    number: int
+
+
+def processed_scores(logits: torch.Tensor, rows: Sequence[Positions]) -> torch.Tensor:
+    """The scores at the last positions of rows, as `generate` would process them one at a time.
+
+    Args:
+        logits: float32 of shape (positions of all rows, vocab_size). They are not changed.
 
     Returns:
-        float32 scores of shape (positions, vocab_size).
+        float32 scores of the same shape; the logits themselves where no row has a processor.
     """
-    if not processors:
-        return logits.float()
-    scores = logits.to(torch.float32, copy=True)
-    ids = torch.cat([prompt, torch.tensor([answer], dtype=prompt.dtype, device=prompt.device)], dim=1)
-    before = ids.shape[1] - scores.shape[0] + 1
-    for processor in processors:
+    if not any(row.processors for row in rows):
+        return logits
+    own = logits.split([row.number for row in rows])
+    return joined([_processed(row, row_logits) for row, row_logits in zip(rows, own, strict=True)])
+
+
+def _processed(row: Positions, logits: torch.Tensor) -> torch.Tensor:
+    if not row.processors:
+        return logits
+    scores = logits.clone()
+    answer = torch.tensor([row.answer], dtype=row.prompt.dtype, device=row.prompt.device)
+    ids = torch.cat([row.prompt, answer], dim=1)
+    before = ids.shape[1] - row.number + 1
+    for processor in row.processors:
         if isinstance(processor, _BLIND_TO_IDS):
             scores = processor(ids, scores)
         else:
-            positions = [processor(ids[:, : before + i], scores[i : i + 1]) for i in range(scores.shape[0])]
-            scores = torch.cat(positions)
+            scores = joined([processor(ids[:, : before + i], scores[i : i + 1]) for i in range(row.number)])
     return scores
+
+
+def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One behind the other; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def choose(scores: torch.Tensor, keys: Sequence[int] | None) -> torch.Tensor:

@@ -30,11 +30,12 @@ from transformers.generation import (
     MaxTimeCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
+    SuppressTokensLogitsProcessor,
 )
 
 from .bridge import OneVocabulary, TwoVocabularies, to_text
 from .cached_lm import CachedLM, Reading, common_prefix
-from .choosing import choose, mix, processed_scores
+from .choosing import Positions, choose, joined, mix, processed_scores
 from .config import ADAPTIVE, NudgingConfig
 from .drafting import MOST, Plan, Written, draft_length_of
 from .gate import GATES, top1_probabilities
@@ -258,7 +259,7 @@ class NudgedDecoder:
         self.record_logits = record_logits
         self._policy = draft_length_of(base.model, nudging.model, (len(rows), base.kind_of_cache))
         # On the device, so that no step waits for it to get there.
-        self._nudging_eos = torch.tensor(voices.nudging_eos, device=nudging.device)
+        self._no_eos = SuppressTokensLogitsProcessor(voices.nudging_eos, device=nudging.device)
         self._control_mask: torch.Tensor | None = None
         self._tokens = 0  # Of all answers, when the base has last read.
         self._plan: Plan | None = None  # How far is drafted before it reads again, if that is still so.
@@ -391,8 +392,19 @@ class NudgedDecoder:
             guesses.append(guess(text, row.left, len(row.written) - row.left_at, most) if may_end[-1] else [])
             readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1)
         logits = self.nudging.read(readings)
-        raw = _joined([logits[row.number] for row in rows]).float()
-        scores = self._nudging_scores(rows, guesses, may_end, raw)
+        raw = joined([logits[row.number] for row in rows]).float()
+        scores = processed_scores(
+            raw,
+            [
+                Positions(
+                    row.nudging_processors if ends else LogitsProcessorList([*row.nudging_processors, self._no_eos]),
+                    row.nudging_prompt,
+                    row.written + guessed,
+                    len(guessed) + 1,
+                )
+                for row, guessed, ends in zip(rows, guesses, may_end, strict=True)
+            ],
+        )
         keys = None
         if self.voices.nudging_samples:
             keys = [
@@ -413,19 +425,6 @@ class NudgedDecoder:
                 self._plan = None
         if (fed := _usual_size(self.nudging)) is not None:
             self._policy.observe_step(fed, time.perf_counter() - began, written / len(rows), not self._steps_are_free)
-
-    def _nudging_scores(
-        self, rows: list[Row], guesses: list[list[int]], may_end: list[bool], raw: torch.Tensor
-    ) -> torch.Tensor:
-        """Its logits in these rows, processed as each row asks for, of the shape (positions, vocab_size) of `raw`."""
-        if all(may_end) and not any(row.nudging_processors for row in rows):
-            return raw
-        scores = []
-        own = raw.split([len(guessed) + 1 for guessed in guesses])
-        for row, guessed, ends, row_raw in zip(rows, guesses, may_end, own, strict=True):
-            row_scores = processed_scores(row.nudging_processors, row.nudging_prompt, row.written + guessed, row_raw)
-            scores.append(row_scores if ends else row_scores.index_fill(-1, self._nudging_eos, float("-inf")))
-        return _joined(scores)
 
     def _never_drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """What is added to scores so that no control token is drawn, of shape (vocab_size,)."""
@@ -513,14 +512,10 @@ class NudgedDecoder:
         began = time.perf_counter()
         logits = self.base.read(readings)
         # Processors are where the caller's ids are, which need not be where the base is.
-        raw = _joined([logits[row.number] for row in rows]).to(rows[0].prompt.device, torch.float32)
-        scores = raw
-        if any(row.base_processors for row in rows):
-            own = raw.split([readings[row.number].keep for row in rows])
-            scores = _joined([
-                processed_scores(row.base_processors, row.prompt, row.read, row_raw)
-                for row, row_raw in zip(rows, own, strict=True)
-            ])  # fmt: skip
+        raw = joined([logits[row.number] for row in rows]).to(rows[0].prompt.device, torch.float32)
+        scores = processed_scores(
+            raw, [Positions(row.base_processors, row.prompt, row.read, readings[row.number].keep) for row in rows]
+        )
         keys = None
         if self.voices.base_samples:
             keys = [
@@ -550,11 +545,6 @@ def _transferred(*of_positions: torch.Tensor) -> list[list[float]]:
     if of_positions[0].device.type == "cpu":  # Where nothing is to be waited for.
         return [each.tolist() for each in of_positions]
     return torch.stack([each.float() for each in of_positions]).tolist()
-
-
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """One behind the other; a single one is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _usual_size(lm: CachedLM) -> int | None:

@@ -36,8 +36,9 @@ _GUESSES_A_CHOICE = 8  # How often the same number is guessed before it is chose
 # Bins of how sure the nudging model was, by their upper ends, and what each is taken for until it is known better.
 _SURE = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 0.999)
 _FIRST_CHANCES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99, 0.995)
-_FIRST_CHANCE, _FIRST_WEIGHT = 0.9, 2.0
-_MEMORY = 0.99  # What a token of a draft weighs after another one.
+_FIRST_CHANCE = 0.9
+_FIRST_WEIGHT = 2.0  # Of such a first chance, in tokens; it lasts.
+_MEMORY = 0.99  # What a token of a draft weighs after another one, of whatever bin: answers differ.
 _HOPE = 0.01  # Of a token that might have been drafted, was not, and might have been good.
 
 _NEW = 0.15  # What a pass weighs in the mean time of such passes.
@@ -49,23 +50,27 @@ _LEAST_GAIN = 0.03  # Tokens a row that a further token of the draft must promis
 
 
 class Share:
-    """The share of tokens that were good, the last ones counting most."""
+    """The share of tokens that were good, the last ones counting most, and few for little."""
 
     def __init__(self, first: float):
-        self._hits = first * _FIRST_WEIGHT
-        self._misses = (1 - first) * _FIRST_WEIGHT
+        self._first = first
+        self._hits = self._misses = 0.0
+
+    def fade(self, weight: float) -> None:
+        """Lets all that was observed weigh less."""
+        self._hits *= weight
+        self._misses *= weight
 
     def observe(self, hits: float, misses: float) -> None:
-        fade = _MEMORY ** (hits + misses)
-        self._hits = fade * self._hits + hits
-        self._misses = fade * self._misses + misses
+        self._hits += hits
+        self._misses += misses
 
     def hope(self) -> None:
-        """Forgets a little of what was bad, so that it is tried again some day."""
+        """Takes note that it might have been good, so that it is tried again some day."""
         self._hits += _HOPE
 
     def __call__(self) -> float:
-        return self._hits / (self._hits + self._misses)
+        return (self._hits + _FIRST_WEIGHT * self._first) / (self._hits + self._misses + _FIRST_WEIGHT)
 
 
 class Acceptance:
@@ -82,10 +87,14 @@ class Acceptance:
             sure: the nudging model's top-1 probability at each of its tokens.
             hits: how many of them were good, from the first on.
         """
+        shares = (self._of_any, *self._bins)
         if not sure:
-            for each in (self._of_any, *self._bins):
+            for each in shares:
                 each.hope()
             return
+        weight = _MEMORY ** min(hits + 1, len(sure))
+        for each in shares:
+            each.fade(weight)
         self._of_any.observe(hits, hits < len(sure))
         for i, probability in enumerate(sure[: hits + 1]):
             self._bins[bisect_right(_SURE, probability)].observe(i < hits, i == hits)
@@ -135,8 +144,7 @@ class PassTime:
         self._known.clear()
 
     def _faded(self, mean: _Mean) -> tuple[float, float]:
-        later = self._observed - mean.last - 1
-        return mean.tokens, mean.seconds * _FADE**later if later > 0 else mean.seconds
+        return mean.tokens, mean.seconds * _FADE ** max(0, self._observed - mean.last - 1)
 
     @property
     def is_known(self) -> bool:
@@ -301,6 +309,7 @@ class GuessLength:
     def observe(self, hits: int, guessed: int) -> None:
         """Takes note of a guess of so many tokens, of which the first `hits` were good."""
         if guessed:
+            self._share.fade(_MEMORY ** min(hits + 1, guessed))
             self._share.observe(hits, hits < guessed)
 
     def observe_pass(self, tokens: int, seconds: float, written: float) -> None:
