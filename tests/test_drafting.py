@@ -139,6 +139,16 @@ def test_lengths_that_others_chose_do_not_change_what_is_reached(timed):
     assert timed.choose([Written([0.9] * 20, True)]) == other.choose([Written([0.9] * 20, True)])
 
 
+def test_drafts_do_not_end_where_more_was_reached_than_was_reckoned(timed):
+    rows = [Written([0.97] * 20, False)]
+    reads = timed.choose(rows).read
+    for _ in range(30):
+        timed.choose(rows)
+        timed.observe_pass(17, RISING(17))
+        timed.observe_accepted(100)
+    assert timed.choose(rows).read > reads / 2 > 0
+
+
 def test_an_unsure_model_is_not_drafted_as_far(timed):
     for sure, good in [(0.2, 0), (0.9995, 1)] * 40:
         timed.acceptance.observe([sure], good)

@@ -267,7 +267,9 @@ class DraftLength:
             return Plan(0, 0)
         self._rows = len(rows)
         self._pace, seconds = self._costs_of(self._rows)
-        pace = self._pace * self._accepted / self._reckoned
+        # More than was reckoned is no pace to go by: what brought it is in the chances by now, and a pace that cannot
+        # be had ends drafts that are worth their time.
+        pace = self._pace * min(1.0, self._accepted / self._reckoned)
         step_cost = 0.0 if steps_are_free else pace * self.guesses.seconds_a_token
         promised, best, write, plan = 0.0, -pace * seconds[0], 0, Plan(0, 0)
         for length, (gain, unwritten) in enumerate(self._gains(rows), start=1):
