@@ -77,13 +77,18 @@ class RoomyLayer(DynamicLayer):
         if self.is_initialized and self._keys_room.shape[2] >= slots:
             return
         capacity = slots + int(_ROOM * slots) + _LEAST_ROOM
-        rooms = [like.new_empty(rows, like.shape[1], capacity, like.shape[3]) for like in (keys, values)]
-        if self.is_initialized:
-            for room, old in zip(rooms, (self._keys_room, self._values_room), strict=True):
-                room[:, :, : self._count] = old[:, :, : self._count]
-        else:
+        if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self._keys_room, self._values_room = rooms
+            self._keys_room, self._values_room = keys[:, :, :0], values[:, :, :0]
+        # One after the other, and nothing holds what was there before: there is no second copy of both at any time.
+        self.keys = self._keys_room = self._grown(self._keys_room, rows, capacity)
+        self.values = self._values_room = self._grown(self._values_room, rows, capacity)
+
+    def _grown(self, room: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+        grown = room.new_empty(rows, room.shape[1], capacity, room.shape[3])
+        if self._count:
+            grown[:, :, : self._count] = room[:, :, : self._count]
+        return grown
 
 
 class Slots:
