@@ -19,7 +19,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -399,7 +399,7 @@ class NudgedDecoder:
                 Positions(
                     row.nudging_processors if ends else LogitsProcessorList([*row.nudging_processors, self._no_eos]),
                     row.nudging_prompt,
-                    row.written + guessed,
+                    chain(row.written, guessed),
                     len(guessed) + 1,
                 )
                 for row, guessed, ends in zip(rows, guesses, may_end, strict=True)

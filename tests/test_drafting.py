@@ -205,11 +205,11 @@ def test_guesses_are_as_long_as_they_are_right():
 def test_a_share_follows_what_was_seen_last():
     share = Share(0.5)
     for hit, miss in [(1, 0)] * 300:
-        share.fade(0.99)
+        share.fade(1)
         share.observe(hit, miss)
     assert share() > 0.97
     for hit, miss in [(0, 1)] * 300:
-        share.fade(0.99)
+        share.fade(1)
         share.observe(hit, miss)
     assert share() < 0.1
 

@@ -6,7 +6,7 @@ seed and of where the token stands, so a position asked for early, late, alone o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,13 +47,13 @@ class Positions(NamedTuple):
     Args:
         processors: of the row.
         prompt: ids of shape (1, prompt_length).
-        answer: the ids behind it.
+        answer: the ids behind it; read only where the row has processors.
         number: of the positions; the last stands after the whole answer, those before after one id fewer each.
     """
 
     processors: LogitsProcessorList
     prompt: torch.Tensor
-    answer: Sequence[int]
+    answer: Iterable[int]
     number: int
 
 
@@ -76,7 +76,7 @@ def _processed(row: Positions, logits: torch.Tensor) -> torch.Tensor:
     if not row.processors:
         return logits
     scores = logits.clone()
-    answer = torch.tensor([row.answer], dtype=row.prompt.dtype, device=row.prompt.device)
+    answer = torch.tensor([[*row.answer]], dtype=row.prompt.dtype, device=row.prompt.device)
     ids = torch.cat([row.prompt, answer], dim=1)
     before = ids.shape[1] - row.number + 1
     for processor in row.processors:

@@ -56,8 +56,9 @@ class Share:
         self._first = first
         self._hits = self._misses = 0.0
 
-    def fade(self, weight: float) -> None:
-        """Lets all that was observed weigh less."""
+    def fade(self, tokens: int) -> None:
+        """Lets all that was observed weigh less, for so many tokens follow it."""
+        weight = _MEMORY**tokens
         self._hits *= weight
         self._misses *= weight
 
@@ -92,9 +93,8 @@ class Acceptance:
             for each in shares:
                 each.hope()
             return
-        weight = _MEMORY ** min(hits + 1, len(sure))
         for each in shares:
-            each.fade(weight)
+            each.fade(min(hits + 1, len(sure)))
         self._of_any.observe(hits, hits < len(sure))
         for i, probability in enumerate(sure[: hits + 1]):
             self._bins[bisect_right(_SURE, probability)].observe(i < hits, i == hits)
@@ -311,7 +311,7 @@ class GuessLength:
     def observe(self, hits: int, guessed: int) -> None:
         """Takes note of a guess of so many tokens, of which the first `hits` were good."""
         if guessed:
-            self._share.fade(_MEMORY ** min(hits + 1, guessed))
+            self._share.fade(min(hits + 1, guessed))
             self._share.observe(hits, hits < guessed)
 
     def observe_pass(self, tokens: int, seconds: float, written: float) -> None:
