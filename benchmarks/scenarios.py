@@ -111,10 +111,10 @@ class Models:
         return {name: self[name] for name in contestant.models}
 
 
-def measure(contestant: Contestant, lms: LMs, work: Work) -> tuple[Row, list[list[int]]]:
-    """Lets a contestant write once; what that took, and the ids of the answers."""
+def measure(contestant: Contestant, lms: LMs, work: Work, tight: bool = False) -> tuple[Row, list[list[int]]]:
+    """Lets a contestant write once; what that took, and the ids of the answers. `tight`: as in `PeakMemory`."""
     prompts = [work.prompts(lm)[0].numel() for lm in lms.values()]
-    with PeakMemory() as memory, Meter({name: lm.model for name, lm in lms.items()}) as meter:
+    with PeakMemory(tight) as memory, Meter({name: lm.model for name, lm in lms.items()}) as meter:
         answers = contestant.write(lms, work)
     large, *small = [meter.passes[name] for name in contestant.models]
     slots = len(answers) * max(map(len, answers))
@@ -157,25 +157,29 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
     runners = [each for each in CONTESTANTS if each.in_batches or batch == 1]
     calls = groups(size, batch)
     key = {"scenario": "race", "dtype": dtype, "batch": batch}
-    warm = False
     answered: set[str] = set()  # Calls to which both pairs have answered in this run.
 
     def lengths(call: str, questions: list[Question]) -> Row:
-        """How long a nudged answer is; others write as much. Not timed: it warms both pairs up too."""
-        answered.add(call)
-        asked = Work(questions, max_new_tokens=size.max_new_tokens)
-        shared, own = (nudging_contestant(small, ADAPTIVE) for small in (SHARED, OWN))
-        own.write(models.of(own), asked)
-        return {"lengths": [len(answer) for answer in shared.write(models.of(shared), asked)]}
+        """How long a nudged answer is, as others write as much, and what memory it needs.
 
-    def run(contestant: Contestant, call: str, questions: list[Question], own: Row) -> Row:
-        nonlocal warm
-        if call not in answered:  # An earlier run found the lengths out.
-            lengths(call, questions)
-        if not warm:
+        Its time does not count: it warms everything up.
+        """
+        if not answered:
             for each in runners:
                 each.write(models.of(each), Work(questions).of_length(6))
-            warm = True
+        answered.add(call)
+        asked = Work(questions, max_new_tokens=size.max_new_tokens)
+        memory = {}
+        for small in (OWN, SHARED):
+            pair = nudging_contestant(small, ADAPTIVE)
+            needed, _ = measure(pair, models.of(pair), asked, tight=True)
+            memory[small] = {name: needed[name] for name in needed if name.endswith("_bytes")}
+            found, _ = measure(pair, models.of(pair), asked)  # So that draft lengths go by passes of full speed.
+        return {"lengths": found["lengths"], "memory": memory}
+
+    def run(contestant: Contestant, call: str, questions: list[Question], own: Row) -> Row:
+        if call not in answered:  # An earlier run found the lengths out.
+            lengths(call, questions)
         work = Work(questions, lengths=own["lengths"], max_new_tokens=size.max_new_tokens)
         return measure(contestant, models.of(contestant), work)[0]
 
@@ -188,14 +192,14 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
             call = digest([question.prompt for question in questions])[:12]
             call_key = {**key, "call": call, "task": questions[0].task if batch == 1 else "all"}
             own_key = {**call_key, "contestant": "lengths"}
-            yield Unit(own_key, lambda call=call, asked=questions: lengths(call, asked))
+            yield Unit(own_key, partial(lengths, call, questions))
             own = find(own_key)
             assert own is not None
             for i in range(len(runners)):
                 runner = runners[(i + turn) % len(runners)]  # Nobody is always behind the same one.
                 yield Unit(
                     {**call_key, "round": turn, "contestant": runner.name},
-                    lambda who=runner, call=call, asked=questions, own=own: run(who, call, asked, own),
+                    partial(run, runner, call, questions, own),
                 )
         slowest = max(slowest, time.monotonic() - begun)
 

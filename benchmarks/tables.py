@@ -17,7 +17,7 @@ NUDGED = {small: nudging_contestant(small, ADAPTIVE).name for small in (SHARED, 
 
 def summary(rows: Sequence[Row]) -> Row:
     """All figures, as JSON has them."""
-    races = sorted({(row["dtype"], row["batch"]) for row in rows if _is_timed_race(row)}, key=_race_order)
+    races = sorted({(row["dtype"], row["batch"]) for row in rows if row["scenario"] == "race"}, key=_race_order)
     figures = {
         "passes": [row for row in rows if row["scenario"] == "passes"],
         "races": [_race(rows, dtype, batch) for dtype, batch in races],
@@ -27,10 +27,6 @@ def summary(rows: Sequence[Row]) -> Row:
     }
     figures["far"] = _far(figures)
     return figures
-
-
-def _is_timed_race(row: Row) -> bool:
-    return row["scenario"] == "race" and "seconds" in row
 
 
 def _race_order(race: tuple[str, int]) -> tuple[int, str]:
@@ -82,7 +78,8 @@ def _median(rows: Sequence[Row], value: Any) -> float:
 
 
 def _race(rows: Sequence[Row], dtype: str, batch: int) -> Row:
-    timed = [row for row in rows if _is_timed_race(row) and (row["dtype"], row["batch"]) == (dtype, batch)]
+    mine = [row for row in rows if row["scenario"] == "race" and (row["dtype"], row["batch"]) == (dtype, batch)]
+    timed, asked = [row for row in mine if "seconds" in row], [row for row in mine if "memory" in row]
     by_name = {each.name: [row for row in timed if row["contestant"] == each.name] for each in CONTESTANTS}
     alone = by_name[ALONE.name]
     tasks = sorted({row["task"] for row in timed})
@@ -122,6 +119,7 @@ def _race(rows: Sequence[Row], dtype: str, batch: int) -> Row:
         "batch": batch,
         "contestants": found,
         "limits": {small: _limit(by_name, [each.name for each in drafted[small]]) for small in drafted},
+        "needed_memory": {small: _memory([row["memory"][small] for row in asked]) for small in drafted},
         "differing_answers": {
             small: _differing([row for each in drafted[small] for row in by_name[each.name]]) for small in drafted
         },
@@ -329,6 +327,8 @@ def _race_table(race: Row) -> str:
                 f"{name}: {limit['adaptive_over_limit']:.2f} of the limit, which is the time in passes of "
                 f"“{limit['best_fixed']}”."
             )
+        if (share := race["needed_memory"][small]["peak_over_weights_and_caches"]) is not None:
+            notes.append(f"{name}: needs {share:.2f} of weights and caches.")
         if (answers := race["differing_answers"][small])["differing"]:
             notes.append(
                 f"**{name}: {answers['differing']} of {answers['of']} ANSWERS DIFFER by draft length or run.**"
