@@ -154,18 +154,11 @@ def graphs_compiled() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's names and numbers for `mallopt`.
-
-
 class PeakMemory:
     """As a context manager, finds by how much the process was larger at its peak than when it began.
 
     The kernel's high-water mark of resident memory (VmHWM) is set back to what is resident, after what Python and
     the allocator hold unused was given back; memory that they could not give back counts as there before.
-
-    Args:
-        tight: whether glibc's allocator, meanwhile, hands every large block back as soon as it is freed: what is found
-            then is what the work needs, without the holes that blocks leave which grow. It costs time.
 
     Attributes:
         extra_bytes: the difference; `None` where the kernel does not let the mark be set back.
@@ -173,16 +166,10 @@ class PeakMemory:
 
     extra_bytes: int | None = None
 
-    def __init__(self, tight: bool = False):
-        self._tight = tight
-
     def __enter__(self) -> PeakMemory:
         gc.collect()
         try:
-            libc = ctypes.CDLL("libc.so.6")
-            libc.malloc_trim(0)
-            if self._tight:
-                libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             self._before: int | None = _of_status("VmRSS")
         except OSError:  # No Linux, no glibc, or no right to.
@@ -190,13 +177,8 @@ class PeakMemory:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._before is None:
-            return
-        self.extra_bytes = max(0, _of_status("VmHWM") - self._before)
-        if self._tight:  # What glibc comes to by itself as soon as blocks so large were freed.
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**26)
+        if self._before is not None:
+            self.extra_bytes = max(0, _of_status("VmHWM") - self._before)
 
 
 def _of_status(name: str) -> int:

@@ -3,7 +3,7 @@
     python benchmarks/run.py                      # all scenarios
     python benchmarks/run.py --quick              # the same in little, to see that it runs: no figures to quote
     python benchmarks/run.py race --dtype float32 --batch-size 8
-    python benchmarks/run.py passes agreement hopeless long
+    python benchmarks/run.py passes memory agreement hopeless long
 
 What is finished is kept in `journal.jsonl`, and a run that was broken off goes on from it.
 """
@@ -24,6 +24,7 @@ import tables
 import torch
 import transformers
 from contestants import DTYPES, dev_questions, widths
+from memory import memory
 from scenarios import Find, Key, Row, Size, Unit, agreement, hopeless, long_text, passes, race
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ from nudging_hf.journal import Journal, digest
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SCENARIOS = ("passes", "race", "hopeless", "agreement", "long")
+SCENARIOS = ("passes", "race", "memory", "hopeless", "agreement", "long")
 FULL = Size()
 QUICK = Size(
     width=9,
@@ -61,7 +62,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=list(DTYPES),
         help="of widened models; bfloat16 and float32 by default",
     )
-    parser.add_argument("--batch-size", nargs="+", type=int, metavar="N", help="of the race; 1, 8 and 32 by default")
+    parser.add_argument(
+        "--batch-size", nargs="+", type=int, metavar="N", help="of race and memory; 1, 8 and 32 by default"
+    )
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="letters, stories, coins, lengths; all by default")
     parser.add_argument("--questions", type=int, metavar="N", help="of each task at batch 1")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each contestant answers each question")
@@ -90,6 +93,8 @@ def jobs(args: argparse.Namespace, size: Size, find: Find) -> Iterator[Iterable[
             for batch in batches:
                 for dtype in dtypes:
                     yield race(size if batch == 1 else replace(size, rounds=min(size.rounds, 2)), dtype, batch, find)
+        elif scenario == "memory":
+            yield from (memory(size, dtype, batch) for batch in batches for dtype in dtypes)
         elif scenario == "agreement":
             yield agreement(size, one)
         elif scenario == "hopeless":

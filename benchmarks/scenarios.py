@@ -68,7 +68,7 @@ class Size:
     width: int = 18
     questions: int = 1
     rounds: int = 3
-    minutes: float = 25.0
+    minutes: float = 20.0
     tasks: Sequence[str] = ()
     max_new_tokens: int = MAX_NEW_TOKENS
     repeats: int = 7
@@ -111,10 +111,10 @@ class Models:
         return {name: self[name] for name in contestant.models}
 
 
-def measure(contestant: Contestant, lms: LMs, work: Work, tight: bool = False) -> tuple[Row, list[list[int]]]:
-    """Lets a contestant write once; what that took, and the ids of the answers. `tight`: as in `PeakMemory`."""
+def measure(contestant: Contestant, lms: LMs, work: Work) -> tuple[Row, list[list[int]]]:
+    """Lets a contestant write once; what that took, and the ids of the answers."""
     prompts = [work.prompts(lm)[0].numel() for lm in lms.values()]
-    with PeakMemory(tight) as memory, Meter({name: lm.model for name, lm in lms.items()}) as meter:
+    with PeakMemory() as memory, Meter({name: lm.model for name, lm in lms.items()}) as meter:
         answers = contestant.write(lms, work)
     large, *small = [meter.passes[name] for name in contestant.models]
     slots = len(answers) * max(map(len, answers))
@@ -160,22 +160,15 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
     answered: set[str] = set()  # Calls to which both pairs have answered in this run.
 
     def lengths(call: str, questions: list[Question]) -> Row:
-        """How long a nudged answer is, as others write as much, and what memory it needs.
-
-        Its time does not count: it warms everything up.
-        """
+        """How long a nudged answer is; others write as much. Not timed: it warms everything up."""
         if not answered:
             for each in runners:
                 each.write(models.of(each), Work(questions).of_length(6))
         answered.add(call)
         asked = Work(questions, max_new_tokens=size.max_new_tokens)
-        memory = {}
-        for small in (OWN, SHARED):
-            pair = nudging_contestant(small, ADAPTIVE)
-            needed, _ = measure(pair, models.of(pair), asked, tight=True)
-            memory[small] = {name: needed[name] for name in needed if name.endswith("_bytes")}
-            found, _ = measure(pair, models.of(pair), asked)  # So that draft lengths go by passes of full speed.
-        return {"lengths": found["lengths"], "memory": memory}
+        shared, own = (nudging_contestant(small, ADAPTIVE) for small in (SHARED, OWN))
+        own.write(models.of(own), asked)
+        return {"lengths": [len(answer) for answer in shared.write(models.of(shared), asked)]}
 
     def run(contestant: Contestant, call: str, questions: list[Question], own: Row) -> Row:
         if call not in answered:  # An earlier run found the lengths out.

@@ -17,16 +17,21 @@ NUDGED = {small: nudging_contestant(small, ADAPTIVE).name for small in (SHARED, 
 
 def summary(rows: Sequence[Row]) -> Row:
     """All figures, as JSON has them."""
-    races = sorted({(row["dtype"], row["batch"]) for row in rows if row["scenario"] == "race"}, key=_race_order)
+    races = sorted({(row["dtype"], row["batch"]) for row in rows if _is_timed_race(row)}, key=_race_order)
     figures = {
         "passes": [row for row in rows if row["scenario"] == "passes"],
         "races": [_race(rows, dtype, batch) for dtype, batch in races],
+        "memory": [_needed(row) for row in rows if row["scenario"] == "memory"],
         "agreement": _agreement([row for row in rows if row["scenario"] == "agreement"]),
         "hopeless": _hopeless([row for row in rows if row["scenario"] == "hopeless"]),
         "long": _long([row for row in rows if row["scenario"] == "long"]),
     }
     figures["far"] = _far(figures)
     return figures
+
+
+def _is_timed_race(row: Row) -> bool:
+    return row["scenario"] == "race" and "seconds" in row
 
 
 def _race_order(race: tuple[str, int]) -> tuple[int, str]:
@@ -78,8 +83,7 @@ def _median(rows: Sequence[Row], value: Any) -> float:
 
 
 def _race(rows: Sequence[Row], dtype: str, batch: int) -> Row:
-    mine = [row for row in rows if row["scenario"] == "race" and (row["dtype"], row["batch"]) == (dtype, batch)]
-    timed, asked = [row for row in mine if "seconds" in row], [row for row in mine if "memory" in row]
+    timed = [row for row in rows if _is_timed_race(row) and (row["dtype"], row["batch"]) == (dtype, batch)]
     by_name = {each.name: [row for row in timed if row["contestant"] == each.name] for each in CONTESTANTS}
     alone = by_name[ALONE.name]
     tasks = sorted({row["task"] for row in timed})
@@ -119,7 +123,6 @@ def _race(rows: Sequence[Row], dtype: str, batch: int) -> Row:
         "batch": batch,
         "contestants": found,
         "limits": {small: _limit(by_name, [each.name for each in drafted[small]]) for small in drafted},
-        "needed_memory": {small: _memory([row["memory"][small] for row in asked]) for small in drafted},
         "differing_answers": {
             small: _differing([row for each in drafted[small] for row in by_name[each.name]]) for small in drafted
         },
@@ -137,6 +140,11 @@ def _memory(rows: Sequence[Row]) -> Row:
         "peak_bytes": total,
         "peak_over_weights_and_caches": total / (peak["weight_bytes"] + peak["cache_bytes"]),
     }
+
+
+def _needed(row: Row) -> Row:
+    shares = {name: _memory([peak])["peak_over_weights_and_caches"] for name, peak in row["contestants"].items()}
+    return {"dtype": row["dtype"], "batch": row["batch"], "peak_over_weights_and_caches": shares}
 
 
 def _limit(by_name: dict[str, list[Row]], names: Sequence[str]) -> Row | None:
@@ -255,6 +263,8 @@ def markdown(setup: Row, figures: Row) -> str:
         parts.append(_passes_table(measured))
     for race in figures["races"]:
         parts.append(_race_table(race))
+    if figures["memory"]:
+        parts.append(_memory_table(figures["memory"]))
     if figures["hopeless"]:
         parts.append(
             "Where drafting cannot help (γ = 0, a nudging model that writes another token than it would):\n\n"
@@ -327,13 +337,19 @@ def _race_table(race: Row) -> str:
                 f"{name}: {limit['adaptive_over_limit']:.2f} of the limit, which is the time in passes of "
                 f"“{limit['best_fixed']}”."
             )
-        if (share := race["needed_memory"][small]["peak_over_weights_and_caches"]) is not None:
-            notes.append(f"{name}: needs {share:.2f} of weights and caches.")
         if (answers := race["differing_answers"][small])["differing"]:
             notes.append(
                 f"**{name}: {answers['differing']} of {answers['of']} ANSWERS DIFFER by draft length or run.**"
             )
     return "\n\n".join([f"{race['dtype']}, batch {race['batch']}:", _table(header, rows), *notes])
+
+
+def _memory_table(measured: Sequence[Row]) -> str:
+    shares = [each["peak_over_weights_and_caches"] for each in measured]
+    return "The peak of memory in a process of its own, in weights and caches:\n\n" + _table(
+        ["", *(f"{each['dtype']}, batch {each['batch']}" for each in measured)],
+        [[name, *("–" if each[name] is None else f"{each[name]:.2f}" for each in shares)] for name in shares[0]],
+    )
 
 
 def _long_table(figures: Row) -> str:
