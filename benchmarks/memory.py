@@ -15,10 +15,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import torch
 from contestants import ADAPTIVE, ALONE, OWN, SHARED, Work, nudging_contestant
 from scenarios import Models, Row, Size, Unit, groups, measure
 
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # Those of loading too, which would break the benchmark's own.
+}
 
 
 def memory(size: Size, dtype: str, batch: int) -> Iterator[Unit]:
@@ -26,9 +32,9 @@ def memory(size: Size, dtype: str, batch: int) -> Iterator[Unit]:
 
     def in_a_process() -> Row:
         command = [sys.executable, __file__, json.dumps([asdict(size), dtype, batch])]
-        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, check=True)
-        found: Row = json.loads(done.stdout)
-        return found
+        environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)
 
     yield Unit({"scenario": "memory", "dtype": dtype, "batch": batch}, in_a_process)
 

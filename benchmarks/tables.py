@@ -326,7 +326,7 @@ def _race_table(race: Row) -> str:
             f"{c['small_passes_per_token']:.2f}",
             f"{c['outside_passes']:.1%}",
             "–" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 1e9:.2f}",
-            "–" if c["peak_bytes"] is None else f"{c['peak_over_weights_and_caches']:.2f}",
+            _share(c["peak_over_weights_and_caches"]),
         ]
         for c in race["contestants"]
     ]
@@ -348,7 +348,7 @@ def _memory_table(measured: Sequence[Row]) -> str:
     shares = [each["peak_over_weights_and_caches"] for each in measured]
     return "The peak of memory in a process of its own, in weights and caches:\n\n" + _table(
         ["", *(f"{each['dtype']}, batch {each['batch']}" for each in measured)],
-        [[name, *("–" if each[name] is None else f"{each[name]:.2f}" for each in shares)] for name in shares[0]],
+        [[name, *(_share(each[name]) for each in shares)] for name in shares[0]],
     )
 
 
@@ -367,6 +367,10 @@ def _long_table(figures: Row) -> str:
             f"{far['base_alone']:.2f} s a token, nudged {far['nudged']:.2f}."
         )
     return text
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _ratio(row: Row) -> list[str]:
