@@ -68,7 +68,7 @@ class Size:
     width: int = 18
     questions: int = 1
     rounds: int = 3
-    minutes: float = 20.0
+    minutes: float = 30.0
     tasks: Sequence[str] = ()
     max_new_tokens: int = MAX_NEW_TOKENS
     repeats: int = 7
