@@ -497,6 +497,7 @@ class NudgedDecoder:
         length, self._plan = self._plan.read if self._plan else 0, None
         tokens_before, self._tokens = self._tokens, sum(len(row.answer.ids) for row in self.rows)
         self._policy.observe_accepted(self._tokens - tokens_before)
+        reads_prompts = not all(row.seen for row in rows)
         readings = {}
         for row in rows:
             if row.finish_reason is None:
@@ -526,7 +527,7 @@ class NudgedDecoder:
         tokens, probabilities = choose(scores, keys), raw.softmax(dim=-1)
         said = _transferred(tokens, self.gate.score(probabilities, tokens), probabilities.amax(dim=-1))
         if (fed := _usual_size(self.base)) is not None:
-            self._policy.observe_pass(fed, time.perf_counter() - began)
+            self._policy.observe_pass(fed, time.perf_counter() - began, reads_prompts)
         recorded = zip(*said, raw, scores, strict=True)
         for row in rows:
             for _ in range(len(row.seen), len(row.read) + 1):

@@ -22,6 +22,13 @@ from nudging_hf.drafting import (
 
 # Seconds of a pass by its tokens: a device that is waiting for its memory, and two that compute.
 FLAT, RISING, STEEP = (lambda n: 1 + 0.01 * n), (lambda n: 1 + 0.1 * n), (lambda n: 0.2 + 0.8 * n)
+
+
+def uneven(n):
+    """One that is slow at two and three tokens, and then hardly slower at many."""
+    return n if n < 4 else 3.2 + 0.04 * n
+
+
 SURE = (0.2, 0.6, 0.9, 0.97, 0.9995)
 
 
@@ -105,6 +112,14 @@ def test_drafts_that_are_never_good_cost_next_to_nothing(pass_time, sure):
     assert sum(length > 0 for length in chosen[50:]) < 80
 
 
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("pass_time", [STEEP, uneven])
+def test_drafts_that_do_not_pay_cost_a_small_share_of_the_time(pass_time, chance):
+    tokens, seconds, _ = tokens_and_seconds([dict.fromkeys(SURE, chance)], pass_time, 0.06, 1200, noise=0.1)
+    alone = tokens_and_seconds([ALIKE], pass_time, 0.06, 1200, noise=0.1, length=0)
+    assert tokens / seconds > 0.95 * alone[0] / alone[1]
+
+
 @pytest.fixture
 def timed():
     """A policy that has seen passes and steps."""
@@ -137,6 +152,16 @@ def test_lengths_that_others_chose_do_not_change_what_is_reached(timed):
             policy.observe_pass(17, RISING(17))
             policy.observe_accepted(tokens)
     assert timed.choose([Written([0.9] * 20, True)]) == other.choose([Written([0.9] * 20, True)])
+
+
+def test_the_time_that_prompts_take_is_no_matter_of_drafts(timed):
+    rows = [Written([0.97] * 8, True)]
+    reads = timed.choose(rows).read
+    for _ in range(20):
+        timed.choose(rows)
+        timed.observe_pass(4000, RISING(4000), reads_prompts=True)
+        timed.observe_accepted(1)
+    assert timed.choose(rows).read == reads > 0
 
 
 def test_drafts_do_not_end_where_more_was_reached_than_was_reckoned(timed):

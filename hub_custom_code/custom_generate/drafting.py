@@ -9,8 +9,12 @@ What is maximised is tokens a second in the long run. At a pace of λ a second i
 that promises most tokens, less λ times the seconds of its pass and of the nudging model's steps that are still to be
 made for it: for a ratio of sums the optimum lies where that difference does (Dinkelbach, 1967). λ is reckoned by
 section 3.5 of Leviathan et al. from what was measured, and corrected by how much of it was reached so far, for
-lookaheads are written beside drafts, and some of them serve as drafts. Not to draft is among the choices, so that a
-draft that does not help costs what finding it out costs.
+lookaheads are written beside drafts, and some of them serve as drafts. Not to draft is among the choices.
+
+Chances and times that are not observed are taken for better, bit by bit, and so are tried again. What finding out
+costs is kept in an account: the tokens of a pass are worth the seconds that they would have taken one by one. Where
+drafts have taken more, by all that was saved before and a small share of the time, nothing is drafted until that share
+has made up for it. So drafts that never pay cost little more than the share.
 
 Steps that must be made however far is drafted, for a nudge, are no cost of a draft: those of a single row are as many
 for each token of its answer. But of many rows one or another must write after nearly every pass, and all wait for it:
@@ -46,6 +50,8 @@ _FADE = 0.998  # What a time that was not observed becomes with each that was: i
 _OF_STEPS = 0.95  # What a step of the nudging model weighs after another one.
 # What is reached of the pace that is reckoned: at first, what that weighs in tokens, and what a pass weighs later.
 _REACHED, _REACHED_WEIGHT, _OF_PACE = 0.8, 60.0, 0.98
+# What drafts may lose, in passes that draft nothing: so much for each pass, and a credit, at first and at most.
+_STAKE, _CREDIT, _MOST_CREDIT = 0.02, 3.0, 16.0
 _LEAST_GAIN = 0.03  # Tokens a row that a further token of the draft must promise, to be thought of.
 
 
@@ -146,6 +152,11 @@ class PassTime:
     def _faded(self, mean: _Mean) -> tuple[float, float]:
         return mean.tokens, mean.seconds * _FADE ** max(0, self._observed - mean.last - 1)
 
+    def last(self, tokens: int) -> float:
+        """What passes of about so many tokens took when they were last observed, however long ago."""
+        mean = self._means.get((tokens - 1).bit_length())
+        return mean.seconds if mean else self(tokens)
+
     @property
     def is_known(self) -> bool:
         return bool(self._means)
@@ -209,15 +220,22 @@ class DraftLength:
         self._forced = 0.0  # The mean of that, from pass to pass.
         self._pace = 0.0  # That was reckoned with for it; 0 where nothing was chosen.
         self._rows = 1  # For which it was.
+        self._to_account = 0  # How many passes, by the last draft, are to be accounted for: its steps' and its own.
+        self._credit = _CREDIT  # What drafts have saved, and may lose again.
 
-    def observe_pass(self, tokens: int, seconds: float) -> None:
-        """Takes note of a pass of the base in which so many tokens were fed, padding included."""
+    def observe_pass(self, tokens: int, seconds: float, reads_prompts: bool = False) -> None:
+        """Takes note of a pass of the base in which so many tokens were fed, padding included.
+
+        Args:
+            reads_prompts: whether there were prompts among them; what such a pass takes is no matter of drafts.
+        """
         if self._base_pass.is_known:
             self._forced += _NEW * (self._forced_since - self._forced)
         self._forced_since = 0.0
         self._base_pass.observe(tokens, seconds)
         self._costs.clear()
-        self._seconds = 0.0 if self._is_trial else seconds + self._forced_by_pass(self._rows)
+        counts = not (self._is_trial or reads_prompts)
+        self._seconds = seconds + self._forced_by_pass(self._rows) if counts else 0.0
 
     def observe_step(self, tokens: int, seconds: float, written: float, drafts: bool) -> None:
         """Takes note of a pass of the nudging model, in which each row wrote so many tokens.
@@ -236,6 +254,10 @@ class DraftLength:
         if self._seconds and self._pace:
             self._accepted = _OF_PACE * self._accepted + tokens / self._rows
             self._reckoned = _OF_PACE * self._reckoned + self._pace * self._seconds / self._rows
+            alone = self._forced_by_pass(self._rows) + self._base_pass.last(self._rows)
+            saved = tokens / self._rows - self._seconds / alone if self._to_account else 0.0
+            self._credit = min(_MOST_CREDIT, self._credit + saved + _STAKE)
+        self._to_account = max(0, self._to_account - 1)
         self._seconds = self._pace = 0.0
 
     def _forced_by_pass(self, rows: int) -> float:
@@ -267,6 +289,8 @@ class DraftLength:
             return Plan(0, 0)
         self._rows = len(rows)
         self._pace, seconds = self._costs_of(self._rows)
+        if self._credit < 0:
+            return Plan(0, 0)
         # More than was reckoned is no pace to go by: what brought it is in the chances by now, and a pace that cannot
         # be had ends drafts that are worth their time.
         pace = self._pace * min(1.0, self._accepted / self._reckoned)
@@ -281,6 +305,8 @@ class DraftLength:
             promised += gain
             if (value := promised - pace * seconds[length]) > best:
                 best, plan = value, Plan(write, length)
+        if plan.read:
+            self._to_account = 2
         return plan
 
     def _gains(self, rows: Sequence[Written]) -> Iterator[tuple[float, float]]:
