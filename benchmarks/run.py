@@ -60,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         nargs="+",
         choices=list(DTYPES),
-        help="of widened models; bfloat16 and float32 by default",
+        help="of widened models; float32 and, for many rows if the CPU has instructions for it, bfloat16 by default",
     )
     parser.add_argument(
         "--batch-size", nargs="+", type=int, metavar="N", help="of race and memory; 1, 8 and 32 by default"
@@ -84,17 +84,19 @@ def jobs(args: argparse.Namespace, size: Size, find: Find) -> Iterator[Iterable[
     own = "bfloat16" if "bf16" in _cpu() else "float32"  # In which the CPU is at its best.
     dtypes = args.dtype or (["float32"] if args.quick else ["bfloat16", "float32"])
     batches = args.batch_size or ([1] if args.quick else [1, 8, 32])
+    # Without instructions for bfloat16 many rows would take hours, to show what passes and one row show already.
+    of_rows = dtypes if args.dtype or own == "bfloat16" else ["float32"]
+    shapes = [(batch, dtype) for batch in batches for dtype in (dtypes if batch == 1 else of_rows)]
     # The longer scenarios outside the race are of one dtype.
     one = own if own in dtypes else dtypes[0]
     for scenario in args.scenarios or SCENARIOS:
         if scenario == "passes":
             yield from (passes(size, dtype) for dtype in dtypes)
         elif scenario == "race":
-            for batch in batches:
-                for dtype in dtypes:
-                    yield race(size if batch == 1 else replace(size, rounds=min(size.rounds, 2)), dtype, batch, find)
+            for batch, dtype in shapes:
+                yield race(size if batch == 1 else replace(size, rounds=min(size.rounds, 2)), dtype, batch, find)
         elif scenario == "memory":
-            yield from (memory(size, dtype, batch) for batch in batches for dtype in dtypes)
+            yield from (memory(size, dtype, batch) for batch, dtype in shapes)
         elif scenario == "agreement":
             yield agreement(size, one)
         elif scenario == "hopeless":

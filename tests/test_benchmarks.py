@@ -238,6 +238,25 @@ def test_a_run_writes_its_figures_and_goes_on_where_it_was_broken_off(tiny_run, 
     assert again[:-2] == lines[:-2] and len(again) == len(lines)
 
 
+@pytest.mark.parametrize(
+    "cpu, arguments, of_many_rows",
+    [
+        ("with avx512_bf16", [], {"bfloat16", "float32"}),
+        ("with avx2", [], {"float32"}),
+        ("with avx2", ["--dtype", "bfloat16"], {"bfloat16"}),
+    ],
+)
+def test_many_rows_are_raced_in_bfloat16_where_the_cpu_has_instructions_for_it_or_it_is_asked_for(
+    cpu, arguments, of_many_rows, monkeypatch
+):
+    raced = []
+    monkeypatch.setattr(run, "_cpu", lambda: cpu)
+    monkeypatch.setattr(run, "race", lambda size, dtype, batch, find: raced.append((batch, dtype)) or [])
+    list(run.jobs(run.parse(["race", *arguments]), run.FULL, lambda key: None))
+    one_row = set(arguments[1:]) or {"bfloat16", "float32"}
+    assert set(raced) == {(1, dtype) for dtype in one_row} | {(n, dtype) for n in (8, 32) for dtype in of_many_rows}
+
+
 def test_answers_that_differ_by_draft_length_are_told_of():
     rows = [{**timed("a", 0, 0, 1.0), "answers": ["x", "y"]}] * 2 + [{**timed("b", 0, 0, 1.0), "answers": ["x", "z"]}]
     assert tables._differing(rows) == {"differing": 1, "of": 6}
