@@ -60,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         nargs="+",
         choices=list(DTYPES),
-        help="of widened models; float32 and, for many rows if the CPU has instructions for it, bfloat16 by default",
+        help="of widened models; bfloat16 and float32 by default, of many rows the former only if the CPU has it",
     )
     parser.add_argument(
         "--batch-size", nargs="+", type=int, metavar="N", help="of race and memory; 1, 8 and 32 by default"
