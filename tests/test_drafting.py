@@ -6,8 +6,10 @@ import random
 import weakref
 
 import pytest
-from tiny import pair
+from running import inputs_of
+from tiny import pair, prompts
 
+import nudging_hf
 from nudging_hf.drafting import (
     MOST,
     Acceptance,
@@ -162,6 +164,18 @@ def test_the_time_that_prompts_take_is_no_matter_of_drafts(timed):
         timed.observe_pass(4000, RISING(4000), reads_prompts=True)
         timed.observe_accepted(1)
     assert timed.choose(rows).read == reads > 0
+
+
+def test_an_answer_tells_nothing_of_the_pass_that_ended_the_one_before_it(monkeypatch):
+    told = []
+    monkeypatch.setattr(DraftLength, "observe_pass", lambda self, tokens, seconds, reads_prompts: told.append("pass"))
+    monkeypatch.setattr(DraftLength, "observe_accepted", lambda self, tokens: told.append("accepted"))
+    chosen = pair("llama", 1, "shared")
+    inputs = inputs_of(chosen, *prompts(chosen, 1, 0))
+    for _ in range(2):
+        told.clear()
+        nudging_hf.generate(chosen.base, **inputs, nudge_threshold=0.4, num_draft_tokens=4, max_new_tokens=24)
+        assert told[:3] == ["pass", "accepted", "pass"]
 
 
 def test_drafts_do_not_end_where_more_was_reached_than_was_reckoned(timed):

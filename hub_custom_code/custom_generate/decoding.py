@@ -496,8 +496,8 @@ class NudgedDecoder:
         """Lets the base read each row's answer and draft, and say its verdict at every position it has not read."""
         length, self._plan = self._plan.read if self._plan else 0, None
         tokens_before, self._tokens = self._tokens, sum(len(row.answer.ids) for row in self.rows)
-        self._policy.observe_accepted(self._tokens - tokens_before)
-        reads_prompts = not all(row.seen for row in rows)
+        if not (reads_prompts := not all(row.seen for row in rows)):
+            self._policy.observe_accepted(self._tokens - tokens_before)
         readings = {}
         for row in rows:
             if row.finish_reason is None:

@@ -128,6 +128,11 @@ class _Mean(NamedTuple):
     last: int
 
 
+def _size(tokens: int) -> int:
+    """Of a pass of so many tokens: 0, 1, 2, 3, ... for 1, 2, 3 to 4, 5 to 8, ..."""
+    return (tokens - 1).bit_length()
+
+
 class PassTime:
     """The seconds of a model's pass, by how many tokens are fed in it, padding included.
 
@@ -141,7 +146,7 @@ class PassTime:
         self._known: list[tuple[float, float]] = []  # Tokens and seconds, in order; empty until it is asked for.
 
     def observe(self, tokens: int, seconds: float) -> None:
-        size = (tokens - 1).bit_length()
+        size = _size(tokens)
         self._observed += 1
         mean_tokens, mean_seconds = self._faded(self._means[size]) if size in self._means else (tokens, seconds)
         self._means[size] = _Mean(
@@ -154,7 +159,7 @@ class PassTime:
 
     def last(self, tokens: int) -> float:
         """What passes of about so many tokens took when they were last observed, however long ago."""
-        mean = self._means.get((tokens - 1).bit_length())
+        mean = self._means.get(_size(tokens))
         return mean.seconds if mean else self(tokens)
 
     @property
