@@ -15,7 +15,7 @@ MINI := examples/mini
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow demo eval-demo bench hub format clean
+.PHONY: help venv test demo eval-demo bench hub format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,14 +31,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-test: $(STAMP) ## ruff, mypy and the tests that take less than a minute each
+test: $(STAMP) ## ruff, mypy and the tests, in some minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy nudging_hf
 	$(BIN)/python -m pytest
-
-test-slow: $(STAMP) ## the tests that take longer
-	$(BIN)/python -m pytest -m slow
 
 demo: $(STAMP) ## see nudging at work, on a CPU
 	$(BIN)/nudging-hf demo
