@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from .host import compiled_call, first_inputs, input_device, tells_distances_by_positions
+from .host import cache_argument, compiled_call, first_inputs, input_device, tells_distances_by_positions
 from .slots import Slots, StaticSlots, borrow_static_slots, give_back_static_slots, most_slots
 
 _MOST_LOGITS = 64  # Columns of a pass with logits, beyond which a pass is worth saving them.
@@ -93,6 +93,7 @@ class CachedLM:
         self.last_shape: tuple[int, int] | None = None
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
+        self._cache_argument = cache_argument(model)
         self._takes_logits_to_keep = "logits_to_keep" in accepted
         self._rows = list(range(rows))  # In the order of the cache's batch dimension.
         self._fed: dict[int, list[int]] = {row: [] for row in self._rows}
@@ -271,7 +272,7 @@ class CachedLM:
             # All of a static pass, so that no graph depends on how many are wanted.
             inputs["logits_to_keep"] = width if is_static else logits_to_keep
         if slots is not None:
-            inputs["past_key_values"] = slots.cache
+            inputs[self._cache_argument] = slots.cache
             if (mask := slots.mask(width)) is not None:
                 inputs["attention_mask"] = mask.to(device, non_blocking=True).long()
         logits = call(**inputs, use_cache=self.use_cache).logits

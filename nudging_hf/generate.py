@@ -23,6 +23,7 @@ from .choosing import new_seeds
 from .config import NudgingConfig
 from .decoding import Limits, NudgedDecoder, Row, Voices
 from .host import (
+    CACHE_NAMES,
     eos_token_ids,
     input_device,
     is_prepared,
@@ -180,7 +181,8 @@ def _decode(
     come twice.
     """
     attention_mask, use_cache = model_kwargs.get("attention_mask"), model_kwargs.pop("use_cache")
-    model_kwargs.pop("past_key_values", None)  # Empty: `CachedLM` makes its own.
+    for name in CACHE_NAMES:
+        model_kwargs.pop(name, None)  # Empty: `CachedLM` makes its own.
     is_static = use_cache and generation_config.cache_implementation == "static"
     prepared = {"attention_mask", "position_ids", "logits_to_keep"}
     more = sorted(name for name, value in model_kwargs.items() if name not in prepared and value not in (None, {}))

@@ -1,8 +1,9 @@
-"""What nudging uses of transformers that is not public, in one place. Tried on transformers 5.23.0."""
+"""What nudging uses of transformers that is not public, and what differs by its version, in one place."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,21 @@ from transformers.generation import (
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
 )
+
+
+# What a cache is called: by `generate` and most models from 5.24 on, by most models before, and by some of those with
+# a recurrent state before. Models with code of their own keep the name that they have.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# What `generate` of this version calls it.
+CACHE = next(
+    name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+def cache_argument(model: Any) -> str | None:
+    """The name by which the model's forward pass is given its cache; `None` where it takes none."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in accepted), None)
 
 
 def merged_generation_config(
@@ -137,7 +153,7 @@ def first_inputs(model: Any, input_ids: torch.Tensor, cache: Cache, model_kwargs
         model_kwargs: as `generate` prepared them, the cache left out.
     """
     return model.prepare_inputs_for_generation(
-        input_ids, is_first_iteration=True, past_key_values=cache, use_cache=True, **model_kwargs
+        input_ids, is_first_iteration=True, use_cache=True, **{CACHE: cache}, **model_kwargs
     )
 
 
@@ -200,6 +216,6 @@ def tells_distances_by_positions(model: Any) -> bool:
 
 def compiled_call(model: Any, cache: Cache, generation_config: GenerationConfig) -> Callable[..., Any] | None:
     """The model's forward pass, compiled as `generate` would compile it over that cache; `None` where it would not."""
-    if not model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):
+    if not model._valid_auto_compile_criteria({CACHE: cache}, generation_config):
         return None
     return model.get_compiled_call(generation_config.compile_config)

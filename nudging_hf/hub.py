@@ -19,8 +19,8 @@ from .chats import REASONING_TEMPLATE, turn_template
 from .config import NudgingConfig
 
 CODE, NUDGING_MODEL = "custom_generate", "nudging_model"
-# transformers reads `name op version`, and of several clauses in a line the first alone.
-REQUIREMENTS = ("torch>=2.6", "transformers>=5.23", "transformers<5.24")
+# transformers reads `name op version`, and only the first clause of a line.
+REQUIREMENTS = ("torch>=2.4", "transformers>=5.12")
 
 _PACKAGE = Path(__file__).parent
 _NOT_KEPT = ("_from_model_config", "transformers_version")

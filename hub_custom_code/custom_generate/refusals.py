@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.generation import GenerationMode
 
-from .host import cannot_roll_back, overrides_generate, reads_more_than_text
+from .host import CACHE_NAMES, cannot_roll_back, overrides_generate, reads_more_than_text
 
 
 def refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, arguments: Mapping[str, Any]) -> None:
@@ -74,7 +74,7 @@ def refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: boo
 
 _REFUSED = {
     "custom_generate": "it is a way of generating of its own; leave it out",
-    "past_key_values": "each row's cache is rolled back on its own; pass the whole text as `input_ids`",
+    **dict.fromkeys(CACHE_NAMES, "each row's cache is rolled back on its own; pass the whole text as `input_ids`"),
     "inputs_embeds": "the nudging model reads the prompt's text; pass `input_ids`",
     "position_ids": "positions are counted from `attention_mask`; leave them out",
     "negative_prompt_ids": "it belongs to `guidance_scale`; leave it out",
