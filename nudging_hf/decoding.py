@@ -34,7 +34,7 @@ from transformers.generation import (
 )
 
 from .bridge import OneVocabulary, TwoVocabularies, to_text
-from .cached_lm import CachedLM, Reading, common_prefix
+from .cached_lm import CachedLM, Reading, SeparateRows, common_prefix
 from .choosing import Positions, choose, joined, mix, processed_scores
 from .config import ADAPTIVE, NudgingConfig
 from .drafting import MOST, Plan, Written, draft_length_of
@@ -237,8 +237,8 @@ class NudgedDecoder:
 
     def __init__(
         self,
-        base: CachedLM,
-        nudging: CachedLM,
+        base: CachedLM | SeparateRows,
+        nudging: CachedLM | SeparateRows,
         rows: list[Row],
         config: NudgingConfig,
         voices: Voices,
@@ -390,7 +390,8 @@ class NudgedDecoder:
             # Where a count forbids it to end the answer, it counts token by token.
             may_end.append(not self._may_not_end(row))
             guesses.append(guess(text, row.left, len(row.written) - row.left_at, most) if may_end[-1] else [])
-            readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1)
+            settled = len(text) - len(row.continuation())
+            readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1, settled)
         logits = self.nudging.read(readings)
         raw = joined([logits[row.number] for row in rows]).float()
         scores = processed_scores(
@@ -486,7 +487,12 @@ class NudgedDecoder:
         if self.config.num_draft_tokens != ADAPTIVE:
             return Plan(int(self.config.num_draft_tokens), int(self.config.num_draft_tokens))
         drafts = [Written(row.sure(), self._may_draft(row)) for row in rows]
-        return Plan(*self._alike(self._policy.choose(drafts, self._steps_are_free)))
+        unread = None
+        if self.base.keeps_state:
+            texts = [[*row.answer.prompt, *row.answer.ids] for row in rows]
+            behind = [self.base.unread(row.number, text) - 1 for row, text in zip(rows, texts, strict=True)]
+            unread = max(0, *behind)
+        return Plan(*self._alike(self._policy.choose(drafts, self._steps_are_free, unread)))
 
     def _alike(self, numbers: Sequence[int]) -> list[int]:
         """What was chosen by the clock, alike in all processes of tensor parallelism: they must pass alike."""
@@ -509,7 +515,11 @@ class NudgedDecoder:
                 row.draft_sure = row.answer.sure_of(draft, row.continuation(), row.sure())
             else:
                 row.read = row.answer.ids[:-1]
-            readings[row.number] = Reading([*row.answer.prompt, *row.read], len(row.read) + 1 - len(row.seen))
+            readings[row.number] = Reading(
+                [*row.answer.prompt, *row.read],
+                len(row.read) + 1 - len(row.seen),
+                settled=len(row.answer.prompt) + len(row.answer.ids),
+            )
         began = time.perf_counter()
         logits = self.base.read(readings)
         # Processors are where the caller's ids are, which need not be where the base is.
@@ -548,7 +558,7 @@ def _transferred(*of_positions: torch.Tensor) -> list[list[float]]:
     return torch.stack([each.float() for each in of_positions]).tolist()
 
 
-def _usual_size(lm: CachedLM) -> int | None:
+def _usual_size(lm: CachedLM | SeparateRows) -> int | None:
     """The tokens of its last pass, padding included, if others like it will follow: a prompt is read once, and
     compiled once."""
     if lm.last_shape is None or lm.last_shape[1] > _USUAL_WIDTH:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, Proces
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
 from .bridge import OneVocabulary, TwoVocabularies, Vocabulary, answer_class
-from .cached_lm import CachedLM, Prompts, Static
+from .cached_lm import Prompts, Static, cached_lm
 from .choosing import new_seeds
 from .config import NudgingConfig
 from .decoding import Limits, NudgedDecoder, Row, Voices
@@ -217,8 +217,8 @@ def _decode(
     full = generation_config.return_dict_in_generate
     scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
     static = Static(generation_config.max_length - input_ids.shape[1], generation_config) if is_static else None
-    base = CachedLM(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None, static)
-    nudging = CachedLM(call.nudging_model, batch, use_cache, static=static)
+    base = cached_lm(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None, static)
+    nudging = cached_lm(call.nudging_model, batch, use_cache, static=static)
     NudgedDecoder(
         base,
         nudging,

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from transformers.generation import GenerationMode
 
-from .host import CACHE_NAMES, cannot_roll_back, overrides_generate, reads_more_than_text
+from .cache_layers import keeps_state
+from .host import (
+    CACHE_NAMES,
+    cache_argument,
+    overrides_generate,
+    reads_more_than_text,
+    takes_static_cache,
+)
+from .reading_mode import Rows, has_common_cache, reading_mode
 
 
 def refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, arguments: Mapping[str, Any]) -> None:
@@ -28,11 +36,14 @@ def refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, a
         name = type(lm).__name__
         if lm.config.is_encoder_decoder:
             raise ValueError(f"The {whose} is an encoder-decoder model, {name}: give a decoder-only one.")
-        if config.use_cache and cannot_roll_back(lm):
+        if not reading_mode(lm).is_causal:
             raise ValueError(
-                f"The {whose}, {name}, keeps a recurrent state or an index, which cannot be rolled back: "
-                "give an attention model, or `use_cache=False`."
+                f"The {whose}, {name}, is no causal model that reads ids alone: what it says after a token depends on "
+                "later ones, or on more. Give a decoder-only one; BERT's kind is one with `is_decoder=True` in its "
+                "config."
             )
+        if config.use_cache:
+            refuse_a_cache_of_its_own(lm, whose, config.cache_implementation == "static")
     mode = config.get_generation_mode(arguments.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
@@ -49,6 +60,29 @@ def refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, a
         raise ValueError(
             f"Nudging rolls its caches back row by row, which `cache_implementation={config.cache_implementation!r}` "
             "cannot do: leave it out, or take 'static', whose passes can be compiled."
+        )
+
+
+def refuse_a_cache_of_its_own(model: Any, whose: str, is_static: bool = False) -> None:
+    """Raises a `ValueError` where a model's cache is of a kind whose rows cannot be rolled back.
+
+    Args:
+        is_static: whether the cache is to be of a fixed size.
+    """
+    if cache_argument(model) is None:
+        return
+    name = type(model).__name__
+    uncached = "give another model, or `use_cache=False`, with which each pass reads the whole text"
+    if not has_common_cache(model):
+        raise ValueError(
+            f"The {whose}, {name}, keeps a cache of its own kind, which cannot be rolled back: {uncached}."
+        )
+    if (trouble := reading_mode(model).trouble) is not None:
+        raise ValueError(f"The cache of the {whose}, {name}, cannot be used, for {trouble}: {uncached}.")
+    if is_static and (keeps_state(model) or reading_mode(model).rows is Rows.ALONE or not takes_static_cache(model)):
+        raise ValueError(
+            f"The {whose}, {name}, cannot be read over a cache of a fixed size: leave out "
+            "`cache_implementation='static'`."
         )
 
 

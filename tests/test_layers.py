@@ -11,8 +11,11 @@ import nudging_hf
 PACKAGE = Path(nudging_hf.__file__).parent
 LAYERS = [
     {"config", "rounds"},
-    {"gate", "bridge", "choosing", "drafting", "host", "lookup", "slots"},
-    {"cached_lm", "prompts", "named_model", "refusals", "threshold", "journal"},
+    {"gate", "bridge", "choosing", "drafting", "host", "lookup"},
+    {"cache_layers"},
+    {"slots", "reading_mode"},
+    {"stateful_slots", "refusals"},
+    {"cached_lm", "prompts", "named_model", "threshold", "journal"},
     {"decoding"},
     {"output"},
     {"generate"},
@@ -28,7 +31,7 @@ LAYERS = [
     {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}
-CARRIED = [module for modules in LAYERS[:6] for module in sorted(modules)]
+CARRIED = [module for modules in LAYERS[:9] for module in sorted(modules)]
 
 
 def name_of(path: Path) -> str:

@@ -166,7 +166,7 @@ class PassTime:
     def is_known(self) -> bool:
         return bool(self._means)
 
-    def __call__(self, tokens: int) -> float:
+    def __call__(self, tokens: float) -> float:
         if not self._known:
             self._known = sorted(map(self._faded, self._means.values()))
         known = self._known
@@ -218,7 +218,7 @@ class DraftLength:
         self._base_pass = PassTime()
         self._has_read_alone = False
         self._is_trial = True  # Whether the last plan was made to learn what such a pass takes.
-        self._costs: dict[int, _Costs] = {}  # By the number of rows.
+        self._costs: dict[tuple[int, int], _Costs] = {}  # By the number of rows, and of tokens read again.
         self._accepted, self._reckoned = _REACHED * _REACHED_WEIGHT, _REACHED_WEIGHT  # Tokens of a row.
         self._seconds = 0.0  # Of a pass of the base and the steps since that were made for a draft.
         self._forced_since = 0.0  # Seconds of the steps since that were made in any case.
@@ -269,22 +269,24 @@ class DraftLength:
         """The seconds of such steps that are thought of as a pass's own; what is left goes by the answer's tokens."""
         return self._forced * (1 - 1 / rows)
 
-    def _costs_of(self, rows: int) -> _Costs:
-        if rows not in self._costs:
+    def _costs_of(self, rows: int, unread: int) -> _Costs:
+        if (rows, unread) not in self._costs:
             forced = self._forced_by_pass(rows)
-            seconds = [forced + self._base_pass(rows * (length + 1)) for length in range(MOST + 1)]
+            seconds = [forced + self._base_pass(rows * (unread + length + 1)) for length in range(MOST + 1)]
             chance, step = self.acceptance.of_any, self.guesses.seconds_a_token
             tokens = accumulate(accumulate(repeat(chance, MOST), mul, initial=1.0))
             paces = [rows * n / (s + length * step) for length, (n, s) in enumerate(zip(tokens, seconds, strict=True))]
-            self._costs[rows] = _Costs(max(paces), seconds)
-        return self._costs[rows]
+            self._costs[rows, unread] = _Costs(max(paces), seconds)
+        return self._costs[rows, unread]
 
-    def choose(self, rows: Sequence[Written], steps_are_free: bool = False) -> Plan:
+    def choose(self, rows: Sequence[Written], steps_are_free: bool = False, unread: int | None = None) -> Plan:
         """The plan that promises most tokens, less what its seconds are worth.
 
         Args:
             rows: of the batch.
             steps_are_free: whether the nudging model makes a pass for other rows in any case.
+            unread: for a base with a state, how many accepted tokens its pass reads again beside the last one: those
+                that stood with a draft of which some were rejected. `None` for a base that reads nothing twice.
         """
         if not self._base_pass.is_known:
             return Plan(_FIRST, _FIRST)
@@ -293,7 +295,7 @@ class DraftLength:
             self._has_read_alone = True
             return Plan(0, 0)
         self._rows = len(rows)
-        self._pace, seconds = self._costs_of(self._rows)
+        self._pace, seconds = self._costs_of(self._rows, unread or 0)
         if self._credit < 0:
             return Plan(0, 0)
         # More than was reckoned is no pace to go by: what brought it is in the chances by now, and a pace that cannot
@@ -301,6 +303,7 @@ class DraftLength:
         pace = self._pace * min(1.0, self._accepted / self._reckoned)
         step_cost = 0.0 if steps_are_free else pace * self.guesses.seconds_a_token
         promised, best, write, plan = 0.0, -pace * seconds[0], 0, Plan(0, 0)
+        survival, read_again = 1.0, 0.0
         for length, (gain, unwritten) in enumerate(self._gains(rows), start=1):
             if unwritten > step_cost:
                 gain += unwritten - step_cost
@@ -308,7 +311,13 @@ class DraftLength:
             if gain < _LEAST_GAIN * len(rows):
                 break
             promised += gain
-            if (value := promised - pace * seconds[length]) > best:
+            seconds_of_draft = seconds[length]
+            if unread is not None:
+                # Where it is this token that is rejected, those before it are read again.
+                read_again += (survival - gain / len(rows)) * (length + unread)
+                survival = gain / len(rows)
+                seconds_of_draft += self._base_pass(self._rows * (1 + read_again)) - self._base_pass(self._rows)
+            if (value := promised - pace * seconds_of_draft) > best:
                 best, plan = value, Plan(write, length)
         if plan.read:
             self._to_account = 2

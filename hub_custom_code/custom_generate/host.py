@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
 )
-
 
 # What a cache is called: by `generate` and most models from 5.24 on, by most models before, and by some of those with
 # a recurrent state before. Models with code of their own keep the name that they have.
@@ -27,9 +25,14 @@ CACHE = next(
 )
 
 
+def accepted_arguments(model: Any) -> set[str]:
+    """The arguments that the model's forward pass names."""
+    return set(inspect.signature(model.forward).parameters)
+
+
 def cache_argument(model: Any) -> str | None:
     """The name by which the model's forward pass is given its cache; `None` where it takes none."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = accepted_arguments(model)
     return next((name for name in CACHE_NAMES if name in accepted), None)
 
 
@@ -157,6 +160,14 @@ def first_inputs(model: Any, input_ids: torch.Tensor, cache: Cache, model_kwargs
     )
 
 
+def uncached_inputs(model: Any, input_ids: torch.Tensor, **positions: torch.Tensor) -> dict[str, Any]:
+    """What `generate` gives a model without a cache, for ids of shape (rows, width) that are not padded."""
+    mask = torch.ones_like(input_ids)
+    return model.prepare_inputs_for_generation(
+        input_ids, is_first_iteration=True, attention_mask=mask, **{CACHE: None}, use_cache=False, **positions
+    )
+
+
 def without_wrapper(model: Any) -> Any:
     """The model of transformers inside a wrapper of PEFT, whose adapters stand in its layers; others as they are.
 
@@ -188,15 +199,48 @@ def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:
     return shared.tolist()
 
 
-def cannot_roll_back(model: Any) -> bool:
-    """Whether the model keeps more than keys and values, of which alone tokens can be taken back.
+def config_layers(model: Any) -> list[Any]:
+    """The empty layers of the cache that `generate` would make for the model."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
 
-    That is a recurrent state (Mamba, linear attention), or an index of what to attend to (DeepSeek-V3.2).
+
+def takes_common_cache(model: Any) -> bool:
+    """Whether the model takes the cache that models have in common, and none of a class of its own (RWKV, XLNet)."""
+    return cache_argument(model) is not None and model._supports_default_dynamic_cache()
+
+
+def takes_static_cache(model: Any) -> bool:
+    """Whether the model attends over a cache of a fixed size; those that do are those that can be compiled over it.
+
+    GPT-Neo does not: it takes the size of the cache for the length of the text, in plain `generate` too.
     """
-    layers = DynamicCache(config=model.config).layers
-    return bool(model._is_stateful) or any(
-        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
-    )
+    return bool(model._can_compile_fullgraph)
+
+
+def states_of(layer: Any) -> list[torch.Tensor]:
+    """What a linear-attention layer keeps of all rows, tensors of shape (rows, ...); none before its first pass.
+
+    From transformers 5.14 on such a layer may have several states, by their numbers.
+    """
+    kept = [layer.conv_states, layer.recurrent_states]
+    each = [state for states in kept for state in (states.values() if isinstance(states, dict) else [states])]
+    return [state for state in each if state is not None]
+
+
+def set_states(layer: Any, states: Sequence[torch.Tensor]) -> None:
+    """Puts tensors in the place of those that `states_of` gives, in its order."""
+    left = iter(states)
+    for name in ("conv_states", "recurrent_states"):
+        old = getattr(layer, name)
+        if isinstance(old, dict):
+            old.update({number: next(left) for number, state in old.items() if state is not None})
+        elif old is not None:
+            setattr(layer, name, next(left))
+
+
+def has_rotary_positions(model: Any) -> bool:
+    """Whether the model's positions turn its keys and queries, as the ids of positions say."""
+    return getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) is not None
 
 
 def tells_distances_by_positions(model: Any) -> bool:
@@ -208,7 +252,7 @@ def tells_distances_by_positions(model: Any) -> bool:
     layers = getattr(config, "layer_types", None) or []
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return (
-        getattr(config, "rope_parameters", None) is not None
+        has_rotary_positions(model)
         and all(layer == "full_attention" for layer in layers)
         and (bool(layers) or not any(windows))
     )
