@@ -186,17 +186,33 @@ def plain_chat_template(base_template: str = REASONING_TEMPLATE, opening: str = 
 # Text stands in expressions alone: of the text around them Jinja would drop line breaks.
 _CHAT_TEMPLATE = string.Template("""\
 {%- macro text(message) -%}
-    {%- if message['content'] is string -%}
-        {{- message['content'] -}}
+    {%- set content = message['content'] -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content is undefined or content is mapping or content is not sequence -%}
+        {{- raise_exception('The content of a message must be text.') -}}
     {%- else -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] != 'text' -%}
+        {%- for part in content -%}
+            {%- if part is string -%}
+                {{- part -}}
+            {%- elif part is mapping and part['type'] == 'text' and part['text'] is string -%}
+                {{- part['text'] -}}
+            {%- else -%}
                 {{- raise_exception('The content of a message must be text.') -}}
             {%- endif -%}
-            {{- part['text'] -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{%- if messages is string or messages is mapping or messages is not sequence -%}
+    {{- raise_exception('A chat is a list of messages.') -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message is not mapping -%}
+        {{- raise_exception('A message of a chat has a role and a content.') -}}
+    {%- elif message['tool_calls'] or message['function_call'] -%}
+        {{- raise_exception('A message of a chat must be text, and calls no tools.') -}}
+    {%- endif -%}
+{%- endfor -%}
 {%- set has_system = messages and messages[0]['role'] == 'system' -%}
 {%- set turns = messages[1:] if has_system else messages -%}
 {%- if turns | length % 2 == 0 -%}

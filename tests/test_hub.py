@@ -515,7 +515,7 @@ def test_the_nudging_models_own_code_is_never_run(pair, out, tmp_path, monkeypat
 texts = st.text(max_size=12) | st.sampled_from(
     ["\n", "a\n", "{{ x }}", "{% if %}", "'\"\\", "\U0001f600", "FIRST", "$later"]
 )
-contents = texts | st.lists(texts.map(lambda text: {"type": "text", "text": text}), max_size=3)
+contents = texts | st.lists(texts | texts.map(lambda text: {"type": "text", "text": text}), max_size=3)
 
 
 @st.composite
@@ -563,12 +563,66 @@ def test_the_chat_template_refuses_what_the_plain_prompt_refuses(roles):
         assert rendered(chat, hub.plain_chat_template()) == expected
 
 
-def test_the_chat_template_refuses_what_is_no_text():
-    image = [{"role": "user", "content": [{"type": "image", "url": "cat.png"}]}]
+USER = {"role": "user", "content": "Why?"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "image", "url": "cat.png"}],
+        [{"type": "text"}],
+        [{"type": "text", "text": None}],
+        [{"type": "text", "text": 7}],
+        [{"text": "Why?"}],
+        [None],
+        [7],
+        [["Why?"]],
+        {"type": "text", "text": "Why?"},
+        {},
+        7,
+        None,
+        True,
+    ],
+)
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_the_chat_template_refuses_what_is_no_text(role, content):
+    chat = [USER, {**USER, "role": "assistant"}, USER] if role == "assistant" else [USER]
+    place = {"system": 0, "user": 0, "assistant": 1}[role]
+    chat = [*chat[:place], {"role": role, "content": content}, *chat[place + (role != "system") :]]
     with pytest.raises(ValueError, match="must be text"):
-        plain_prompt(image)
+        plain_prompt(chat)
     with pytest.raises(TemplateError, match="must be text"):
-        rendered(image, hub.plain_chat_template())
+        rendered(chat, hub.plain_chat_template())
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [{"role": "user"}],
+        [{"content": "Why?"}],
+        [{"role": 7, "content": "Why?"}],
+        [{"role": None, "content": "Why?"}],
+        [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "sum"}]}, USER],
+        [USER, {"role": "assistant", "content": "", "function_call": {"name": "sum"}}, USER],
+        ["Why?"],
+        [None],
+        USER,
+        {0: USER},
+        "Why?",
+        None,
+        7,
+    ],
+)
+def test_the_chat_template_refuses_what_is_no_chat(chat):
+    with pytest.raises(ValueError, match=r"[Mm]essage"):
+        plain_prompt(chat)
+    with pytest.raises((TemplateError, TypeError), match=r"message|chat|text|iterable"):  # Or the host refuses it.
+        rendered(chat, hub.plain_chat_template())
+
+
+def test_the_chat_template_takes_parts_of_every_form():
+    parts = [{"role": "user", "content": ("Wh", {"type": "text", "text": "y"}, "?")}]
+    assert rendered(parts, hub.plain_chat_template()) == plain_prompt(parts) == plain_prompt([USER])
 
 
 CHAT = [
