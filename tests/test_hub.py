@@ -437,6 +437,85 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(pair, tmp
     assert not list(tmp_path.iterdir())
 
 
+# Generation configs that transformers no longer saves ----------------------------------------------------------------
+
+LLAMA_2 = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        LLAMA_2,
+        {"temperature": 0.9, "top_k": 5, "typical_p": 0.5, "min_p": 0.1, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
+        {"early_stopping": True, "length_penalty": 2.0},
+        {"output_scores": True, "output_logits": True},
+        {"use_cache": False, "cache_implementation": "static"},
+        {"pad_token_id": -1},
+    ],
+    ids=lambda fields: ", ".join(fields),
+)
+@pytest.mark.parametrize("whose", ["base", "nudging"])
+def test_fields_without_an_effect_are_left_out_and_named(pair, tmp_path, caplog, fields, whose):
+    given = {"base": pair.base, "nudging_model": pair.nudging}
+    key = "base" if whose == "base" else "nudging_model"
+    given[key] = copy_of(getattr(pair, whose), tmp_path / whose, **fields)
+    out = hub.export(**given, out=tmp_path / "out", **KNOBS)
+    [said] = [record.getMessage() for record in caplog.records if record.name == "nudging_hf.hub"]
+    kept = json.loads((out / ("." if whose == "base" else "nudging_model") / "generation_config.json").read_text())
+    switches = {"do_sample", "use_cache"}
+    for name, value in fields.items():
+        if name not in switches:
+            assert name not in kept and f"{name}={value!r}" in said
+    assert f"of the {'base' if whose == 'base' else 'nudging model'} {str(given[key])!r}" in said
+    if "pad_token_id" not in fields:  # That one decides what stands behind an answer.
+        inputs = prompts(out)
+        model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=8), nudged(pair, inputs, max_new_tokens=8, **KNOBS))
+
+
+def test_fields_with_an_effect_or_of_no_harm_stay(pair, tmp_path, caplog):
+    sampling = {"do_sample": True, "temperature": 0.9, "top_p": 0.6}
+    base = copy_of(pair.base, tmp_path / "base", **sampling)
+    nudging = copy_of(pair.nudging, tmp_path / "nudging", temperature=1.0, top_k=50, max_new_tokens=20)
+    out = hub.export(base, nudging, tmp_path / "out")
+    kept = json.loads((out / "generation_config.json").read_text())
+    assert {name: kept[name] for name in sampling} == sampling
+    assert json.loads((out / "nudging_model/generation_config.json").read_text())["max_new_tokens"] == 20
+    assert not [record for record in caplog.records if record.name == "nudging_hf.hub"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": "many"}, r"transformers does not read: .*'str' and 'int'.* Mend it there"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"num_return_sequences": 2, **LLAMA_2}, "num_return_sequences"),
+        ({"cache_implementation": "large"}, "cache_implementation"),
+        ({"early_stopping": "soon"}, "early_stopping"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["base", "nudging_model"])
+def test_a_generation_config_that_means_nothing_is_refused(pair, tmp_path, fields, match, whose):
+    given = {"base": pair.base, "nudging_model": pair.nudging}
+    given[whose] = copy_of(given[whose], tmp_path / "copy", **fields)
+    with pytest.raises(ValueError, match=match) as caught:
+        hub.export(**given, out=tmp_path / "out")
+    assert str(given[whose]) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_generation_config_that_is_no_json_is_refused_and_none_is_well(pair, tmp_path):
+    broken = copy_of(pair.base, tmp_path / "broken")
+    (broken / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"The generation_config.json of the base .* does not read: "):
+        hub.export(broken, pair.nudging, tmp_path / "out")
+    (broken / "generation_config.json").unlink()
+    hub.export(broken, pair.nudging, tmp_path / "out")
+
+
 # What is wrong with a folder is said when it is used -----------------------------------------------------------------
 
 
