@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 # What ends the reasoning in front of an answer. Templates of models that reason leave it out of earlier answers, as
 # their models were trained to read them: Qwen3's, DeepSeek-R1's, EXAONE-Deep's, Seed-OSS's.
@@ -16,6 +17,8 @@ _ENDS_OF_REASONING = ("</think>", "</thought>", "</seed:think>")
 _SWITCHES = ("/think", "/no_think", "/system_override")
 # What a template may not change: all but white space, and characters that it may escape.
 _WORD = re.compile(r"""[^\s\\"'<>&]+""")
+# What `apply_chat_template` is told of the encoding, and not the template.
+_OF_ENCODING = {"max_length", "padding", "sanitize_control_tokens", "tokenizer_kwargs", "truncation"}
 _MOST_ORDERS = 64
 
 # For each tokenizer, by template, roles and keywords: in which order the contents of messages are written.
@@ -83,7 +86,8 @@ def templated_ids(
         in_parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
         if in_order := _order_of_contents(tokenizer, in_parts, kwargs):
             order, given = in_order, in_parts
-    for i in _left_out(messages, _rendered(tokenizer, given, kwargs), order):
+    text = _rendered(tokenizer, given, kwargs)
+    for i in _left_out(messages, text, order):
         said = messages[i]["content"]
         raise TemplateRefusal(
             f"The nudging model's chat template leaves out what message {i + 1} of {len(messages)}, of role "
@@ -91,8 +95,16 @@ def templated_ids(
             "`nudging_tokenizer.chat_template` to one that writes every message, or give the nudging model's prompt "
             "as `nudging_input_ids`."
         )
-    encoded = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True, **kwargs)
+    if kwargs.keys() & _OF_ENCODING or not _encodes_what_it_renders(tokenizer):
+        encoded = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True, **kwargs)
+    else:  # What that does, without rendering the messages a second time.
+        encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False)
     return encoded["input_ids"]
+
+
+def _encodes_what_it_renders(tokenizer: Any) -> bool:
+    """Whether a chat is encoded as transformers does it, and not by a tokenizer's own way."""
+    return getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
 
 
 def _left_out(messages: Sequence[Mapping[str, str]], text: str, order: tuple[int, ...] | None) -> list[int]:

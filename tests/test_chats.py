@@ -302,6 +302,13 @@ def test_what_a_template_is_told_may_decide_what_it_writes():
         nudging_text(CONVERSATION, template)
 
 
+def test_how_a_tokenizer_is_told_to_encode_a_chat_it_encodes_it():
+    tokenizer = with_template(TRIMMED)
+    for kwargs in ({}, {"truncation": True, "max_length": 9}, {"tokenizer_kwargs": {"return_token_type_ids": False}}):
+        expected = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, **kwargs)["input_ids"]
+        assert templated_ids(tokenizer, CONVERSATION, kwargs) == expected
+
+
 def test_another_template_of_the_same_tokenizer_is_looked_at_anew():
     tokenizer = with_template(TRIMMED)
     templated_ids(tokenizer, CONVERSATION)
@@ -316,7 +323,7 @@ def test_a_template_is_looked_at_once_for_chats_of_one_form(monkeypatch):
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *args, **kw: calls.append(0) or plain(*args, **kw))
     for _ in range(10):
         templated_ids(tokenizer, CONVERSATION)
-    assert len(calls) == 21
+    assert len(calls) == 11
     for turns in range(200):
         templated_ids(tokenizer, [*[USER, SAID] * turns, AGAIN])
     assert len(prompts._ORDERS[tokenizer]) <= 64
