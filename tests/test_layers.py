@@ -25,7 +25,7 @@ LAYERS = [
     {"comparison"},
     {"demo"},
     {"__init__"},
-    {"cli.arguments"},
+    {"cli.arguments", "cli.streams"},
     {"cli.answering"},
     {"cli.analyze", "cli.calibrate", "cli.compare", "cli.demo", "cli.eval", "cli.generate", "cli.hub", "cli.chat"},
     {"cli"},
