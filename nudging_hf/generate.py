@@ -228,7 +228,8 @@ def _decode(
     ]
     full = generation_config.return_dict_in_generate
     scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
-    static = Static(generation_config.max_length - input_ids.shape[1], generation_config) if is_static else None
+    longest = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
+    static = Static(longest - input_ids.shape[1], generation_config) if is_static else None
     base = CachedLM(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None, static)
     nudging = CachedLM(call.nudging_model, batch, use_cache, static=static)
     NudgedDecoder(

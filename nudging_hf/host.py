@@ -54,13 +54,13 @@ def check_version(version: str = transformers.__version__) -> None:
         ImportError: for a version that is too old.
     """
     major, minor = (int(part) for part in version.split(".")[:2])
-    known = f"tried with {'.'.join(map(str, LOWEST))} to {'.'.join(map(str, NEWEST))}"
+    tried = f"{'.'.join(map(str, LOWEST))} to {'.'.join(map(str, NEWEST))}"
     if (major, minor) < LOWEST:
         raise ImportError(
-            f"Nudging needs a newer transformers than {version}; it was {known}: pip install --upgrade transformers"
+            f"Nudging was tried with transformers {tried}, and {version} is too old: pip install --upgrade transformers"
         )
     if (major, minor) > NEWEST:
-        _logger.warning(f"Nudging has not been tried with transformers {version}; it was {known}.")
+        _logger.warning(f"Nudging was tried with transformers {tried}, and not with {version}, which is installed.")
 
 
 # What `generate` takes before it calls a `custom_generate` function, which is not given it.
@@ -252,8 +252,10 @@ def without_wrapper(model: Any) -> Any:
         )
     if wrapper is not model:
         return model
-    model.get_base_model().generation_config = model.generation_config  # As the wrapper's own `generate` does.
-    return model.get_base_model()
+    inside = model.get_base_model()
+    if inside.generation_config is not model.generation_config:  # The wrapper was given one of its own.
+        inside.generation_config = model.generation_config  # As the wrapper's own `generate` does.
+    return inside
 
 
 def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:

@@ -12,6 +12,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     TextIteratorStreamer,
+    WatermarkingConfig,
     pipeline,
 )
 
@@ -191,7 +192,7 @@ REFUSALS = {
             "synced_gpus": True,
             "token_healing": True,
             "use_mtp": True,
-            "watermarking_config": {"bias": 2.0},
+            "watermarking_config": WatermarkingConfig(bias=2.0),
         }.items()
         if name not in _OF_LATER_VERSIONS or hasattr(GenerationConfig(), name)
     },
