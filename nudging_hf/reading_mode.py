@@ -103,12 +103,17 @@ class _Trial:
         self.expected = self._read(self.ids)
 
     def is_read_as_ids(self) -> bool:
-        """Whether it says the same where it is given what `generate` gives it."""
-        try:
-            inputs = uncached_inputs(self.model, **self._inputs(self.ids))
-            return self._is_expected(self.model(**inputs).logits[:, -1].float())
-        except (RuntimeError, TypeError):  # XLNet is given masks of a dtype of their own.
-            return False
+        """Whether it says the same where it is given ids alone, and where it is given what `generate` gives it.
+
+        XLNet is given masks besides; RoBERTa counts positions in another way than `generate` does.
+        """
+        for inputs in ({"input_ids": self.ids, "use_cache": False}, uncached_inputs(self.model, self.ids)):
+            try:
+                if not self._is_expected(self.model(**inputs).logits[:, -1].float()):
+                    return False
+            except (RuntimeError, TypeError):  # Masks of a dtype of their own.
+                return False
+        return True
 
     def is_causal(self) -> bool:
         """Whether it says the same after the tokens where others follow."""

@@ -9,6 +9,7 @@ Nor does a pass copy what it adds to: a cache has room behind its last slot, and
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -187,6 +188,16 @@ class StaticSlots(Slots):
     def is_allocated(self) -> bool:
         return bool(self._layers[0].is_initialized)
 
+    @property
+    def is_of_inference_mode(self) -> bool:
+        """Whether its tensors were made under `torch.inference_mode`."""
+        return self.is_allocated and bool(self._layers[0].keys.is_inference())
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether its tensors may be written to in the mode that torch is in."""
+        return torch.is_inference_mode_enabled() or not self.is_of_inference_mode
+
     def restart(self) -> None:
         """Forgets all rows."""
         self.take_back(self.lengths)
@@ -212,6 +223,7 @@ class StaticSlots(Slots):
 
 
 _IDLE: WeakKeyDictionary[Any, list[StaticSlots]] = WeakKeyDictionary()
+_LOCK = threading.Lock()  # Of `_IDLE`: what a thread has borrowed is its own.
 
 
 def most_slots(tokens: int) -> int:
@@ -221,16 +233,21 @@ def most_slots(tokens: int) -> int:
 
 def borrow_static_slots(model: Any, rows: int, keeps_holes: bool, capacity: int) -> StaticSlots:
     """Those that an earlier text of the model has left, as compiled passes know them, or new ones."""
-    idle = _IDLE.setdefault(model, [])
-    for slots in idle:
-        if len(slots.lengths) == rows and slots.capacity >= capacity:
-            idle.remove(slots)
-            return slots
+    with _LOCK:
+        idle = _IDLE.setdefault(model, [])
+        for slots in idle:
+            # What was made in inference mode cannot be written to outside of it.
+            if len(slots.lengths) == rows and slots.capacity >= capacity and slots.is_usable:
+                idle.remove(slots)
+                return slots
     return StaticSlots(rows, keeps_holes, model.config.get_text_config().num_hidden_layers, capacity)
 
 
 def give_back_static_slots(model: Any, slots: StaticSlots) -> None:
-    """Leaves them to a later text; smaller ones are let go."""
+    """Leaves them to a later text; others of as many rows and of the same mode are let go."""
     slots.restart()
-    others = [other for other in _IDLE.get(model, []) if len(other.lengths) != len(slots.lengths)]
-    _IDLE[model] = [*others, slots]
+    kind = len(slots.lengths), slots.is_of_inference_mode
+    with _LOCK:
+        idle = _IDLE.setdefault(model, [])
+        idle[:] = [other for other in idle if (len(other.lengths), other.is_of_inference_mode) != kind]
+        idle.append(slots)

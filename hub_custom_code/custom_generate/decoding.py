@@ -37,7 +37,7 @@ from .bridge import OneVocabulary, TwoVocabularies, to_text
 from .cached_lm import CachedLM, Reading, SeparateRows, common_prefix
 from .choosing import Positions, choose, joined, mix, processed_scores
 from .config import ADAPTIVE, NudgingConfig
-from .drafting import MOST, Plan, Written, draft_length_of
+from .drafting import MOST, DraftLength, Plan, Written, borrowed_draft_length
 from .gate import GATES, top1_probabilities
 from .host import shared_by_ranks
 from .lookup import guess
@@ -257,7 +257,7 @@ class NudgedDecoder:
         self.streamer = streamer
         self.record = record
         self.record_logits = record_logits
-        self._policy = draft_length_of(base.model, nudging.model, (len(rows), base.kind_of_cache))
+        self._policy: DraftLength  # While it runs.
         # On the device, so that no step waits for it to get there.
         self._no_eos = SuppressTokensLogitsProcessor(voices.nudging_eos, device=nudging.device)
         self._control_mask: torch.Tensor | None = None
@@ -267,6 +267,11 @@ class NudgedDecoder:
 
     def run(self) -> None:
         """Writes all answers to their end."""
+        way = (len(self.rows), self.base.kind_of_cache)
+        with borrowed_draft_length(self.base.model, self.nudging.model, way) as self._policy:
+            self._run()
+
+    def _run(self) -> None:
         for row in self.rows:
             self._resume(row, None)
         while True:

@@ -20,13 +20,16 @@ Steps that must be made however far is drafted, for a nudge, are no cost of a dr
 for each token of its answer. But of many rows one or another must write after nearly every pass, and all wait for it:
 to them such steps are a cost of each pass, which longer drafts make rarer.
 
-What was found out about two models is kept for as long as they are.
+What was found out about two models is kept for as long as they are. Calls that run at the same time share no policy.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, repeat
 from operator import mul
 from typing import Any, NamedTuple
@@ -380,14 +383,40 @@ class GuessLength:
         return self._chosen[rows]
 
 
-_KNOWN: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, DraftLength]]] = WeakKeyDictionary()
+class _Policies:
+    """Those of one pair and one way of running it: as many as calls have run at the same time."""
+
+    def __init__(self) -> None:
+        self.idle: list[DraftLength] = []
+        self.known: DraftLength | None = None  # A copy of what was given back, which nobody changes.
+        self.given_back = 0
 
 
-def draft_length_of(base: Any, nudging_model: Any, way: Hashable) -> DraftLength:
-    """The one of two models and a way of running them, with all that earlier answers have told.
+_POLICIES: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, _Policies]]] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def borrowed_draft_length(base: Any, nudging_model: Any, way: Hashable) -> Iterator[DraftLength]:
+    """The policy of two models and a way of running them, with all that earlier answers have told.
+
+    It belongs to one call until that ends. A second call at the same time, in another thread, has a policy of its own,
+    which begins with what was known a while ago.
 
     Args:
         way: all else on which the time of a pass depends: how many rows it has, and so on.
     """
-    pairs = _KNOWN.setdefault(base, WeakKeyDictionary())
-    return pairs.setdefault(nudging_model, {}).setdefault(way, DraftLength())
+    with _LOCK:
+        pairs = _POLICIES.setdefault(base, WeakKeyDictionary())
+        policies = pairs.setdefault(nudging_model, {}).setdefault(way, _Policies())
+        policy, known = policies.idle.pop() if policies.idle else None, policies.known
+    if policy is None:
+        policy = DraftLength() if known is None else copy.deepcopy(known)
+    try:
+        yield policy
+    finally:
+        with _LOCK:
+            policies.given_back += 1
+            if policies.given_back & (policies.given_back - 1) == 0:  # A power of 2: a copy takes time.
+                policies.known = copy.deepcopy(policy)
+            policies.idle.append(policy)

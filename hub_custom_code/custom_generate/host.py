@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
+import transformers
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -15,6 +19,9 @@ from transformers.generation import (
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
 )
+
+_logger = logging.getLogger(__name__)
+_COMPILING = threading.Lock()
 
 # What a cache is called: by `generate` and most models from 5.24 on, by most models before, and by some of those with
 # a recurrent state before. Models with code of their own keep the name that they have.
@@ -34,6 +41,73 @@ def cache_argument(model: Any) -> str | None:
     """The name by which the model's forward pass is given its cache; `None` where it takes none."""
     accepted = accepted_arguments(model)
     return next((name for name in CACHE_NAMES if name in accepted), None)
+
+
+# The lowest and the newest minor version of transformers that the tests have been run with.
+LOWEST, NEWEST = (5, 12), (5, 24)
+
+
+@lru_cache(maxsize=1)
+def check_version(version: str = transformers.__version__) -> None:
+    """Says once that a version of transformers has not been tried.
+
+    Args:
+        version: such as "5.24.0" or "5.25.0.dev0".
+
+    Raises:
+        ImportError: for a version that is too old.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    tried = f"{'.'.join(map(str, LOWEST))} to {'.'.join(map(str, NEWEST))}"
+    if (major, minor) < LOWEST:
+        raise ImportError(
+            f"Nudging was tried with transformers {tried}, and {version} is too old: "
+            "pip install --upgrade transformers"
+        )
+    if (major, minor) > NEWEST:
+        _logger.warning(f"Nudging was tried with transformers {tried}, and not with {version}, which is installed.")
+
+
+# What `generate` takes before it calls a `custom_generate` function, which is not given it.
+_NOT_HANDED_ON = (
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
+
+
+def arguments_of_caller() -> dict[str, Any]:
+    """What the `generate` was given that is calling a `custom_generate` function, also what it keeps to itself.
+
+    `tokenizer`, `streamer`, `assistant_model`, `synced_gpus` and others are not handed on, and of `position_ids` or a
+    cache it does not say whether they are the caller's. They are read where they stand: in the frames of `generate`,
+    of which the outermost, a decorator's, has the keywords as they came, and the innermost what came by position.
+
+    Returns:
+        Arguments by their names; none where no `generate` of transformers is calling.
+    """
+    codes, function = [], GenerationMixin.generate
+    while function is not None:
+        codes.append(function.__code__)
+        function = getattr(function, "__wrapped__", None)
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not codes[-1]:
+        frame = frame.f_back
+    if frame is None:
+        return {}
+    given = {name: frame.f_locals.get(name) for name in _NOT_HANDED_ON}
+    while frame.f_back is not None and frame.f_back.f_code in codes[:-1]:
+        frame = frame.f_back
+    given.update(frame.f_locals.get("kwargs", {}))
+    given.pop("custom_generate", None)
+    return given
+
+
+def waits_for_other_ranks(model: Any) -> bool:
+    """Whether `generate` would keep several processes in step, pass by pass, without being told to."""
+    return bool(model._extract_generation_mode_kwargs(None, {}, None, None, None).get("synced_gpus"))
 
 
 def merged_generation_config(
@@ -130,6 +204,11 @@ def input_device(model: Any) -> torch.device:
     return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
 
 
+def has_no_weights(model: Any) -> bool:
+    """Whether a model is on the meta device, and not because its weights are brought when they are used."""
+    return model.device.type == "meta" and not hasattr(model.get_input_embeddings(), "_hf_hook")
+
+
 def reads_more_than_text(model: Any) -> bool:
     """Whether images, sounds or videos may stand in the model's prompts."""
     modalities = model.input_modalities
@@ -160,11 +239,11 @@ def first_inputs(model: Any, input_ids: torch.Tensor, cache: Cache, model_kwargs
     )
 
 
-def uncached_inputs(model: Any, input_ids: torch.Tensor, **positions: torch.Tensor) -> dict[str, Any]:
+def uncached_inputs(model: Any, input_ids: torch.Tensor) -> dict[str, Any]:
     """What `generate` gives a model without a cache, for ids of shape (rows, width) that are not padded."""
     mask = torch.ones_like(input_ids)
     return model.prepare_inputs_for_generation(
-        input_ids, is_first_iteration=True, attention_mask=mask, **{CACHE: None}, use_cache=False, **positions
+        input_ids, is_first_iteration=True, attention_mask=mask, **{CACHE: None}, use_cache=False
     )
 
 
@@ -186,8 +265,10 @@ def without_wrapper(model: Any) -> Any:
         )
     if wrapper is not model:
         return model
-    model.get_base_model().generation_config = model.generation_config  # As the wrapper's own `generate` does.
-    return model.get_base_model()
+    inside = model.get_base_model()
+    if inside.generation_config is not model.generation_config:  # The wrapper was given one of its own.
+        inside.generation_config = model.generation_config  # As the wrapper's own `generate` does.
+    return inside
 
 
 def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:
@@ -262,4 +343,5 @@ def compiled_call(model: Any, cache: Cache, generation_config: GenerationConfig)
     """The model's forward pass, compiled as `generate` would compile it over that cache; `None` where it would not."""
     if not model._valid_auto_compile_criteria({CACHE: cache}, generation_config):
         return None
-    return model.get_compiled_call(generation_config.compile_config)
+    with _COMPILING:  # It is kept on the model: two threads would make two.
+        return model.get_compiled_call(generation_config.compile_config)
