@@ -11,7 +11,7 @@ import nudging_hf
 PACKAGE = Path(nudging_hf.__file__).parent
 LAYERS = [
     {"config", "rounds"},
-    {"gate", "bridge", "choosing", "drafting", "host", "lookup", "slots"},
+    {"gate", "bridge", "choosing", "constraints", "drafting", "host", "lookup", "slots"},
     {"cached_lm", "prompts", "named_model", "refusals", "threshold", "journal"},
     {"decoding"},
     {"output"},
