@@ -315,7 +315,6 @@ def test_max_time_ends_all_rows_also_within_a_lookahead(shared, inputs):
         {"bad_words_ids": [[40], [41, 42]]},
         {"encoder_repetition_penalty": 1.3},
         {"encoder_no_repeat_ngram_size": 2},
-        {"exponential_decay_length_penalty": (4, 1.2)},
     ],
     ids=lambda settings: next(iter(settings)),
 )

@@ -11,7 +11,7 @@ import nudging_hf
 PACKAGE = Path(nudging_hf.__file__).parent
 LAYERS = [
     {"config", "rounds"},
-    {"gate", "bridge", "choosing", "drafting", "host", "lookup"},
+    {"gate", "bridge", "choosing", "constraints", "drafting", "host", "lookup"},
     {"cache_layers"},
     {"slots", "reading_mode"},
     {"stateful_slots", "refusals"},

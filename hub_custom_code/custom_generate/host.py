@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -16,6 +17,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
 )
@@ -162,25 +164,44 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
     return None if pad is None else int(pad)
 
 
+def own_eos_token_ids(model: Any) -> list[int]:
+    """The EOS ids of the model's own generation config, in its order, whatever a call says."""
+    eos = model.generation_config.eos_token_id
+    if isinstance(eos, torch.Tensor):
+        eos = eos.flatten().tolist()
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
 def own_processors(model: Any, generation_config: GenerationConfig, input_ids: torch.Tensor) -> LogitsProcessorList:
-    """The logits processors that a prepared config asks for, behind a prompt of shape (1, prompt_length)."""
-    return model._get_logits_processor(
+    """The logits processors that a prepared config asks for, after a prompt of shape (1, prompt_length).
+
+    Without the one of `remove_invalid_values`: what is no number is an error, and is said.
+    """
+    prepared = model._get_logits_processor(
         generation_config=generation_config,
         input_ids_seq_length=input_ids.shape[1],
         encoder_input_ids=input_ids,
         device=input_ids.device,
         model_kwargs={"attention_mask": torch.ones_like(input_ids)},
     )
+    return LogitsProcessorList(each for each in prepared if not isinstance(each, InfNanRemoveLogitsProcessor))
 
 
 def processors_of_row(prepared: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
-    """The processors that `generate` prepared for a batch, bound to one row, to be called with that row alone."""
+    """The processors that `generate` prepared for a batch, bound to one row, to be called with that row alone.
+
+    Without the one of `remove_invalid_values`: what is no number is an error, and is said.
+    """
     own = LogitsProcessorList()
     for processor in prepared:
+        if isinstance(processor, InfNanRemoveLogitsProcessor):
+            continue
         bound = copy.copy(processor)
         if isinstance(bound, PrefixConstrainedLogitsProcessor):
-            allowed = bound._prefix_allowed_tokens_fn
-            bound._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed: allowed(row, ids)
+            # It is told the prompt's number, which several returned sequences share.
+            allowed, prompt = bound._prefix_allowed_tokens_fn, row // bound._num_beams
+            bound._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed, prompt=prompt: allowed(prompt, ids)
+            bound._num_beams = 1
         elif isinstance(bound, RepetitionPenaltyLogitsProcessor):
             if isinstance(bound.prompt_ignore_length, torch.Tensor):
                 bound.prompt_ignore_length = bound.prompt_ignore_length[row : row + 1]
@@ -345,3 +366,51 @@ def compiled_call(model: Any, cache: Cache, generation_config: GenerationConfig)
         return None
     with _COMPILING:  # It is kept on the model: two threads would make two.
         return model.get_compiled_call(generation_config.compile_config)
+
+
+def input_rows(model: Any) -> int | None:
+    """How many ids the model can read: rows of its embeddings. `None` where that is not known."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def output_rows(model: Any) -> int:
+    """How many tokens the model scores."""
+    head = model.get_output_embeddings()
+    return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
+
+
+def greatest_length(model: Any) -> int | None:
+    """The number of tokens that the model can read, where its positions come from a table of so many rows.
+
+    `None` where positions are computed (rotary embeddings, ALiBi): a model can be given more of them than it was
+    trained on.
+    """
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if most is None or getattr(config, "rope_parameters", None) is not None:
+        return None
+    if model not in _GREATEST_LENGTHS:
+        _GREATEST_LENGTHS[model] = _rows_of_position_table(model, most)
+    return _GREATEST_LENGTHS[model]
+
+
+_GREATEST_LENGTHS: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
+_MOST_OFFSET = 8  # Rows of a table of positions that stand before the first position; there are 2 in OPT's.
+
+
+def _rows_of_position_table(model: Any, most: int) -> int | None:
+    """The positions that a table holds: learned ones, or sines that are kept for so many positions and no more."""
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module is not words:
+            if most <= module.num_embeddings <= most + _MOST_OFFSET:
+                padding = module.padding_idx  # RoBERTa's positions begin after its padding.
+                return most if module.num_embeddings > most or padding is None else most - padding - 1
+    for name, buffer in model.named_buffers():
+        if buffer.ndim == 2 and len(buffer) == most and "pos" in name.rpartition(".")[2]:
+            return most
+    return None
