@@ -86,6 +86,13 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_top_k": 2},
     },
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {
         "num_hidden_layers": 2,
@@ -324,6 +331,21 @@ MODEL_TYPES = tuple(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name n
 # Standard deviations of the layers' weights and of the token embeddings.
 _LAYER_STD = 0.25
 _EMBEDDING_STD = 1.0
+# Smaller where embeddings are scaled up, or layers down, so that text depends on more than its last token.
+_SMALLER_EMBEDDINGS = {
+    name: 0.2
+    for name in (
+        "ctrl",
+        "gemma2",
+        "gemma3_text",
+        "gemma3n_text",
+        "gemma4_text",
+        "gemma4_unified_text",
+        "minicpm3",
+        "vaultgemma",
+        "zamba",
+    )
+}
 _MOST_PARAMETERS = 5_000_000
 
 
@@ -359,10 +381,11 @@ def tiny(model_type: str, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).double().eval()
         embeddings = model.get_input_embeddings().weight
+        embedding_std = _SMALLER_EMBEDDINGS.get(model_type, _EMBEDDING_STD)
         for name, parameter in model.named_parameters():
             is_weight = parameter.dim() == 2 or (parameter.dim() == 3 and "experts" in name)
             if is_weight and not name.endswith("A_log"):  # That is a state's rate of decay.
-                parameter.data.normal_(0.0, _EMBEDDING_STD if parameter is embeddings else _LAYER_STD)
+                parameter.data.normal_(0.0, embedding_std if parameter is embeddings else _LAYER_STD)
     model.requires_grad_(False)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # The others know no float64.
