@@ -332,9 +332,8 @@ MODEL_TYPES = tuple(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name n
 _LAYER_STD = 0.25
 _EMBEDDING_STD = 1.0
 # Smaller where embeddings are scaled up, or layers down, so that text depends on more than its last token.
-_SMALLER_EMBEDDINGS = {
-    name: 0.2
-    for name in (
+_SMALLER_EMBEDDINGS = dict.fromkeys(
+    (
         "ctrl",
         "gemma2",
         "gemma3_text",
@@ -344,8 +343,9 @@ _SMALLER_EMBEDDINGS = {
         "minicpm3",
         "vaultgemma",
         "zamba",
-    )
-}
+    ),
+    0.2,
+)
 _MOST_PARAMETERS = 5_000_000
 
 
