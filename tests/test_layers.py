@@ -10,7 +10,7 @@ import nudging_hf
 
 PACKAGE = Path(nudging_hf.__file__).parent
 LAYERS = [
-    {"config", "rounds"},
+    {"config", "rounds", "vocabulary"},
     {"gate", "bridge", "choosing", "drafting", "host", "lookup", "slots"},
     {"cached_lm", "prompts", "named_model", "refusals", "threshold", "journal"},
     {"decoding"},
