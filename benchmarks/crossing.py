@@ -167,7 +167,6 @@ def main(argv: list[str] | None = None) -> None:
     if len(names) < 2:
         parser.error(f"a crossing needs two tokenizers, got {names[0]}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    # A tokenizer that warns of texts that no model could read is not asked to read them.
     loaded = {name: AutoTokenizer.from_pretrained(name, trust_remote_code=False) for name in names}
     lengths = (20, 60) if args.quick else LENGTHS
     print(
@@ -186,9 +185,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _short(name: str) -> str:
-    """The last part of a name that tells one tokenizer from another."""
-    parts = [part for part in Path(name).parts if part != "models"]
-    return parts[-1]
+    """The last part of a folder's name that is not "models"."""
+    return [part for part in Path(name).parts if part != "models"][-1]
 
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ class TwoVocabularies(_Answer):
             word = to_text(text[start:end])
             ids = tuple(self.vocabulary.encode_after(left, word))
             if ids or (end == len(text) and words):
+                self.vocabulary.tell_of_loss(word, ids, "write")
                 words.append(Word(word, ids))
                 left += word
                 if len(left) > 2 * _CHUNK_CHARACTERS:
@@ -190,6 +191,7 @@ class TwoVocabularies(_Answer):
         """Encodes the text from the last chunk's end to `end`, in bytes, in the place of what was encoded there."""
         text = to_text(bytes(self.text[self._chunks_end : end]))
         ids = self.nudging_vocabulary.encode_after(self._nudging_left_of(self._chunks_end), text) if text else []
+        self.nudging_vocabulary.tell_of_loss(text, ids, "read")
         self._nudging_ids[self._num_chunk_ids :] = ids
 
     def _nudging_left_of(self, place: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
+
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # What a tokenizer must have for text and ids to be told from one another.
 _NEEDED = ("convert_ids_to_tokens", "get_vocab", "decode")
+_SPACE_OF_PIECES = "\u2581"
+_TOLD_CHARACTERS = 20  # Of a text in a warning, at the most.
 _JOIN_CHARACTERS = 32  # Text to the left in which a place is looked for where the ids end with the text.
 _HEAD_CHARACTERS = 256  # Text to the right by which such a place is found.
 
@@ -58,6 +63,7 @@ class Vocabulary:
         self._encode = lru_cache(maxsize=4096)(self._tokenize)
         self._codec: _Codec | None = None
         self._lock = threading.Lock()
+        self._told: set[str] = set()
 
     def bytes_of(self, token: int) -> bytes:
         """What the token adds to a text, whatever stands before it; nothing for a control token."""
@@ -96,6 +102,31 @@ class Vocabulary:
         ids, both = self._encode(left), self._encode(left + text)
         return list(both[len(ids) :]) if both[: len(ids)] == ids else None
 
+    def tell_of_loss(self, text: str, ids: Sequence[int], deed: str) -> None:
+        """Warns where the ids do not hold the text that they were made of: once for each tokenizer and deed.
+
+        A tokenizer may not be able to write all text: Qwen's composes characters (NFC), those of SentencePiece have
+        one sign for U+2581 and the space, and WordPiece knows no white space.
+
+        Args:
+            deed: what the ids are for, "write" or "read".
+        """
+        if deed in self._told or (got := self.join(ids)) == text.encode():
+            return
+        self._told.add(deed)
+        start, given, held = _difference(text, to_text(got))
+        logger.warning(
+            "The tokenizer %s(name_or_path=%r) cannot hold all text that the other model writes: it will %s %s for %s "
+            "(at character %d of %d). Each tokenizer is told of once.",
+            type(self.tokenizer).__name__,
+            getattr(self.tokenizer, "name_or_path", ""),
+            deed,
+            ascii(held),
+            ascii(given),
+            start,
+            len(text),
+        )
+
     def _own_codec(self) -> _Codec:
         with self._lock:
             if self._codec is None:
@@ -127,8 +158,10 @@ class Vocabulary:
     def _find_bytes(self, token: int) -> bytes:
         if token in self.control:
             return b""
-        if token in self._added:
-            return self._added[token].encode()
+        added = self._added.get(token)
+        # Gemma's runs of spaces are added tokens, written as its pieces are: the decoder reads them.
+        if added is not None and (self._scheme == "ByteLevel" or _SPACE_OF_PIECES not in added):
+            return added.encode()
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # Rows of the embedding matrix beyond the vocabulary.
             return b""
@@ -193,6 +226,13 @@ def to_text(text: bytes) -> str:
     return text.decode("utf-8", errors="replace")
 
 
+def _difference(text: str, other: str) -> tuple[int, str, str]:
+    """Where two texts first differ, in characters, and a little of both from there on."""
+    pairs = zip(text, other, strict=False)
+    start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
+    return start, text[start:][:_TOLD_CHARACTERS], other[start:][:_TOLD_CHARACTERS]
+
+
 def _refuse_what_is_no_tokenizer(tokenizer: Any) -> None:
     missing = [f"`{name}`" for name in _NEEDED if not callable(getattr(tokenizer, name, None))]
     if not callable(tokenizer):
@@ -229,17 +269,17 @@ def _private_backend(backend: Any) -> Any:
     The parts that hold the vocabulary are the same objects, for encoding changes none of them; added tokens and flags
     are its own.
     """
-    kind = type(backend)  # `tokenizers.Tokenizer`.
-    own = kind(backend.model)
+    own = type(backend)(backend.model)  # `tokenizers.Tokenizer`, which this module does not import.
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if (given := getattr(backend, part)) is not None:
             setattr(own, part, given)
     added = backend.get_added_tokens_decoder()
     own.add_tokens([added[i] for i in sorted(added)])
-    if _added_tokens(own) != _added_tokens(backend):  # Their ids have gaps: only a whole copy keeps them.
-        own = kind.from_str(backend.to_str())
-        own.no_padding()
-        own.no_truncation()
+    if _added_tokens(own) != _added_tokens(backend):
+        raise ValueError(
+            "The tokenizer's added tokens have other ids than they get when they are added again, so it cannot be "
+            "copied, nor saved: its model was replaced after they were added. Add them anew."
+        )
     own.encode_special_tokens = True
     return own
 
