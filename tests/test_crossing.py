@@ -23,7 +23,7 @@ def test_it_prints_a_cost_for_each_pair_text_and_length(capsys):
 
 def test_named_tokenizers_cross_in_both_directions(capsys):
     folders = [str(crossing.MINI / name) for name in ("base", "nudging")]
-    crossing.main(["--quick", "--texts", "code", *folders])
+    crossing.main([*folders, "--quick", "--texts", "code"])
     assert capsys.readouterr().out.count("| code |") == 2
 
 
