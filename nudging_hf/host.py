@@ -132,6 +132,13 @@ def own_generation_config(model: Any, do_sample: bool) -> GenerationConfig:
     return config
 
 
+def arguments_of_pipeline(pipeline: Any, generate_kwargs: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+    """What a text-generation pipeline gives `generate`, of its own and of what a call gives it, and `overrides`."""
+    if hasattr(pipeline, "_prepare_generate_kwargs"):  # From transformers 5.20 on.
+        return pipeline._prepare_generate_kwargs(dict(generate_kwargs), **overrides)
+    return {"generation_config": pipeline.generation_config, **generate_kwargs, **overrides}
+
+
 # Where a patched `generate` keeps the one that it replaced.
 ORIGINAL = "_nudging_hf_original"
 

@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import Chat
 
 from .chats import REASONING_TEMPLATE, chat_inputs, refuse_half_characters, turn_template
 from .generate import generate, loaded_vocabulary
+from .host import arguments_of_pipeline
 from .named_model import named_nudging_model
 from .provenance import Piece, Span, spans
 
@@ -173,7 +174,7 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
         arguments = {
             "tokenizer": self.tokenizer,
             **prompts,
-            **self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=True),
+            **arguments_of_pipeline(self, generate_kwargs, return_dict_in_generate=True),
         }
         output: Any = generate(self.model, **arguments)
         batch = len(prompts["input_ids"])

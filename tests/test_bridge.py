@@ -1,6 +1,10 @@
 import copy
+import logging
 import random
+import sys
+import threading
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import tiny
@@ -194,7 +198,7 @@ def test_the_models_exchange_ids_only_where_theirs_mean_the_same():
     assert answer_class(same, Vocabulary(grown)) is TwoVocabularies
 
 
-def test_unigram_does_not_find_a_control_token_that_is_spelt_out():
+def unigram_with_cheap_control_token() -> Vocabulary:
     """Control tokens are among the pieces of a Unigram model, here the cheapest ones."""
     backend = Tokenizer(
         models.Unigram(
@@ -202,8 +206,331 @@ def test_unigram_does_not_find_a_control_token_that_is_spelt_out():
         )
     )
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokens = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"))
+    return Vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"))
+
+
+def test_unigram_does_not_find_a_control_token_that_is_spelt_out():
+    tokens = unigram_with_cheap_control_token()
     for text in ("a </s> b", "a</s></s>", "</s>"):
         ids = tokens.encode_after("b", text)
         assert 1 not in ids
         assert tokens.join(ids) == text.encode()
+
+
+# Text of any script --------------------------------------------------------------------------------------------------
+
+PILES = {
+    "English": "The cat sat on the mat and had 12 hats. ",
+    "Chinese": "昨天夜里河水上涨到了早晨低处的田地已经被水淹没，村里没有人感到惊讶。",
+    "Thai": "แม่น้ำเพิ่มขึ้นในเวลากลางคืนและในตอนเช้า",
+    "one long word": "pneumonoultramicroscopicsilicovolcanoconiosis",
+    "one letter": "a",
+    "spaces": " ",
+    "newlines": "\n",
+    "emoji": "😀😁👨‍👩‍👧‍👦👍🏽🇩🇪🇫🇷❤️",
+    "accents without end": "\u0301",
+    "indented code": "if x:\n" + " " * 60 + "y\n",
+    "spelt control tokens": "</s><eos>",
+}
+
+
+def piled(kind: str, characters: int) -> str:
+    return ("x" + PILES[kind] * (characters // len(PILES[kind]) + 1))[:characters]
+
+
+def ids_of_long(tokens: Vocabulary, text: str) -> list[int]:
+    """Ids of a text, in pieces: no test is to wait for a long one."""
+    return [
+        token for start in range(0, len(text), 100) for token in tokens.encode_after("a", text[start : start + 100])
+    ]
+
+
+class Meter:
+    """Counts what a vocabulary encodes, and how long it is."""
+
+    def __init__(self, tokens: Vocabulary):
+        codec = tokens._own_codec()
+        self.lengths: list[int] = []
+        encode = codec.encode
+        codec.encode = lambda text: (self.lengths.append(len(text)), encode(text))[1]
+
+
+@pytest.mark.parametrize("kind", PILES)
+@pytest.mark.parametrize(("name", "nudging_name"), [("byte_bpe", "metaspace_bpe"), ("unigram", "other_byte_bpe")])
+def test_what_is_encoded_for_a_token_has_a_bound_whatever_the_script_and_the_length(name, nudging_name, kind):
+    row = answer(name, nudging_name)
+    text = piled(kind, 1600)
+    meters = Meter(row.vocabulary), Meter(row.nudging_vocabulary)
+    lookahead = ids_of_long(row.nudging_vocabulary, text[:60])[:16]
+    ids = ids_of_long(row.vocabulary, text)[:1800]
+    encodes, characters = [], []
+    for token in ids:
+        for meter in meters:
+            meter.lengths.clear()
+        row.append(token)
+        row.nudging_ids()
+        row.words(lookahead)
+        row.draft(lookahead, 16)
+        lengths = [length for meter in meters for length in meter.lengths]
+        encodes.append(len(lengths))
+        characters.append(sum(lengths))
+        assert max(lengths, default=0) < 800
+    assert max(encodes) < 250
+    quarters = [characters[i * len(ids) // 4 : (i + 1) * len(ids) // 4] for i in range(4)]
+    means = [sum(quarter) / len(quarter) for quarter in quarters]
+    assert means[3] < 2 * max(means[:3]) + 100  # A token costs no more in a long answer than in a short one.
+    assert max(means) < 16_000
+
+
+@pytest.mark.parametrize("kind", PILES)
+@pytest.mark.parametrize("nudging_name", LOSSLESS)
+def test_text_of_any_script_is_read_whole_and_however_it_came_about(nudging_name, kind):
+    draw = random.Random(kind)
+    asked, now_and_then, unasked = (answer("byte_bpe", nudging_name) for _ in range(3))
+    text = piled(kind, 700)
+    for token in ids_of_long(asked.vocabulary, text):
+        for row in (asked, now_and_then, unasked):
+            row.append(token)
+        asked.nudging_ids()
+        if draw.random() < 0.05:
+            now_and_then.nudging_ids()
+    assert asked.nudging_ids() == unasked.nudging_ids() == now_and_then.nudging_ids()
+    assert asked.nudging_vocabulary.join(asked.nudging_ids()).decode() == text
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(st.sampled_from([b"\x80", b"\xf0\x9f", b"\xe4\xbd\xa0", b"a", b"\xff", b" ", b"\xcc\x81"]), min_size=1)
+)
+def test_bytes_that_are_no_text_are_read_however_they_came_about(parts):
+    asked, unasked = (answer("byte_bpe", "metaspace_bpe") for _ in range(2))
+    single = {asked.vocabulary.bytes_of(i): i for i in range(len(asked.vocabulary.tokenizer))}
+    raw = (b"".join(parts) * 900)[:900]
+    for byte in raw:
+        for row in (asked, unasked):
+            row.append(single[bytes([byte])])
+        asked.nudging_ids()
+    assert asked.nudging_ids() == unasked.nudging_ids()
+    assert bytes(asked.text) == raw
+
+
+@pytest.mark.parametrize("kind", PILES)
+def test_no_piece_of_a_text_begins_inside_a_character_or_before_an_accent(kind):
+    row = answer("byte_bpe", "other_byte_bpe")
+    text = piled(kind, 700)
+    for token in ids_of_long(row.vocabulary, text):
+        row.append(token)
+        row.nudging_ids()
+        if not row.inside_character:
+            assert "\ufffd" not in row._base_left() + row._nudging_left_of(len(row.text))
+        begun = bytes(row.text[row._chunks_end :])
+        assert begun[:1] < b"\x80" or begun[:1] >= b"\xc0"
+        if kind != "accents without end":
+            assert not begun[:3].startswith(("\u0301".encode(), "\u200d".encode(), "\ufe0f".encode()))
+    assert row._chunks_end > 0
+
+
+@pytest.mark.parametrize("nudging_name", LOSSLESS)
+def test_a_chunk_without_spaces_ends_where_the_nudging_tokenizer_ends_a_token(nudging_name):
+    """What is read is then what the tokenizer makes of the whole text."""
+    row = answer("byte_bpe", nudging_name)
+    text = "pneumonoultramicroscopicsilicovolcanoconiosis" * 30
+    for token in ids_of_long(row.vocabulary, text):
+        row.append(token)
+    whole = row.nudging_vocabulary.encode_after(row._nudging_left, text)
+    differing = sum(a != b for a, b in zip(row.nudging_ids(), whole, strict=False))
+    assert row.nudging_ids() == whole or differing < len(whole)
+    assert abs(len(row.nudging_ids()) - len(whole)) <= 4
+
+
+def test_many_spelt_control_tokens_are_cut_one_by_one():
+    tokens = unigram_with_cheap_control_token()
+    text = "</s>" * 400
+    ids = tokens.encode_after("b", text)
+    assert 1 not in ids and tokens.join(ids) == text.encode()
+
+
+# What is the user's --------------------------------------------------------------------------------------------------
+
+
+def state_of(tokenizer) -> tuple:
+    backend = tokenizer.backend_tokenizer
+    return backend.to_str(), backend.encode_special_tokens, backend.padding, backend.truncation
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_users_tokenizer_is_left_as_it_is_while_threads_encode(name):
+    """Threads encode through one vocabulary while others use the tokenizer itself, with control tokens."""
+    tokenizer = copy.deepcopy(getattr(tiny, name)())
+    eos = tokenizer.eos_token
+    chat, expected = f"The cat{eos}", [*tokenizer("The cat").input_ids, tokenizer.eos_token_id]
+    plain = Vocabulary(copy.deepcopy(tokenizer)).encode_after("The", f" cat {eos} sat")
+    before = state_of(tokenizer)
+    tokens = Vocabulary(tokenizer)
+    wrong, stop, start = [], threading.Event(), threading.Barrier(8)
+
+    def cross(number):
+        start.wait()
+        for i in range(150):
+            if tokens.encode_after("The", f" cat {eos} sat") != plain:
+                wrong.append("ids")
+            tokens.encode_after(f"{number} {i}", f" {i} {eos}")
+            tokens.bytes_of(i % len(tokenizer))
+
+    def use():
+        start.wait()
+        while not stop.is_set():
+            if tokenizer(chat, add_special_tokens=False).input_ids != expected:
+                wrong.append("chat")
+            if state_of(tokenizer)[1:] != before[1:]:
+                wrong.append("state")
+
+    def guarded(work, *arguments):
+        try:
+            work(*arguments)
+        except BaseException as error:  # Of another thread: the test must see it.
+            wrong.append(repr(error))
+            start.abort()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        crossing = [threading.Thread(target=guarded, args=(cross, i)) for i in range(6)]
+        using = [threading.Thread(target=guarded, args=(use,)) for _ in range(2)]
+        for thread in crossing + using:
+            thread.start()
+        for thread in crossing:
+            thread.join()
+        stop.set()
+        for thread in using:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+    assert state_of(tokenizer) == before
+
+
+def test_padding_and_truncation_of_the_users_do_not_bind_and_stay():
+    tokenizer = copy.deepcopy(tiny.byte_bpe())
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    before = state_of(tokenizer)
+    assert Vocabulary(tokenizer).encode_after("a", TEXT) == vocabulary("byte_bpe").encode_after("a", TEXT)
+    assert state_of(tokenizer) == before
+
+
+def test_a_tokenizer_that_does_more_than_its_backend_is_copied_whole():
+    class Shouting(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, *args, **kwargs):
+            return super()._encode_plus(text.upper(), *args, **kwargs)
+
+    tokenizer = Shouting(tokenizer_object=copy.deepcopy(tiny.byte_bpe().backend_tokenizer), eos_token="<eos>")
+    before = state_of(tokenizer)
+    tokens = Vocabulary(tokenizer)
+    assert tokens.join(tokens.encode_after("", "the <eos>")) == b"THE <EOS>"
+    assert state_of(tokenizer) == before
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_refused():
+    class Unique(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, *args, **kwargs): ...
+        def __deepcopy__(self, memo):
+            raise TypeError("there is one of it")
+
+    with pytest.raises(ValueError, match="cannot be copied, and is not to be changed: there is one of it"):
+        Vocabulary(Unique(tokenizer_object=tiny.byte_bpe().backend_tokenizer)).encode_after("", "the")
+
+
+def test_a_token_that_is_added_later_is_known_to_another_vocabulary():
+    tokenizer = copy.deepcopy(tiny.byte_bpe())
+    assert len(Vocabulary(tokenizer).encode_after("", "zyzzyva")) > 1
+    tokenizer.add_tokens(["zyzzyva"])
+    tokens = Vocabulary(tokenizer)
+    assert tokens.encode_after("", "zyzzyva") == [len(tokenizer) - 1]
+    assert tokens.bytes_of(len(tokenizer) - 1) == b"zyzzyva"
+
+
+def test_added_tokens_that_another_model_stands_over_are_refused():
+    tokenizer = copy.deepcopy(tiny.byte_bpe(300))
+    tokenizer.add_tokens(["zyzzyva"])
+    tokenizer.backend_tokenizer.model = tiny.byte_bpe(320).backend_tokenizer.model
+    with pytest.raises(ValueError, match="its model was replaced"):
+        Vocabulary(tokenizer).encode_after("", "the")
+
+
+def test_what_is_no_tokenizer_is_refused_with_what_it_lacks():
+    with pytest.raises(ValueError, match=r"a str, lacks `convert_ids_to_tokens`, .*AutoTokenizer.from_pretrained"):
+        Vocabulary("gpt2")
+
+
+def test_mistral_commons_tokenizers_are_refused_with_what_to_give():
+    """transformers' `MistralCommonBackend` has neither added tokens nor an encoding of control tokens as text."""
+
+    class MistralCommonBackend:
+        all_special_ids: ClassVar[list[int]] = [0, 1, 2]
+
+        def __call__(self, text): ...
+        def convert_ids_to_tokens(self, ids): ...
+        def get_vocab(self): ...
+        def decode(self, ids): ...
+        def added_tokens_decoder(self):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match=r"lacks a mapping `added_tokens_decoder`.*PreTrainedTokenizerFast.*tekken"):
+        Vocabulary(MistralCommonBackend())
+
+
+# What a tokenizer cannot hold ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_runs_of_spaces_that_are_added_tokens_cross_as_spaces(name, caplog):
+    tokens = vocabulary("spaces_bpe")
+    text = "def f():\n    return   1\n\n        <table> x"
+    assert tokens.join(tokens.encode_after("a", text)) == text.encode()
+    assert "\u2581\u2581\u2581\u2581" in tokens.tokenizer.convert_ids_to_tokens(tokens.encode_after("a", text))
+    for row in (answer("spaces_bpe", name), answer(name, "spaces_bpe")):
+        ids = row.vocabulary.encode_after("a", text)
+        assert "".join(word.text for word in row.words(row.nudging_vocabulary.encode_after("a", text))) == text
+        for token in ids:
+            row.append(token)
+        assert row.nudging_vocabulary.join(row.nudging_ids()) == text.encode()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "held"),
+    [
+        ("composing_byte_bpe", "Cafe\u0301", "Caf\u00e9"),  # Unicode's composed form.
+        ("composing_byte_bpe", "5 \u212b", "5 \u00c5"),
+        ("metaspace_bpe", "a\u2581b", "a b"),  # Its sign for a space.
+        ("wordpiece", "a\nb", "a b"),  # Without white space.
+    ],
+)
+def test_what_a_tokenizer_cannot_hold_is_told_of_once(name, text, held, caplog):
+    caplog.set_level(logging.WARNING, "nudging_hf")
+    row = answer(name, "byte_bpe")
+    for _ in range(3):
+        words = row.words(row.nudging_vocabulary.encode_after("x", text))
+        assert row.vocabulary.join([token for word in words for token in word.ids]).decode().strip() == held
+    assert len(caplog.records) == 1
+    assert "it will write" in caplog.text and type(row.vocabulary.tokenizer).__name__ in caplog.text
+    caplog.clear()
+    row = answer("byte_bpe", name)
+    for token in row.vocabulary.encode_after("x", text):
+        row.append(token)
+        row.nudging_ids()
+    assert len(caplog.records) == 1
+    assert "it will read" in caplog.text
+
+
+def test_nothing_is_told_of_what_is_held(caplog):
+    caplog.set_level(logging.WARNING, "nudging_hf")
+    for name, nudging_name in [(a, b) for a in (*LOSSLESS, "composing_byte_bpe", "spaces_bpe") for b in LOSSLESS]:
+        row = answer(name, nudging_name)
+        row.words(row.nudging_vocabulary.encode_after("x", TEXT))
+        for token in row.vocabulary.encode_after("x", TEXT):
+            row.append(token)
+            if not row.inside_character:
+                row.nudging_ids()
+    assert not caplog.records

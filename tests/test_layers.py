@@ -10,9 +10,8 @@ import nudging_hf
 
 PACKAGE = Path(nudging_hf.__file__).parent
 LAYERS = [
-    {"config", "rounds"},
-    {"gate", "bridge", "choosing", "constraints", "drafting", "host", "lookup"},
-    {"cache_layers"},
+    {"gate", "vocabulary", "choosing", "constraints", "drafting", "host", "lookup"},
+    {"bridge", "cache_layers"},
     {"slots", "reading_mode"},
     {"stateful_slots", "refusals"},
     {"cached_lm", "prompts", "named_model", "threshold", "journal"},

@@ -20,6 +20,8 @@ TEXTS = {
     "one long word of emoji": "😀😁😂🤣😃😄😅😆😉😊 end",
     "spelt control tokens": "a <eos> b </s> c <|end|> d <pad> [SEP] <unk>",
     "a lookahead that ends with an emoji, after a space that is no token": "<<<<<<<<<<<<<a 😀",
+    "a script without spaces": "昨天夜里河水上涨到了早晨，低处的田地已经被水淹没。",
+    "accents on letters, written apart": "Cafe\u0301 nai\u0308ve \u1112\u1161\u11ab",
     "one letter": "x",
     "nothing": "",
 }

@@ -14,6 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import nudging_hf
 from nudging_hf import MarkingStreamer, chat_inputs, hub, spans_of
+from nudging_hf.host import arguments_of_pipeline
 from nudging_hf.pipelines import NudgedTextGenerationPipeline, _spans_as_decoded
 
 TASK = "nudged-text-generation"
@@ -182,7 +183,8 @@ def test_it_is_greedy_and_writes_256_tokens_where_nothing_is_said():
     chosen = pair("llama", 2, "shared")
     without = {name: value for name, value in whole(chosen).items() if name not in SETTINGS}
     pipe = pipeline(TASK, model=chosen.base, device="cpu", **without)
-    settings = pipe._prepare_generate_kwargs({})
+    settings = arguments_of_pipeline(pipe, {})
+    settings = vars(settings.get("generation_config", GenerationConfig())) | settings
     assert settings["max_new_tokens"] == 256 and not settings["do_sample"]
     own = copy.copy(chosen.base)
     own.generation_config = GenerationConfig(max_new_tokens=5, eos_token_id=chosen.tokenizer.eos_token_id)

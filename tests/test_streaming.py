@@ -80,3 +80,8 @@ def test_without_a_callback_the_answer_goes_to_standard_output(capsys, monkeypat
         streamer.put_marked(ids, False)
         streamer.end()
     assert capsys.readouterr().out == " ⟦the other⟧ the other\n" * 2
+
+
+def test_what_is_no_tokenizer_is_refused_before_anything_is_written():
+    with pytest.raises(ValueError, match="The tokenizer, a str, lacks"):
+        MarkingStreamer("gpt2")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -176,6 +176,25 @@ def wordpiece() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
     return _wrap(backend, "[CLS]", "[SEP]", "[PAD]", "[UNK]")
+
+
+@functools.cache
+def composing_byte_bpe() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that composes characters (NFC), as Qwen's does."""
+    backend = _byte_level(300, ["<bos>", "<eos>", "<pad>"], use_regex=True)
+    backend.normalizer = normalizers.NFC()
+    return _wrap(backend, "<bos>", "<eos>", "<pad>")
+
+
+@functools.cache
+def spaces_bpe() -> PreTrainedTokenizerFast:
+    """SentencePiece-like BPE as Gemma's: no space before a first word, and runs of spaces are added tokens."""
+    backend = Tokenizer.from_str(metaspace_bpe().backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_tokens([AddedToken(n * "\u2581", normalized=True) for n in range(2, 9)])
+    backend.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("<table>", normalized=False)])
+    return _wrap(backend, "<s>", "</s>", "<unk>", "<unk>")
 
 
 TOKENIZERS = {

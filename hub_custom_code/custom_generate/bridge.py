@@ -1,4 +1,4 @@
-"""Text and ids, in one vocabulary and across two. The bridge knows tokenizers, never models.
+"""Text and ids, in one vocabulary and across two. The bridge knows vocabularies, never models.
 
 Text is kept as bytes: byte-level tokens may end inside a UTF-8 character, and a word ends at the byte 0x20, which is
 part of no other character. An answer is kept by `OneVocabulary` or `TwoVocabularies`; both say what the nudging model
@@ -8,122 +8,26 @@ reads, how its lookahead splits into words, and what ids a draft of it has for t
 from __future__ import annotations
 
 import codecs
-import json
 import re
+import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from .rounds import Word
+from .vocabulary import Vocabulary as Vocabulary
+from .vocabulary import to_text as to_text
 
 SPACE = b" "
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORD_END = re.compile(rb"(?<=\S) (?=\S)")
 _LEFT_CHARACTERS = 64  # Text to the left with which a word is encoded: longer than what any tokenizer looks back.
 _CHUNK_CHARACTERS = 256  # Text of a finished answer that is encoded once and for all, in pieces of about this length.
-
-
-class _Remembered(dict[int, bytes]):
-    """A function of tokens, asked once for each."""
-
-    def __init__(self, find: Callable[[int], bytes]):
-        self._find = find
-
-    def __missing__(self, token: int) -> bytes:
-        self[token] = self._find(token)
-        return self[token]
-
-
-class Vocabulary:
-    """One tokenizer: what its tokens add to a text, and how text is encoded where other text stands before it.
-
-    Args:
-        tokenizer: a `PreTrainedTokenizerBase`.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        self.control = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        self._added = {i: token.content for i, token in added.items()}
-        self._spellings = {i: tokenizer.convert_ids_to_tokens(i) for i in self.control}
-        self._scheme = _byte_scheme(tokenizer)
-        self._bytes = _Remembered(self._find_bytes)
-        self._anchor: list[int] | None = None
-        self._encode = lru_cache(maxsize=4096)(self._tokenize)
-        self._backend = tokenizer.backend_tokenizer if _is_backend_alone(tokenizer) else None
-
-    def bytes_of(self, token: int) -> bytes:
-        """What the token adds to a text, whatever stands before it; nothing for a control token."""
-        return self._bytes[token]
-
-    def join(self, ids: Sequence[int]) -> bytes:
-        """The text of the ids, without control tokens."""
-        return b"".join(map(self._bytes.__getitem__, ids))
-
-    def encode_after(self, left: str, text: str) -> list[int]:
-        """The ids of `text` as the tokenizer would write it after `left`, where the ids of `left` stand already.
-
-        `encode(left) + encode(text)` is not `encode(left + text)`: `left` is encoded with and without `text`, and
-        where its ids stay the same the others are those of `text`. Where they do not (`text` goes on within a word,
-        and its beginning would have merged with what is there), less and less of `left` is taken.
-
-        Args:
-            left: as far as a tokenizer looks back; see `window`.
-        """
-        for start in _starts_of_left(left):
-            if (ids := self._encode_behind(left[start:], text)) is not None:
-                return ids
-        alone = self._encode(text)
-        ids = None
-        if self.join(alone) != text.encode():  # It puts a space before a first word: let that be a line break.
-            ids = self._encode_behind("\n", text)
-        return list(alone) if ids is None else ids
-
-    def _encode_behind(self, left: str, text: str) -> list[int] | None:
-        """The ids of `text` behind those of `left`, where these stay the same."""
-        ids, both = self._encode(left), self._encode(left + text)
-        return list(both[len(ids) :]) if both[: len(ids)] == ids else None
-
-    def _tokenize(self, text: str) -> tuple[int, ...]:
-        # split_special_tokens: a control token that is spelt out is text like any other.
-        backend = self._backend
-        if backend is not None and backend.padding is None and backend.truncation is None:
-            backend.encode_special_tokens = True  # As the call below would, which takes half as long again.
-            ids = tuple(backend.encode(text, add_special_tokens=False).ids)
-        else:
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-            ids = tuple(encoded.input_ids)
-        found = [text.index(spelt) for i, spelt in self._spellings.items() if i in ids and spelt in text]
-        if not found:
-            return ids
-        # Unigram has control tokens among its pieces, and finds them all the same: cut the first spelling in two.
-        cut = min(found) + 1
-        line_break = self._encode("\n")
-        return self._encode(text[:cut]) + self._encode("\n" + text[cut:])[len(line_break) :]
-
-    def _find_bytes(self, token: int) -> bytes:
-        if token in self.control:
-            return b""
-        if token in self._added:
-            return self._added[token].encode()
-        piece = self.tokenizer.convert_ids_to_tokens(token)
-        if piece is None:  # Rows of the embedding matrix beyond the vocabulary.
-            return b""
-        if self._scheme == "ByteLevel":
-            return bytes(map(_BYTE_OF_CHARACTER.__getitem__, piece))
-        if self._scheme == "ByteFallback" and (match := _BYTE_FALLBACK.fullmatch(piece)):
-            return bytes.fromhex(match[1])
-        if self._anchor is None:  # Decoders drop the space of a first token: decode after another one.
-            candidates = (*self._tokenize("a b"), *self.tokenizer.get_vocab().values())
-            self._anchor = [next(i for i in candidates if i not in self.control)]
-        decode = self.tokenizer.decode
-        before = decode(self._anchor, clean_up_tokenization_spaces=False)
-        return decode([*self._anchor, token], clean_up_tokenization_spaces=False)[len(before) :].encode()
+_LONGEST_CHUNK = _CHUNK_CHARACTERS + _LEFT_CHARACTERS  # In characters, where no word ends.
+_CHARACTER_BYTES = 4  # Of UTF-8, at the most.
+_ENDS_TRIED = 16  # Places for the end of a chunk without spaces, at the most.
+_CLUSTER_CHARACTERS = 16  # Of a base character and what is written on it, at the most: more are cut.
+_JOINER = "\u200d"  # Emoji are joined by it.
 
 
 class _Answer:
@@ -215,7 +119,8 @@ class TwoVocabularies(_Answer):
 
     The base keeps the ids it emitted, and nudging words are encoded into them. What the nudging model reads is a pure
     function of the text: pieces of about 256 characters, each encoded after what stands before it, so that only the
-    last piece is encoded anew as the text grows.
+    last piece is encoded anew as the text grows. A piece ends where a word does; in a text without spaces, where the
+    nudging model's tokenizer ends a token too. What is encoded at once has a bound, whatever the script.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -223,20 +128,22 @@ class TwoVocabularies(_Answer):
         self._left = _text_behind_control(self.prompt, self.vocabulary)
         self._nudging_left = _text_behind_control(self.nudging_prompt, self.nudging_vocabulary)
         self._chunks_end = 0  # Of the text, in bytes.
-        self._chunk_ids: list[int] = []
-        self._nudging_ids: list[int] | None = []
+        self._nudging_ids: list[int] = []  # Those of the chunks, and after them those of the text that follows.
+        self._num_chunk_ids = 0
+        self._grew = False
 
     def append(self, token: int) -> None:
         super().append(token)
-        self._nudging_ids = None
+        self._grew = True
 
     def nudging_ids(self) -> list[int]:
-        """The answer so far in the nudging model's vocabulary."""
-        if self._nudging_ids is None:
+        """The answer so far in the nudging model's vocabulary. The list changes as the answer grows: copy it."""
+        if self._grew:
             while (end := self._next_chunk_end()) is not None:
-                self._chunk_ids += self._encode_for_nudging(end)
-                self._chunks_end = end
-            self._nudging_ids = self._chunk_ids + self._encode_for_nudging(len(self.text))
+                self._read_to(end)
+                self._num_chunk_ids, self._chunks_end = len(self._nudging_ids), end
+            self._read_to(len(self.text))
+            self._grew = False
         return self._nudging_ids
 
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
@@ -249,8 +156,11 @@ class TwoVocabularies(_Answer):
             word = to_text(text[start:end])
             ids = tuple(self.vocabulary.encode_after(left, word))
             if ids or (end == len(text) and words):
+                self.vocabulary.tell_of_loss(word, ids, "write")
                 words.append(Word(word, ids))
                 left += word
+                if len(left) > 2 * _CHUNK_CHARACTERS:
+                    left = window(left)
                 start = end
         return tuple(words)
 
@@ -275,19 +185,58 @@ class TwoVocabularies(_Answer):
         if step <= 0:
             return self._left + to_text(bytes(self.text))
         space = self.text.find(SPACE, step, step + _LEFT_CHARACTERS // 2)
-        return to_text(bytes(self.text[max(step, space + 1) :]))
+        return to_text(bytes(self.text[max(self._character_start(step), space + 1) :]))
 
-    def _encode_for_nudging(self, end: int) -> list[int]:
+    def _read_to(self, end: int) -> None:
+        """Encodes the text from the last chunk's end to `end`, in bytes, in the place of what was encoded there."""
         text = to_text(bytes(self.text[self._chunks_end : end]))
-        start = max(0, self._chunks_end - 4 * _LEFT_CHARACTERS)
-        left = to_text(bytes(self.text[start : self._chunks_end]))
-        left = window(left if start else self._nudging_left + left)
-        return self.nudging_vocabulary.encode_after(left, text) if text else []
+        ids = self.nudging_vocabulary.encode_after(self._nudging_left_of(self._chunks_end), text) if text else []
+        self.nudging_vocabulary.tell_of_loss(text, ids, "read")
+        self._nudging_ids[self._num_chunk_ids :] = ids
+
+    def _nudging_left_of(self, place: int) -> str:
+        """What stands before a place in the text, in bytes, for the nudging model."""
+        start = self._character_start(max(0, place - _CHARACTER_BYTES * _LEFT_CHARACTERS))
+        left = to_text(bytes(self.text[start:place]))
+        return window(left if start else self._nudging_left + left)
+
+    def _character_start(self, place: int) -> int:
+        """The first place from this one on, in bytes, at which a character starts."""
+        while self.text[place : place + 1] and 0x80 <= self.text[place] < 0xC0:
+            place += 1
+        return place
 
     def _next_chunk_end(self) -> int | None:
-        """The first word end that makes the next piece long enough, where the text has got that far."""
-        match = _WORD_END.search(self.text, self._chunks_end + _CHUNK_CHARACTERS)
-        return match.start() if match else None
+        """Where the next chunk ends, in bytes, where the text has got far enough to tell.
+
+        At the first word end that makes it long enough, or before it becomes too long. More text must not tell
+        otherwise: so it is told by whole characters, and by a certain number of them.
+        """
+        start = self._chunks_end
+        most = start + _CHARACTER_BYTES * _LONGEST_CHUNK
+        match = _WORD_END.search(self.text, start + _CHUNK_CHARACTERS, most + 2)  # The space and what follows it.
+        if match and match.start() - start <= _LONGEST_CHUNK:
+            return match.start()
+        read = _LONGEST_CHUNK + _LEFT_CHARACTERS
+        text = _whole_characters(self.text[start : start + _CHARACTER_BYTES * read])[:read]
+        if match and match.start() <= start + _num_bytes(text[:_LONGEST_CHUNK]):
+            return match.start()
+        return start + _num_bytes(text[: self._end_within(text)]) if len(text) == read else None
+
+    def _end_within(self, text: str) -> int:
+        """Where a chunk of a text without spaces ends, in characters.
+
+        Where the ids of what is before do not depend on what follows, if such a place is found.
+        """
+        places = [i for i in range(_CHUNK_CHARACTERS, _LONGEST_CHUNK) if not _is_joined(text, i)]
+        places = places or [_CHUNK_CHARACTERS]
+        places.sort(key=lambda i: _kind(text[i - 1]) == _kind(text[i]))  # First where letters or signs end.
+        for place in islice(places, _ENDS_TRIED):
+            left = self._nudging_left_of(self._chunks_end + _num_bytes(text[:place]))
+            following = to_text(_to_bytes(text[place : place + _LEFT_CHARACTERS]))
+            if self.nudging_vocabulary.encode_behind(left, following) is not None:
+                return place
+        return places[0]
 
 
 def answer_class(
@@ -323,13 +272,13 @@ def ends_inside_character(text: bytes) -> bool:
     return begun != b"" and not b"\xed\xa0" <= begun <= b"\xed\xbf"
 
 
-def to_text(text: bytes) -> str:
-    return text.decode("utf-8", errors="replace")
-
-
 def window(left: str) -> str:
-    """The end of a text, from some words back: more than any tokenizer looks at."""
-    return left[left.rfind(" ", 0, max(0, len(left) - _LEFT_CHARACTERS)) + 1 :]
+    """The end of a text, from some words back: more than any tokenizer looks at. Words without end are cut."""
+    start = left.rfind(" ", 0, max(0, len(left) - _LEFT_CHARACTERS)) + 1
+    least = max(0, len(left) - _CHUNK_CHARACTERS)
+    if start < least:
+        start = next((i for i in range(least, least + _CLUSTER_CHARACTERS) if not _is_joined(left, i)), least)
+    return left[start:]
 
 
 def _text_behind_control(ids: list[int], vocabulary: Vocabulary) -> str:
@@ -338,37 +287,34 @@ def _text_behind_control(ids: list[int], vocabulary: Vocabulary) -> str:
     return window(to_text(vocabulary.join(ids[last + 1 :])))
 
 
-def _starts_of_left(left: str) -> Iterator[int]:
-    """Where to begin with the text on the left: with all of it, at the last word, then ever later within it."""
-    if left:
-        yield 0
-        yield from range(max(left.rstrip(" ").rfind(" "), 0), len(left))
+def _whole_characters(text: bytes | bytearray) -> str:
+    """A text up to the character that it may end inside of, each byte that is no UTF-8 as a character of its own."""
+    return codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(bytes(text))
 
 
-def _is_backend_alone(tokenizer: Any) -> bool:
-    """Whether a call of the tokenizer does nothing to a text but what its `tokenizers.Tokenizer` does."""
-    kinds = type(tokenizer).__mro__
-    if PreTrainedTokenizerFast not in kinds:
-        return False
-    own = kinds[: kinds.index(PreTrainedTokenizerFast)]
-    return not any(name in vars(kind) for kind in own for name in ("__call__", "_encode_plus", "_convert_encoding"))
+def _to_bytes(characters: str) -> bytes:
+    """The bytes of `_whole_characters`."""
+    return characters.encode("utf-8", "surrogateescape")
 
 
-def _byte_scheme(tokenizer: Any) -> str | None:
-    """How the tokenizer writes single bytes: "ByteLevel" (GPT-2's characters), "ByteFallback" (<0xNN>), or not."""
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    if decoder is None:
-        return None
-    state = json.loads(decoder.__getstate__())
-    types = {part["type"] for part in [state, *state.get("decoders", [])]}
-    return next((scheme for scheme in ("ByteLevel", "ByteFallback") if scheme in types), None)
+def _num_bytes(characters: str) -> int:
+    return len(_to_bytes(characters))
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for the characters from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+def _is_joined(text: str, place: int) -> bool:
+    """Whether the character there belongs to the one before it: an accent, a joined emoji, the rest of a bad byte."""
+    before, character = text[place - 1 : place], text[place]
+    return (
+        unicodedata.category(character)[0] == "M"
+        or _JOINER in (before, character)
+        or "\U0001f3fb" <= character <= "\U0001f3ff"  # Skin tones.
+        or "\u1160" <= character <= "\u11ff"  # Vowels and ends of Hangul syllables.
+        or ("\U0001f1e6" <= character <= "\U0001f1ff" and "\U0001f1e6" <= before <= "\U0001f1ff")  # Flags.
+        or ("\udc80" <= character <= "\udcff" and "\udc80" <= before <= "\udcff")
+    )
 
 
-_BYTE_OF_CHARACTER = _byte_alphabet()
+def _kind(character: str) -> str:
+    if character.isalpha() or unicodedata.category(character)[0] == "M":
+        return "letter"
+    return "digit" if character.isdigit() else "space" if character.isspace() else "sign"
