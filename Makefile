@@ -4,28 +4,32 @@
 #   VENV     the folder that it lies in
 #   EVAL     the folder that `make eval-demo` writes to
 #   BENCH    what else the benchmark is told, as in `make bench BENCH=--quick`
+#   HOSTS    the versions of transformers that `make test-hosts` runs on
 
 PYTHON ?= python3
 VENV ?= .venv
 EVAL ?= build/eval-demo
+HOSTS ?= 5.12.0 5.16.1 5.19.0 5.20.2 5.23.0 5.24.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MINI := examples/mini
+HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py tests/test_host_laws.py \
+	tests/test_hub.py tests/test_kinds.py tests/test_pipelines.py tests/test_streaming.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test demo eval-demo bench hub format clean
+.PHONY: help venv test test-hosts demo eval-demo bench hub format clean
 
 help: ## print this list
-	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## make the environment: the versions of constraints.txt, and the project in place
 
 # The constraints hold from the first command on: an unpinned torch may be another build, gigabytes larger.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: name a Python 3.11 or newer, as in make PYTHON=python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: $(PYTHON) is Python " + sys.version.split()[0] + ", and transformers 5.23 needs 3.11 or newer: name one, as in make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: $(PYTHON) is Python " + sys.version.split()[0] + ", and the versions of constraints.txt need 3.11 or newer: name one, as in make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	@echo 'Installing; this takes some minutes, and longer where torch brings the CUDA libraries along.'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
@@ -36,6 +40,21 @@ test: $(STAMP) ## ruff, mypy and the tests, in some minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy nudging_hf
 	$(BIN)/python -m pytest
+
+test-hosts: $(HOSTS:%=test-host-%) ## the tests that touch transformers, on each of HOSTS in an environment of its own
+
+test-host-%: $(VENV)-hosts/%/.installed
+	@echo "transformers $*"
+	$(VENV)-hosts/$*/bin/python -m pytest $(HOST_TESTS)
+
+# Of the constraints, those of torch and the tools: the rest is what each version of transformers asks for.
+.PRECIOUS: $(VENV)-hosts/%/.installed
+$(VENV)-hosts/%/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-hosts/$*
+	grep -E '^(torch|numpy|pytest|pytest-xdist|hypothesis|accelerate|peft)==' constraints.txt > $(VENV)-hosts/$*/constraints.txt
+	$(VENV)-hosts/$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(VENV)-hosts/$*/constraints.txt transformers==$* --editable '.[test-hosts]'
+	@touch $@
 
 demo: $(STAMP) ## see nudging at work, on a CPU
 	$(BIN)/nudging-hf demo
@@ -63,5 +82,5 @@ format: $(STAMP) ## sort the imports, mend what ruff can mend, format
 
 clean: ## remove the environment, what was built, and the caches
 	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is no virtual environment, and stays" >&2; exit 1; }
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-hosts build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
