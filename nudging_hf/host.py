@@ -57,7 +57,8 @@ def check_version(version: str = transformers.__version__) -> None:
     tried = f"{'.'.join(map(str, LOWEST))} to {'.'.join(map(str, NEWEST))}"
     if (major, minor) < LOWEST:
         raise ImportError(
-            f"Nudging was tried with transformers {tried}, and {version} is too old: pip install --upgrade transformers"
+            f"Nudging was tried with transformers {tried}, and {version} is too old: "
+            "run `pip install --upgrade transformers`."
         )
     if (major, minor) > NEWEST:
         _logger.warning(f"Nudging was tried with transformers {tried}, and not with {version}, which is installed.")
