@@ -14,7 +14,7 @@ HOSTS ?= 5.12.0 5.16.1 5.19.0 5.20.2 5.23.0 5.24.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MINI := examples/mini
-HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py tests/test_host_laws.py \
+HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py tests/test_laws.py \
 	tests/test_hub.py tests/test_kinds.py tests/test_pipelines.py tests/test_streaming.py
 
 .DEFAULT_GOAL := help

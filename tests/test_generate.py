@@ -519,7 +519,13 @@ def test_what_cannot_generate_is_refused_by_its_name(shared, inputs, which):
 
 def test_ranks_that_wait_for_each_other_are_refused(shared, inputs, monkeypatch):
     monkeypatch.setattr("transformers.generation.utils.is_fsdp_managed_module", lambda model: True)
-    monkeypatch.setattr("transformers.generation.utils._get_torch_distributed_world_size", lambda: 2)
+    # As newer and as older versions ask for it.
+    for name, value in (
+        ("_get_torch_distributed_world_size", 2),
+        ("dist.get_world_size", 2),
+        ("dist.is_initialized", 1),
+    ):
+        monkeypatch.setattr(f"transformers.generation.utils.{name}", lambda value=value: value, raising=False)
     refused(shared.base, inputs, "FSDP")
 
 

@@ -394,7 +394,7 @@ def test_what_is_no_prompt_is_refused(prompt, message):
         (CHATS[0], {"truncation": True}, "`truncation` is for prompts that are strings, got a chat"),
         (CHATS[0], {"nudging_input_ids": torch.ones(1, 2)}, "`nudging_input_ids` is for prompts that are strings"),
         (CHATS[0], {"base_template": "{question}"}, "knows the fields {user} and {system}"),
-        (TEXTS[0], {"num_beams": 2}, "Nudging decodes greedily or by sampling"),
+        (TEXTS[0], {"num_beams": 2}, "`num_beams=2` does not go together with nudging"),
         (TEXTS[0], {"nudge_treshold": 0.4}, "nudge_treshold"),
     ],
     ids=lambda value: None,

@@ -64,7 +64,7 @@ def check_version(version: str = transformers.__version__) -> None:
     if (major, minor) < LOWEST:
         raise ImportError(
             f"Nudging was tried with transformers {tried}, and {version} is too old: "
-            "pip install --upgrade transformers"
+            "run `pip install --upgrade transformers`."
         )
     if (major, minor) > NEWEST:
         _logger.warning(f"Nudging was tried with transformers {tried}, and not with {version}, which is installed.")
