@@ -10,6 +10,7 @@ import nudging_hf
 
 PACKAGE = Path(nudging_hf.__file__).parent
 LAYERS = [
+    {"config", "rounds"},
     {"gate", "vocabulary", "choosing", "constraints", "drafting", "host", "lookup"},
     {"bridge", "cache_layers"},
     {"slots", "reading_mode"},

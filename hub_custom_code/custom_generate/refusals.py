@@ -63,9 +63,9 @@ def refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, a
     for whose, lm in models.items():
         if not reading_mode(lm).is_causal:
             raise ValueError(
-                f"The {whose}, {type(lm).__name__}, does not read ids from left to right alone: what it says after a "
-                "token depends on later ones, or on more than `generate` gives it. Give a decoder-only model; BERT's "
-                "kind is one with `is_decoder=True` in its config."
+                f"The {whose}, {type(lm).__name__}, does not read ids from left to right alone (what it says after a "
+                "token depends on later ones, or on more than its ids): give a decoder-only model; BERT's kind is one "
+                "with `is_decoder=True` in its config."
             )
         if config.use_cache:
             refuse_a_cache_of_its_own(lm, whose, config.cache_implementation == "static")
