@@ -18,11 +18,10 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMode
 
 from .bridge import OneVocabulary, Vocabulary, answer_class
-from .cached_lm import CachedLM, Reading
+from .cached_lm import CachedLM, Reading, SeparateRows, cached_lm
 from .chats import padded
 from .generate import loaded_vocabulary, take_over_stop_strings
 from .host import (
-    cannot_roll_back,
     eos_token_ids,
     merged_generation_config,
     own_generation_config,
@@ -32,6 +31,7 @@ from .host import (
 )
 from .named_model import named_nudging_model
 from .prompts import nudging_prompts, unpadded
+from .refusals import refuse_a_cache_of_its_own
 
 # What in-context alignment puts before a question; in the manner of URIAL (arXiv 2312.01552), the words our own.
 PREAMBLE = """\
@@ -268,7 +268,7 @@ class _MixedLogits(LogitsProcessor):
         mix: what makes logits of the base's and the small models', all of shape (rows, tokens).
     """
 
-    def __init__(self, readers: list[tuple[CachedLM, list[list[int]]]], prompt_length: int, mix: Mix):
+    def __init__(self, readers: list[tuple[CachedLM | SeparateRows, list[list[int]]]], prompt_length: int, mix: Mix):
         self.readers = readers
         self.prompt_length = prompt_length
         self.mix = mix
@@ -335,7 +335,7 @@ def _decode(
         elif prompts is None:
             prompts = base_prompts
         copies = rows // len(prompts)  # Of `num_return_sequences`, in succession.
-        lm = CachedLM(voice.model, rows, bool(generation_config.use_cache))
+        lm = cached_lm(voice.model, rows, bool(generation_config.use_cache))
         readers.append((lm, [prompt for prompt in prompts for _ in range(copies)]))
     return token_by_token(
         model,
@@ -380,11 +380,8 @@ def _voice(small: _Small, base: Any, vocabulary: Vocabulary, rows: int, use_cach
     for whose, lm in models.items():
         if lm.config.is_encoder_decoder:
             raise ValueError(f"The {whose} is an encoder-decoder model, {type(lm).__name__}: give a decoder-only one.")
-    if use_cache and cannot_roll_back(model):
-        raise ValueError(
-            f"The {name} model, {type(model).__name__}, keeps a recurrent state or an index, which cannot be read row "
-            "by row: give an attention model, or `use_cache=False`."
-        )
+    if use_cache:
+        refuse_a_cache_of_its_own(model, f"{name} model")
     own = loaded_vocabulary(tokenizer, model, f"{name}_tokenizer", f"{name} model")
     if answer_class(vocabulary, own) is not OneVocabulary:
         raise ValueError(

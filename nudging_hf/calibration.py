@@ -5,6 +5,7 @@ A *nudge rate* is here the share of the words of all answers of which the nudgin
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,7 +17,16 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from .chats import REASONING_TEMPLATE, Message, chat_inputs, checked_messages, messages_of, padded, plain_prompt
+from .chats import (
+    REASONING_TEMPLATE,
+    Message,
+    chat_inputs,
+    checked_messages,
+    messages_of,
+    padded,
+    plain_prompt,
+    refuse_half_characters,
+)
 from .config import NudgingConfig
 from .gate import GATES
 from .generate import generate
@@ -78,6 +88,12 @@ class Prompt:
 
     def __post_init__(self) -> None:
         checked_messages(self.messages)
+        for name in ("prompt", "pattern", "answer"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, str):
+                    raise ValueError(f"`{name}` must be text, got {value!r}.")
+                refuse_half_characters(value, f"`{name}`")
         if (self.pattern is None) != (self.answer is None):
             raise ValueError("`pattern` and `answer` go together, and one of them is missing.")
         if self.pattern is not None:
@@ -112,8 +128,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Raises:
         ValueError: for a row that is no prompt, naming its line, and where there is none at all.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [(number, line.strip()) for number, line in enumerate(read_lines(path), start=1) if line.strip()]
     if not numbered:
         raise ValueError(f"{path} holds no prompts.")
     if not numbered[0][1].startswith("{"):
@@ -124,10 +139,29 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             row = json.loads(line)
             prompts.append(Prompt(row["messages"], *(row.get(name) for name in ("prompt", "pattern", "answer"))))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
+            why = error if isinstance(error, ValueError) else repr(error)
             raise ValueError(
-                f'{path}, line {number}, is no prompt, {{"messages": [...]}} at the least: {error!r}'
+                f'{path}, line {number}, is no prompt, {{"messages": [...]}} at the least: {why}'
             ) from error
     return prompts
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a file of text, which end at line breaks alone, and not at all that Unicode calls one.
+
+    Raises:
+        ValueError: for a file that is not UTF-8, naming the line.
+    """
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # Some editors begin a file with the mark of UTF-8, which is no text.
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}, holds the byte 0x{error.object[error.start]:02x}, "
+            "which is not UTF-8: save the file as UTF-8."
+        ) from error
+    return list(io.StringIO(text, newline=None))
 
 
 @dataclass(frozen=True)

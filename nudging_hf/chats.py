@@ -7,14 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import BatchEncoding
+
+from .prompts import TemplateRefusal, templated_ids
 
 # The plain prompts of the nudging paper (arXiv 2410.09300).
 REASONING_TEMPLATE = "{system}\nQuestion: {user}\n"
 INSTRUCTION_TEMPLATE = "{system}\nInstruction: {user}\n"
 
 Message = Mapping[str, Any]
+
+# What `chat_inputs` itself tells a chat template, or what would make other rows of its prompts.
+_NOT_OF_TEMPLATES = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+)
+_A_CHAT = 'A chat is a list of messages {"role": ..., "content": ...}'
 
 
 def messages_of(user: str, system: str | None = None) -> list[dict[str, str]]:
@@ -33,12 +46,15 @@ def chat_inputs(
     """The inputs of both models for one chat or several, to be given to `generate` as they are.
 
     The base, which knows no chats, is given [`plain_prompt`]; the nudging model its own chat template, or the base's
-    prompt where it has none. A chat template that refuses a system message is given its text at the head of the first
-    user turn.
+    prompt where it has none. A chat template that refuses a system message, or leaves it out, is given its text at the
+    head of the first user turn. One that leaves out another message is refused. It may leave out the reasoning in
+    front of an earlier answer (`<think>...</think>`), as the templates of models that reason do.
 
     Args:
         chats: a list of messages `{"role": ..., "content": ...}`, or a list of such lists, one a row. Roles are
-            "system", "user" and "assistant"; the last message is the user's.
+            "system", "user" and "assistant"; the last message is the user's. A content is a string, or a list of
+            strings and of parts `{"type": "text", "text": ...}`, which are joined. Other fields of a message are not
+            read; tool calls are refused.
         tokenizer, nudging_tokenizer: of the base and of the nudging model.
         base_template: see [`plain_prompt`].
         chat_template_kwargs: what the nudging model's chat template is to be told besides, such as
@@ -49,20 +65,30 @@ def chat_inputs(
         (batch, length), padded on the left.
 
     Raises:
-        ValueError: for a chat or a template that cannot be made a prompt of.
+        ValueError: for a chat or a template that cannot be made a prompt of, and for a system message that neither
+            model would be given.
 
     Example:
         inputs = nudging_hf.chat_inputs(messages, tokenizer, nudging_tokenizer)
         base.generate(**inputs, nudging_model=nudger)
     """
-    many: Any = [chats] if chats and isinstance(chats[0], Mapping) else chats
-    if not many:
-        raise ValueError("There is no chat: give a list of messages, or a list of such lists.")
+    many = _list_of_chats(chats)
+    if unheeded := sorted(set(chat_template_kwargs or {}) & set(_NOT_OF_TEMPLATES)):
+        raise ValueError(
+            f"`chat_template_kwargs` is what the chat template is told, got `{unheeded[0]}`, which says how a prompt "
+            "is begun or encoded: leave it out."
+        )
     plain = [plain_prompt(chat, base_template) for chat in many]
     rows = [tokenizer(text)["input_ids"] for text in plain]
     if nudging_tokenizer.chat_template:
-        nudging_rows = [_chat_ids(nudging_tokenizer, chat, chat_template_kwargs or {}) for chat in many]
+        nudging_rows = [_chat_ids(nudging_tokenizer, chat, chat_template_kwargs) for chat in many]
     else:
+        if not _has_system(base_template) and any((checked_messages(chat)[0] or "").strip() for chat in many):
+            raise ValueError(
+                "Neither model would be given the system message: the nudging model has no chat template, so that it "
+                "is given the base's prompt, and the base's template has no {system}. Put {system} into "
+                "`base_template`, or leave the system message out."
+            )
         nudging_rows = [nudging_tokenizer(text)["input_ids"] for text in plain]
     ids, mask = padded(rows, tokenizer)
     nudging_ids, nudging_mask = padded(nudging_rows, nudging_tokenizer)
@@ -122,12 +148,18 @@ def turn_template(template: str) -> str:
     return later
 
 
+def _has_system(template: str) -> bool:
+    return any(field == "system" for _, field, _, _ in string.Formatter().parse(template))
+
+
 def checked_messages(messages: Sequence[Message]) -> tuple[str | None, list[str]]:
     """The system message of a chat, if it has one, and its turns: the user's and the assistant's by turns.
 
     Raises:
-        ValueError: for messages in another order, or content that is not text.
+        ValueError: for messages in another order, for content that is not text, and for what is no list of messages.
     """
+    if not _is_list(messages):
+        raise _no_chat(messages)
     said = [(_role(message), _text(message)) for message in messages]
     system = said.pop(0)[1] if said and said[0][0] == "system" else None
     expected = ["user", "assistant"] * len(said)
@@ -140,39 +172,95 @@ def checked_messages(messages: Sequence[Message]) -> tuple[str | None, list[str]
     return system, [text for _, text in said]
 
 
+def refuse_half_characters(text: str, what: str) -> None:
+    """Refuses a text that no tokenizer and no file takes: one with a surrogate code point, which is no character.
+
+    Args:
+        text: any string. Python reads bytes that it cannot decode as such code points.
+        what: what the text is, as the subject of a sentence.
+
+    Raises:
+        ValueError: where there is one, saying where it stands.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} holds {text[error.start]!r} at position {error.start}, which is no character but a byte that "
+            "could not be decoded, or half of a character of UTF-16: give it as UTF-8."
+        ) from error
+
+
+def _list_of_chats(chats: Any) -> list[Sequence[Message]]:
+    """One chat or several as a list of chats, which are not looked into."""
+    if not _is_list(chats):
+        raise _no_chat(chats)
+    if not chats:
+        raise ValueError("There is no chat: give a list of messages, or a list of such lists.")
+    return [chats] if isinstance(chats[0], Mapping) else list(chats)
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+
+
+def _no_chat(given: Any) -> ValueError:
+    one = isinstance(given, Mapping) and "role" in given
+    return ValueError(f"{_A_CHAT}, got {_short(given)}{': put the message into a list' if one else ''}.")
+
+
 def _role(message: Message) -> str:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise ValueError(f'A message is {{"role": ..., "content": ...}}, got {message!r}.')
-    return message["role"]
+        raise ValueError(f'A message is {{"role": ..., "content": ...}}, got {_short(message)}.')
+    role = message["role"]
+    if not isinstance(role, str):
+        raise ValueError(f'The role of a message is "system", "user" or "assistant", got {_short(role)}.')
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise ValueError(
+                f"A message has `{name}`, which the base, whose prompt is plain text, cannot read: write what was "
+                "called into its content."
+            )
+    return role
 
 
 def _text(message: Message) -> str:
     """The content of a message, which may come in parts."""
     content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or any(part.get("type") != "text" for part in parts):
-        raise ValueError(f"The content of a message must be text, got {content!r}.")
-    return "".join(part["text"] for part in parts)
+    parts = [content] if isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple)):
+        raise ValueError(f"The content of a message must be text, got {_short(content)}.")
+    text = "".join(map(_text_of_part, parts))
+    refuse_half_characters(text, "The content of a message")
+    return text
 
 
-def _chat_ids(tokenizer: Any, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> list[int]:
+def _text_of_part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise ValueError(
+        'The content of a message must be text, a string or a list of strings and of parts {"type": "text", '
+        f'"text": ...}}, got a part {_short(part)}.'
+    )
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def _chat_ids(tokenizer: Any, messages: Sequence[Message], kwargs: Mapping[str, Any] | None) -> list[int]:
     """The nudging model's prompt for a chat, by its chat template."""
     system, turns = checked_messages(messages)
     chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-    try:
-        if system is not None:
-            try:
-                return _templated(tokenizer, [{"role": "system", "content": system}, *chat], kwargs)
-            except TemplateError:  # Gemma's, for one, knows no system.
-                chat[0]["content"] = f"{system}\n\n{chat[0]['content']}"
-        return _templated(tokenizer, chat, kwargs)
-    except TemplateError as error:
-        raise ValueError(f"The nudging model's chat template refuses the messages: {error}") from error
-
-
-def _templated(tokenizer: Any, messages: list[dict[str, str]], kwargs: Mapping[str, Any]) -> list[int]:
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **kwargs)
-    return encoded["input_ids"]
+    if system is not None:
+        try:
+            return templated_ids(tokenizer, [{"role": "system", "content": system}, *chat], kwargs)
+        except TemplateRefusal:  # Gemma's refuses a system message; one of Phi-3's leaves it out.
+            chat[0]["content"] = f"{system}\n\n{chat[0]['content']}"
+    return templated_ids(tokenizer, chat, kwargs)
 
 
 def padded(rows: Sequence[list[int]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from .analysis import Reader
 from .baselines import STOP_STRING, ensemble, in_context, proxy_tuning
 from .bridge import OneVocabulary, answer_class
-from .calibration import Prompt, read_prompts
+from .calibration import Prompt, read_lines, read_prompts
 from .config import NudgingConfig
 from .generate import generate
 from .journal import Journal
@@ -63,8 +63,7 @@ def read_questions(path: str | Path) -> list[Question]:
             f"{path}: who is right is told by `pattern` and `answer`, and {unlabelled} of {len(prompts)} prompts have "
             "none: give JSON lines with both in each."
         )
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    tasks = [json.loads(line).get("task") for line in lines if line.strip()]
+    tasks = [json.loads(line).get("task") for line in read_lines(path) if line.strip()]
     return [Question(**vars(prompt), task=str(task or "")) for prompt, task in zip(prompts, tasks, strict=True)]
 
 

@@ -37,11 +37,11 @@ from transformers.generation import (
 from transformers.utils import logging
 
 from .bridge import OneVocabulary, TwoVocabularies, to_text
-from .cached_lm import CachedLM, Reading, common_prefix
+from .cached_lm import CachedLM, Reading, SeparateRows, common_prefix
 from .choosing import Positions, best_scores, choose, joined, mix, processed_scores
 from .config import ADAPTIVE, NudgingConfig
 from .constraints import Constraint
-from .drafting import MOST, Plan, Written, draft_length_of
+from .drafting import MOST, DraftLength, Plan, Written, borrowed_draft_length
 from .gate import GATES, top1_probabilities
 from .host import shared_by_ranks
 from .lookup import guess
@@ -291,8 +291,8 @@ class NudgedDecoder:
 
     def __init__(
         self,
-        base: CachedLM,
-        nudging: CachedLM,
+        base: CachedLM | SeparateRows,
+        nudging: CachedLM | SeparateRows,
         rows: list[Row],
         config: NudgingConfig,
         voices: Voices,
@@ -311,7 +311,7 @@ class NudgedDecoder:
         self.streamer = streamer
         self.record = record
         self.record_logits = record_logits
-        self._policy = draft_length_of(base.model, nudging.model, (len(rows), base.kind_of_cache))
+        self._policy: DraftLength  # While it runs.
         # With one vocabulary, the nudging model may write a stop token of the caller's, which can be too early too.
         self._one_vocabulary = isinstance(rows[0].answer, OneVocabulary)
         too_early = {*voices.nudging_eos, *(limits.stop_tokens if self._one_vocabulary else ())}
@@ -324,6 +324,11 @@ class NudgedDecoder:
 
     def run(self) -> None:
         """Writes all answers to their end."""
+        way = (len(self.rows), self.base.kind_of_cache)
+        with borrowed_draft_length(self.base.model, self.nudging.model, way) as self._policy:
+            self._run()
+
+    def _run(self) -> None:
         for row in self.rows:
             self._resume(row, None)
         while True:
@@ -524,7 +529,8 @@ class NudgedDecoder:
                     "The nudging model reads more tokens than it was trained on, by its `max_position_embeddings` of "
                     f"{int(self.voices.nudging_positions)}: its words may be worse from there on."
                 )
-            readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1)
+            settled = len(text) - len(row.continuation())
+            readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1, settled)
         logits = self.nudging.read(readings)
         raw = joined([logits[row.number] for row in rows]).float()
         scores = processed_scores(
@@ -678,7 +684,12 @@ class NudgedDecoder:
         if self.config.num_draft_tokens != ADAPTIVE:
             return Plan(int(self.config.num_draft_tokens), int(self.config.num_draft_tokens))
         drafts = [Written(row.sure(), self._may_draft(row)) for row in rows]
-        return Plan(*self._alike(self._policy.choose(drafts, self._steps_are_free)))
+        unread = None
+        if self.base.keeps_state:
+            texts = [[*row.answer.prompt, *row.answer.ids] for row in rows]
+            behind = [self.base.unread(row.number, text) - 1 for row, text in zip(rows, texts, strict=True)]
+            unread = max(0, *behind)
+        return Plan(*self._alike(self._policy.choose(drafts, self._steps_are_free, unread)))
 
     def _alike(self, numbers: Sequence[int]) -> list[int]:
         """What was chosen by the clock, alike in all processes of tensor parallelism: they must pass alike."""
@@ -703,7 +714,11 @@ class NudgedDecoder:
                 row.draft_sure = row.answer.sure_of(draft, row.continuation(), row.sure())
             else:
                 row.read = row.answer.ids[:-1]
-            readings[row.number] = Reading([*row.answer.prompt, *row.read], len(row.read) + 1 - len(row.seen))
+            readings[row.number] = Reading(
+                [*row.answer.prompt, *row.read],
+                len(row.read) + 1 - len(row.seen),
+                settled=len(row.answer.prompt) + len(row.answer.ids),
+            )
         began = time.perf_counter()
         logits = self.base.read(readings)
         # Processors are where the caller's ids are, which need not be where the base is.
@@ -768,7 +783,7 @@ def _transferred(*of_positions: torch.Tensor) -> list[list[float]]:
     return torch.stack([each.float() for each in of_positions]).tolist()
 
 
-def _usual_size(lm: CachedLM) -> int | None:
+def _usual_size(lm: CachedLM | SeparateRows) -> int | None:
     """The tokens of its last pass, padding included, if others like it will follow: a prompt is read once, and
     compiled once."""
     if lm.last_shape is None or lm.last_shape[1] > _USUAL_WIDTH:

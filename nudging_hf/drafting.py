@@ -20,13 +20,16 @@ Steps that must be made however far is drafted, for a nudge, are no cost of a dr
 for each token of its answer. But of many rows one or another must write after nearly every pass, and all wait for it:
 to them such steps are a cost of each pass, which longer drafts make rarer.
 
-What was found out about two models is kept for as long as they are.
+What was found out about two models is kept for as long as they are. Calls that run at the same time share no policy.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, repeat
 from operator import mul
 from typing import Any, NamedTuple
@@ -166,7 +169,7 @@ class PassTime:
     def is_known(self) -> bool:
         return bool(self._means)
 
-    def __call__(self, tokens: int) -> float:
+    def __call__(self, tokens: float) -> float:
         if not self._known:
             self._known = sorted(map(self._faded, self._means.values()))
         known = self._known
@@ -218,7 +221,7 @@ class DraftLength:
         self._base_pass = PassTime()
         self._has_read_alone = False
         self._is_trial = True  # Whether the last plan was made to learn what such a pass takes.
-        self._costs: dict[int, _Costs] = {}  # By the number of rows.
+        self._costs: dict[tuple[int, int], _Costs] = {}  # By the number of rows, and of tokens read again.
         self._accepted, self._reckoned = _REACHED * _REACHED_WEIGHT, _REACHED_WEIGHT  # Tokens of a row.
         self._seconds = 0.0  # Of a pass of the base and the steps since that were made for a draft.
         self._forced_since = 0.0  # Seconds of the steps since that were made in any case.
@@ -269,22 +272,24 @@ class DraftLength:
         """The seconds of such steps that are thought of as a pass's own; what is left goes by the answer's tokens."""
         return self._forced * (1 - 1 / rows)
 
-    def _costs_of(self, rows: int) -> _Costs:
-        if rows not in self._costs:
+    def _costs_of(self, rows: int, unread: int) -> _Costs:
+        if (rows, unread) not in self._costs:
             forced = self._forced_by_pass(rows)
-            seconds = [forced + self._base_pass(rows * (length + 1)) for length in range(MOST + 1)]
+            seconds = [forced + self._base_pass(rows * (unread + length + 1)) for length in range(MOST + 1)]
             chance, step = self.acceptance.of_any, self.guesses.seconds_a_token
             tokens = accumulate(accumulate(repeat(chance, MOST), mul, initial=1.0))
             paces = [rows * n / (s + length * step) for length, (n, s) in enumerate(zip(tokens, seconds, strict=True))]
-            self._costs[rows] = _Costs(max(paces), seconds)
-        return self._costs[rows]
+            self._costs[rows, unread] = _Costs(max(paces), seconds)
+        return self._costs[rows, unread]
 
-    def choose(self, rows: Sequence[Written], steps_are_free: bool = False) -> Plan:
+    def choose(self, rows: Sequence[Written], steps_are_free: bool = False, unread: int | None = None) -> Plan:
         """The plan that promises most tokens, less what its seconds are worth.
 
         Args:
             rows: of the batch.
             steps_are_free: whether the nudging model makes a pass for other rows in any case.
+            unread: for a base with a state, how many accepted tokens its pass reads again beside the last one: those
+                that stood with a draft of which some were rejected. `None` for a base that reads nothing twice.
         """
         if not self._base_pass.is_known:
             return Plan(_FIRST, _FIRST)
@@ -293,7 +298,7 @@ class DraftLength:
             self._has_read_alone = True
             return Plan(0, 0)
         self._rows = len(rows)
-        self._pace, seconds = self._costs_of(self._rows)
+        self._pace, seconds = self._costs_of(self._rows, unread or 0)
         if self._credit < 0:
             return Plan(0, 0)
         # More than was reckoned is no pace to go by: what brought it is in the chances by now, and a pace that cannot
@@ -301,6 +306,7 @@ class DraftLength:
         pace = self._pace * min(1.0, self._accepted / self._reckoned)
         step_cost = 0.0 if steps_are_free else pace * self.guesses.seconds_a_token
         promised, best, write, plan = 0.0, -pace * seconds[0], 0, Plan(0, 0)
+        survival, read_again = 1.0, 0.0
         for length, (gain, unwritten) in enumerate(self._gains(rows), start=1):
             if unwritten > step_cost:
                 gain += unwritten - step_cost
@@ -308,7 +314,13 @@ class DraftLength:
             if gain < _LEAST_GAIN * len(rows):
                 break
             promised += gain
-            if (value := promised - pace * seconds[length]) > best:
+            seconds_of_draft = seconds[length]
+            if unread is not None:
+                # Where it is this token that is rejected, those before it are read again.
+                read_again += (survival - gain / len(rows)) * (length + unread)
+                survival = gain / len(rows)
+                seconds_of_draft += self._base_pass(self._rows * (1 + read_again)) - self._base_pass(self._rows)
+            if (value := promised - pace * seconds_of_draft) > best:
                 best, plan = value, Plan(write, length)
         if plan.read:
             self._to_account = 2
@@ -371,14 +383,40 @@ class GuessLength:
         return self._chosen[rows]
 
 
-_KNOWN: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, DraftLength]]] = WeakKeyDictionary()
+class _Policies:
+    """Those of one pair and one way of running it: as many as calls have run at the same time."""
+
+    def __init__(self) -> None:
+        self.idle: list[DraftLength] = []
+        self.known: DraftLength | None = None  # A copy of what was given back, which nobody changes.
+        self.given_back = 0
 
 
-def draft_length_of(base: Any, nudging_model: Any, way: Hashable) -> DraftLength:
-    """The one of two models and a way of running them, with all that earlier answers have told.
+_POLICIES: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, _Policies]]] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def borrowed_draft_length(base: Any, nudging_model: Any, way: Hashable) -> Iterator[DraftLength]:
+    """The policy of two models and a way of running them, with all that earlier answers have told.
+
+    It belongs to one call until that ends. A second call at the same time, in another thread, has a policy of its own,
+    which begins with what was known a while ago.
 
     Args:
         way: all else on which the time of a pass depends: how many rows it has, and so on.
     """
-    pairs = _KNOWN.setdefault(base, WeakKeyDictionary())
-    return pairs.setdefault(nudging_model, {}).setdefault(way, DraftLength())
+    with _LOCK:
+        pairs = _POLICIES.setdefault(base, WeakKeyDictionary())
+        policies = pairs.setdefault(nudging_model, {}).setdefault(way, _Policies())
+        policy, known = policies.idle.pop() if policies.idle else None, policies.known
+    if policy is None:
+        policy = DraftLength() if known is None else copy.deepcopy(known)
+    try:
+        yield policy
+    finally:
+        with _LOCK:
+            policies.given_back += 1
+            if policies.given_back & (policies.given_back - 1) == 0:  # A power of 2: a copy takes time.
+                policies.known = copy.deepcopy(policy)
+            policies.idle.append(policy)

@@ -9,6 +9,7 @@ import copy
 import inspect
 import math
 import os
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, GenerationMixin, LogitsProcessorList, Pr
 from transformers.generation import MinNewTokensLengthLogitsProcessor, StoppingCriteriaList, StopStringCriteria
 
 from .bridge import OneVocabulary, TwoVocabularies, Vocabulary, answer_class
-from .cached_lm import CachedLM, Prompts, Static
+from .cached_lm import Prompts, Static, cached_lm
 from .choosing import new_seeds
 from .config import NudgingConfig
 from .constraints import (
@@ -31,6 +32,8 @@ from .constraints import (
 from .decoding import Limits, NudgedDecoder, Row, Voices
 from .host import (
     CACHE_NAMES,
+    arguments_of_caller,
+    check_version,
     eos_token_ids,
     greatest_length,
     input_device,
@@ -51,7 +54,12 @@ from .host import (
 from .named_model import named_nudging_model
 from .output import NudgingOutput, nudging_output, padded_sequences
 from .prompts import nudging_prompts, unpadded
-from .refusals import refuse_what_nudging_cannot_do, refuse_what_the_base_cannot_read
+from .refusals import (
+    refuse_streamer_of_several_rows,
+    refuse_what_is_no_language_model,
+    refuse_what_nudging_cannot_do,
+    refuse_what_the_base_cannot_read,
+)
 from .rounds import rounds
 from .threshold import threshold_of
 
@@ -94,8 +102,8 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
 
     `nudging_hf.generate(model, **inputs, nudging_model=m)`, `model.generate(**inputs, nudging_model=m)` after
     `nudging_hf.register()`, and `model.generate(**inputs, custom_generate=nudging_hf.generate, nudging_model=m)` give
-    the same ids. Through `custom_generate` transformers keeps `tokenizer`, `stop_strings` and `streamer` to itself:
-    there, give `base_tokenizer` for the first, and use another door for the other two.
+    the same ids. Through `custom_generate` transformers refuses `stop_strings` for want of a tokenizer, and answers
+    `cache_implementation="paged"` by itself, without nudging and without a word: use another door for the first.
 
     Args:
         model (`PreTrainedModel`):
@@ -144,6 +152,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
         if not args:
             raise ValueError("Nothing to nudge: give the base as the first argument or as `model=`.")
         model, *args = args  # type: ignore[assignment]
+    check_version()
     model = without_wrapper(model)
     plain = kwargs.get("nudging_model", model) is None
     own = {name: kwargs.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
@@ -153,14 +162,18 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     if is_prepared(kwargs.get("generation_config")):  # transformers calls, by `custom_generate=`.
         if plain:
             raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
-        generation_config = kwargs["generation_config"]
+        refuse_what_is_no_language_model(model, "base", "model")
+        generation_config, given = kwargs["generation_config"], arguments_of_caller()
         _find_nudging_model(model, own, generation_config, hub)
-        refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, {})
-        kwargs["nudging_call"] = _call(model, own, None, generation_config)
+        refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, given)
+        call = _call(model, own, given.get("tokenizer"), generation_config, given.get("streamer"))
+        refuse_streamer_of_several_rows(call.streamer, len(args[0]))
+        kwargs["nudging_call"] = call
         return _decode(model, *args, **kwargs)
     if plain:
         return plain_generate(model)(model, *args, **kwargs)
 
+    refuse_what_is_no_language_model(model, "base", "model")
     arguments = dict(_GENERATE_SIGNATURE.bind(model, *args, **kwargs).arguments)
     arguments.update(arguments.pop("kwargs", {}))
     del arguments["self"]
@@ -171,8 +184,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     call = _call(model, own, tokenizer, generation_config, arguments.get("streamer"))
     prompts = arguments.get("inputs", arguments.get("input_ids"))
     rows = generation_config.num_return_sequences * (1 if prompts is None else len(prompts))
-    if call.streamer is not None and rows > 1:
-        raise ValueError(f"A streamer takes a single answer, got {rows} rows: generate them one at a time.")
+    refuse_streamer_of_several_rows(call.streamer, rows)
     if generation_config.stop_strings is not None:
         take_over_stop_strings(arguments, model, generation_config.stop_strings, call.vocabulary.tokenizer)
     return GenerationMixin.generate(model, **arguments, custom_generate=_decode, nudging_call=call)
@@ -256,9 +268,10 @@ def _decode(
     ]
     full = generation_config.return_dict_in_generate
     scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
-    static = Static(generation_config.max_length - input_ids.shape[1], generation_config) if is_static else None
-    base = CachedLM(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None, static)
-    nudging = CachedLM(call.nudging_model, batch, use_cache, static=static)
+    longest = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
+    static = Static(longest - input_ids.shape[1], generation_config) if is_static else None
+    base = cached_lm(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None, static)
+    nudging = cached_lm(call.nudging_model, batch, use_cache, static=static)
     NudgedDecoder(
         base,
         nudging,
@@ -496,13 +509,16 @@ def _vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     return Vocabulary(tokenizer)
 
 
+# transformers keeps what it finds out of stop strings, the last eight, for all threads, and does not lock it.
+_STOP_STRINGS = threading.Lock()
 _answer_class = lru_cache(maxsize=8)(answer_class)
 
 
 def take_over_stop_strings(arguments: dict[str, Any], model: Any, stop_strings: Any, tokenizer: Any) -> None:
     """Makes a stopping criterion of them: transformers has no tokenizer to hand when it calls the decoding loop."""
     criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
-    criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    with _STOP_STRINGS:
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
     arguments["stopping_criteria"] = criteria
     if arguments.get("generation_config") is not None:
         arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
+import logging
 import os
 import shutil
 import string
@@ -18,12 +20,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from .chats import REASONING_TEMPLATE, turn_template
 from .config import NudgingConfig
 
+logger = logging.getLogger(__name__)
+
 CODE, NUDGING_MODEL = "custom_generate", "nudging_model"
 # transformers reads `name op version`, and only the first clause of a line.
 REQUIREMENTS = ("torch>=2.4", "transformers>=5.12")
 
 _PACKAGE = Path(__file__).parent
 _NOT_KEPT = ("_from_model_config", "transformers_version")
+# Fields that act on sampling or on beams alone, with the values with which they change nothing there either.
+_OF_SAMPLING = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+_OF_BEAMS = {"early_stopping": False, "length_penalty": 1.0}
 _NOT_UPLOADED = ("*.pyc", "*.DS_Store", *DEFAULT_IGNORE_PATTERNS)
 
 
@@ -76,7 +92,9 @@ def export(
 
     The folder holds the base (safetensors, in the dtype in which it was saved), its tokenizer with a chat template
     that makes the base's plain prompt, the code, the names and knobs in its generation config, and a model card. A
-    nudging model that is a folder is copied into it; one on the Hub is named.
+    nudging model that is a folder is copied into it; one on the Hub is named. Fields of a generation config that have
+    no effect, such as a temperature where nothing is drawn, and with which transformers would not save it, are left
+    out, and a warning names them.
 
     Args:
         base: the large base model: a folder, or a name on the Hugging Face Hub.
@@ -117,6 +135,7 @@ def export(
         _save_base(base, made, base_template, knobs | {"nudging_model_name_or_path": named})
         if copied:
             model, tokenizer = _load(nudging_model, "nudging model")
+            model.generation_config = _savable(model.generation_config, nudging_model, "nudging model")
             model.save_pretrained(made / NUDGING_MODEL)
             tokenizer.save_pretrained(made / NUDGING_MODEL)
         write_code(made)
@@ -134,10 +153,73 @@ def _save_base(name: str, folder: Path, base_template: str, fields: dict[str, An
     # A fresh config: one that is marked as made from the model's loses fields of nudging when it is loaded.
     own = model.generation_config.to_dict()
     own = {key: value for key, value in own.items() if key not in _NOT_KEPT and value is not None}
-    model.generation_config = GenerationConfig(**own | fields)
+    model.generation_config = _savable(GenerationConfig(**own | fields), name, "base")
     tokenizer.chat_template = plain_chat_template(base_template, _opening(tokenizer))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _refuse_broken_generation_config(name: str, whose: str) -> None:
+    """Refuses what `from_pretrained` of a model fails at without naming the file, or passes over in silence."""
+    try:
+        GenerationConfig.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) and not Path(name, "generation_config.json").is_file():
+            return  # It has none, or is not reached; the latter is seen when the model is loaded.
+        raise ValueError(
+            f"The generation_config.json of the {whose} {name!r} is one that transformers does not read: "
+            f"{' '.join(str(error).split())} Mend it there."
+        ) from error
+
+
+def _savable(config: GenerationConfig, name: str, whose: str) -> GenerationConfig:
+    """A generation config without the fields that have no effect, if it cannot be saved with them.
+
+    Many published ones cannot, Llama 2's for one: transformers has become stricter since.
+
+    Raises:
+        ValueError: for one that cannot be saved without them either.
+    """
+    if _why_not_saved(config) is None:
+        return config
+    idle: dict[str, Any] = {} if config.do_sample is True else dict(_OF_SAMPLING)
+    if config.num_beams in (None, 1):
+        idle |= _OF_BEAMS
+    if config.use_cache is False:
+        idle["cache_implementation"] = None
+    if config.return_dict_in_generate is not True:
+        idle |= dict.fromkeys(GenerationConfig.extra_output_flags, False)
+    if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:  # No token has a negative id.
+        idle["pad_token_id"] = None
+    mended = copy.deepcopy(config)
+    dropped = {}
+    for field, neutral in idle.items():
+        value = getattr(config, field, None)
+        if value is not None and value != neutral:
+            dropped[field] = value
+            setattr(mended, field, None)
+    if (why := _why_not_saved(mended)) is not None:
+        raise ValueError(
+            f"The generation config of the {whose} {name!r} is one that transformers does not save: {why} Mend it in "
+            "the generation_config.json of that model."
+        )
+    logger.warning(
+        "The generation config of the %s %r sets %s, which has no effect as that config stands, and which "
+        "transformers does not save: it is left out.",
+        whose,
+        name,
+        ", ".join(f"{field}={value!r}" for field, value in dropped.items()),
+    )
+    return mended
+
+
+def _why_not_saved(config: GenerationConfig) -> str | None:
+    """What transformers says against saving a generation config, in one line; `None` where it saves it."""
+    try:
+        config.validate(strict=True)
+    except (ValueError, TypeError) as error:  # It compares numbers with whatever stands in the file.
+        return " ".join(str(error).split())
+    return None
 
 
 def _is_folder(name: str, whose: str) -> bool:
@@ -152,6 +234,7 @@ def _is_folder(name: str, whose: str) -> bool:
 def _load(name: str, whose: str) -> tuple[Any, Any]:
     """A model with its weights as they were saved, and its tokenizer, neither bound to code of their own."""
     _is_folder(name, whose)
+    _refuse_broken_generation_config(name, whose)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, trust_remote_code=False)
@@ -186,17 +269,33 @@ def plain_chat_template(base_template: str = REASONING_TEMPLATE, opening: str = 
 # Text stands in expressions alone: of the text around them Jinja would drop line breaks.
 _CHAT_TEMPLATE = string.Template("""\
 {%- macro text(message) -%}
-    {%- if message['content'] is string -%}
-        {{- message['content'] -}}
+    {%- set content = message['content'] -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content is undefined or content is mapping or content is not sequence -%}
+        {{- raise_exception('The content of a message must be text.') -}}
     {%- else -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] != 'text' -%}
+        {%- for part in content -%}
+            {%- if part is string -%}
+                {{- part -}}
+            {%- elif part is mapping and part['type'] == 'text' and part['text'] is string -%}
+                {{- part['text'] -}}
+            {%- else -%}
                 {{- raise_exception('The content of a message must be text.') -}}
             {%- endif -%}
-            {{- part['text'] -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{%- if messages is string or messages is mapping or messages is not sequence -%}
+    {{- raise_exception('A chat is a list of messages.') -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message is not mapping -%}
+        {{- raise_exception('A message of a chat has a role and a content.') -}}
+    {%- elif message['tool_calls'] or message['function_call'] -%}
+        {{- raise_exception('A message of a chat must be text, and calls no tools.') -}}
+    {%- endif -%}
+{%- endfor -%}
 {%- set has_system = messages and messages[0]['role'] == 'system' -%}
 {%- set turns = messages[1:] if has_system else messages -%}
 {%- if turns | length % 2 == 0 -%}

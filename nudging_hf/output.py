@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cached_lm import CachedLM
+from .cached_lm import CachedLM, SeparateRows
 from .decoding import Row
 
 
@@ -59,7 +59,12 @@ def padded_sequences(input_ids: torch.Tensor, rows: Sequence[Row], pad_token_id:
 
 
 def nudging_output(
-    sequences: torch.Tensor, rows: Sequence[Row], base: CachedLM, nudging: CachedLM, scores: bool, logits: bool
+    sequences: torch.Tensor,
+    rows: Sequence[Row],
+    base: CachedLM | SeparateRows,
+    nudging: CachedLM | SeparateRows,
+    scores: bool,
+    logits: bool,
 ) -> NudgingOutput:
     """The full output for finished rows; `scores` and `logits` say whether these were recorded and are wanted."""
     width = max(len(row.answer.ids) for row in rows)

@@ -7,10 +7,10 @@ import torch
 from tiny import pair
 from transformers import GenerationConfig
 
-from nudging_hf import cached_lm, slots
+from nudging_hf import cache_layers, cached_lm
 from nudging_hf.cached_lm import CachedLM, Reading, Static
 
-TAKE = slots.take_slots
+TAKE = cache_layers.take_slots
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
 
 
@@ -170,7 +170,7 @@ def test_a_cache_keeps_few_slots_besides_those_of_its_longest_row(arch):
 @torch.no_grad()
 def test_most_passes_copy_nothing(monkeypatch):
     copies = []
-    monkeypatch.setattr(slots, "take_slots", lambda states, source: copies.append(1) or TAKE(states, source))
+    monkeypatch.setattr(cache_layers, "take_slots", lambda states, source: copies.append(1) or TAKE(states, source))
     model = pair("llama", 0, "shared").base
     draw = random.Random(1)
     lm = CachedLM(model, rows=3)

@@ -229,6 +229,26 @@ def test_an_interrupt_at_the_prompt_drops_the_line_and_the_end_of_input_quits(te
     assert [messages[-1][1] for messages in asked] == ["One?"]
 
 
+def test_a_line_that_is_not_utf_8_is_left_out_and_the_chat_goes_on(folder, asked, monkeypatch, capsys):
+    data = "One, café?\n".encode() + b"Two, caf\xe9?\n/system \xe9\nThree?\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    code = cli.main(["chat", "--base", f"{folder}/base", "--nudging-model", f"{folder}/nudging", *ARGUMENTS])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 0 and [messages[-1] for messages in asked] == [("user", "One, café?"), ("user", "Three?")]
+    assert all(role != "system" for messages in asked for role, _ in messages)
+    text = "error: The line, which is left out, is no text in utf-8: behind"
+    assert said == [
+        f"{text} 'Two, caf' stands the byte 0xe9; give it as UTF-8.",
+        f"{text} '/system ' stands the byte 0xe9; give it as UTF-8.",
+    ]
+
+
+def test_a_typed_line_that_is_not_utf_8_is_left_out(terminal, asked):
+    code, _, err = terminal(["One\udce9?", "Two?", EOFError])
+    assert code == 0 and [messages[-1][1] for messages in asked] == ["Two?"]
+    assert "error: The line, which is left out, is no text in utf-8: behind 'One' stands the byte 0xe9" in err
+
+
 def test_an_interrupt_ends_a_chat_that_nobody_types(chat, monkeypatch):
     monkeypatch.setattr(answering, "generate", interrupted([([70], True)]))
     code, out, _ = chat("One?", "Two?")

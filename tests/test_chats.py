@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nudging_hf
-from nudging_hf import chat_inputs, plain_prompt
+from nudging_hf import chat_inputs, plain_prompt, prompts
 from nudging_hf.chats import messages_of
+from nudging_hf.prompts import templated_ids
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Why?"}
@@ -62,12 +63,71 @@ def test_what_is_filled_in_is_not_read_again(user, system):
         ([{"role": "user"}], "A message is"),
         (["Why?"], "A message is .* got 'Why\\?'"),
         ([{"role": "user", "content": [{"type": "image"}]}], "must be text"),
-        ([{"role": "user", "content": None}], "must be text"),
+        ([{"role": "user", "content": None}], "must be text, got None"),
+        ([{"role": "user", "content": 7}], "must be text, got 7"),
+        ([{"role": "user", "content": {"type": "text", "text": "Why?"}}], "must be text, got {'type'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "got a part {'type': 'text'}"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "got a part {'type': 'text', 'text': None}"),
+        ([{"role": "user", "content": [{"text": "Why?"}]}], "got a part {'text': 'Why\\?'}"),
+        ([{"role": "user", "content": [None]}], "got a part None"),
+        ([{"role": "user", "content": [["Why?"]]}], "got a part \\['Why\\?'\\]"),
+        ([{"role": None, "content": "Why?"}], "The role of a message is .* got None"),
+        ([USER, {"role": 7, "content": "So."}, USER], "The role of a message is .* got 7"),
+        ([{"role": ["user"], "content": "Why?"}], "The role of a message is"),
+        ([USER, {**SAID, "tool_calls": [{"name": "sum"}]}, AGAIN], "A message has `tool_calls`"),
+        ([USER, {**SAID, "content": None, "tool_calls": [{"name": "sum"}]}, AGAIN], "A message has `tool_calls`"),
+        ([USER, {**SAID, "function_call": {"name": "sum"}}, AGAIN], "A message has `function_call`"),
+        (USER, "A chat is a list of messages .*: put the message into a list"),
+        ({"messages": [USER]}, "A chat is a list of messages .* got {'messages'"),
+        ("Why?", "A chat is a list of messages .* got 'Why\\?'"),
+        (None, "A chat is a list of messages .* got None"),
+        ([None], "A message is .* got None"),
+        ([[USER]], "A message is"),
+        ([{"role": "user", "content": "caf\udce9"}], "holds '.udce9' at position 3, which is no character"),
+        ([{"role": "user", "content": ["\ud83d"]}], "holds '.ud83d' at position 0, which is no character"),
     ],
 )
 def test_no_prompt_is_made_of_something_else(messages, match):
     with pytest.raises(ValueError, match=match):
         plain_prompt(messages)
+    pair = tiny.pair("llama", 1, "two")
+    if messages and (not isinstance(messages, list) or isinstance(messages[0], dict)):  # Else several chats, or none.
+        with pytest.raises(ValueError, match=match):
+            chat_inputs(messages, pair.tokenizer, pair.nudging_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "chats", [iter([USER]), 7, [7], [USER, [USER]], [[USER], USER], [[]], ["Why?"], [[USER], None]]
+)
+def test_what_is_no_chat_and_no_list_of_chats_is_refused(chats):
+    pair = tiny.pair("llama", 1, "two")
+    with pytest.raises(ValueError, match=r"A chat is a list|A message is|A chat goes|There is no chat"):
+        chat_inputs(chats, pair.tokenizer, pair.nudging_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["Wh", "y?"],
+        ("Wh", "y?"),
+        ({"type": "text", "text": "Wh"}, "y?"),
+        [{"type": "text", "text": "Why?"}, ""],
+        ["Why?"],
+    ],
+)
+def test_the_parts_of_a_content_are_joined(content):
+    pair = tiny.pair("llama", 1, "two")
+    in_parts, plain = (
+        chat_inputs(chat, pair.tokenizer, pair.nudging_tokenizer)
+        for chat in ([SYSTEM, {"role": "user", "content": content}], (SYSTEM, USER))
+    )
+    for name, ids in plain.items():
+        assert torch.equal(in_parts[name], ids)
+
+
+def test_what_a_message_has_besides_role_and_content_is_left_alone():
+    more = {**SAID, "tool_calls": None, "finish_reason": "eos", "nudged_spans": [[0, 7]]}
+    assert plain_prompt([USER, more, AGAIN]) == plain_prompt([USER, SAID, AGAIN])
 
 
 @pytest.mark.parametrize(
@@ -110,17 +170,193 @@ def test_chats_are_the_inputs_of_both_models():
     assert torch.equal(out[0, width : width + len(new)], new)
 
 
-def test_a_template_that_knows_no_system_is_given_its_text_in_the_user_s_turn():
+# What a chat says stands in the nudging model's prompt ---------------------------------------------------------------
+
+REFUSAL = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+# As Phi-3's first template: other roles are passed by.
+NO_SYSTEM = (
+    "{% for message in messages %}{% if message.role == 'user' %}<|user|>{{ message.content }}<|end|>"
+    "{% elif message.role == 'assistant' %}<|assistant|>{{ message.content }}<|end|>{% endif %}{% endfor %}"
+    "<|assistant|>"
+)
+LAST = "<|user|>{{ messages[-1].content }}<|assistant|>"
+FIRST_AND_LAST = "{{ messages[0].content }}|{{ messages[-1].content }}|"
+# A template of a multimodal model may read parts alone: of a string it reads the letters, which have no type.
+PARTS = (
+    "{% for message in messages %}{{ message.role }}: {% for part in message.content %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+)
+# As Mistral's: the system message stands in the last turn.
+SYSTEM_LAST = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for message in messages %}"
+    "{% if message.role == 'user' %}[INST]{{ system ~ '\n\n' if loop.last and system else '' }}"
+    "{{ message.content }}[/INST]"
+    "{% elif message.role == 'assistant' %}{{ message.content }}{% endif %}{% endfor %}"
+)
+# As Qwen3's and DeepSeek-R1's: the reasoning of an earlier answer is left out.
+NO_REASONING = (
+    "{% for message in messages %}{% set said = message.content.split('</think>')[-1].lstrip('\n') "
+    "if message.role == 'assistant' else message.content %}{{ message.role ~ ': ' ~ said ~ '\n' }}{% endfor %}"
+)
+# As SmolLM3's: a switch in the system message is heeded and taken out.
+SWITCH = (
+    "{% for message in messages %}{{ message.content.replace('/no_think', '').rstrip() ~ '\n' }}{% endfor %}"
+    "{% if '/no_think' in messages[0].content %}<think></think>{% endif %}"
+)
+EACH = "{% for message in messages %}<|{{ message.role }}|>{{ message.content FILTER }}<|end|>{% endfor %}"
+TRIMMED = EACH.replace("FILTER", "| trim")
+ESCAPED = EACH.replace("FILTER", "| tojson")
+CUT = EACH.replace("FILTER", "[:20]")
+NO_LINES = EACH.replace("FILTER", ".split('\n')[0]")
+
+CONVERSATION = [SYSTEM, USER, SAID, AGAIN]
+
+
+def with_template(template):
+    tokenizer = copy.deepcopy(tiny.pair("llama", 1, "two").nudging_tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def nudging_text(chat, template, **kwargs):
+    """What the nudging model is given of a chat."""
+    tokenizer = with_template(template)
+    ids = chat_inputs(chat, tiny.pair("llama", 1, "two").tokenizer, tokenizer, chat_template_kwargs=kwargs)
+    return tokenizer.decode(ids.nudging_input_ids[0])
+
+
+@pytest.mark.parametrize("template", [REFUSAL + NO_SYSTEM, NO_SYSTEM])
+@pytest.mark.parametrize("chat", [[SYSTEM, USER], CONVERSATION])
+def test_a_template_that_knows_no_system_is_given_its_text_in_the_user_s_turn(template, chat):
+    merged = [{"role": "user", "content": "Be brief.\n\nWhy?"}, *chat[2:]]
+    assert nudging_text(chat, template) == nudging_text(merged, template)
+    assert "Be brief." in nudging_text(chat, template)
+
+
+@pytest.mark.parametrize("system", ["user", "a", "Why?", "<|end|>", "?"])
+def test_a_system_message_that_stands_in_the_template_itself_is_not_lost(system):
+    merged = {"role": "user", "content": f"{system}\n\nWhy?"}
+    assert nudging_text(messages_of("Why?", system), NO_SYSTEM) == nudging_text([merged], NO_SYSTEM)
+
+
+def test_an_empty_system_message_moves_nowhere():
+    assert nudging_text(messages_of("Why?", " \n"), NO_SYSTEM) == nudging_text([USER], NO_SYSTEM)
+
+
+SPOKEN = st.text(alphabet="a\u00e9<>&\"'{}\\\n /", max_size=6)
+
+
+@given(SPOKEN, SPOKEN, SPOKEN, SPOKEN, st.sampled_from([TRIMMED, ESCAPED, PARTS, SYSTEM_LAST, NO_REASONING, SWITCH]))
+def test_a_template_that_writes_all_that_is_said_is_given_the_chat_as_it_is(system, asked, said, again, template):
+    chat = [*messages_of(asked, system), {"role": "assistant", "content": said}, {"role": "user", "content": again}]
+    tokenizer = with_template(template)
+    given = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in chat]
+    expected = tokenizer.apply_chat_template(given if template == PARTS else chat, add_generation_prompt=True)
+    assert templated_ids(tokenizer, chat) == expected["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("content", "template"),
+    [
+        ("<think>\nIt is so.\n</think>\n\nBecause.", NO_REASONING),
+        ("<think>\nIt is so.\n</think>\n\nBecause.", TRIMMED),
+        ("<think>\nIt is so.\n</think>", NO_REASONING),
+    ],
+)
+def test_a_template_may_leave_the_reasoning_out_of_an_earlier_answer(content, template):
+    chat = [USER, {"role": "assistant", "content": content}, AGAIN]
+    tokenizer = with_template(template)
+    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert templated_ids(tokenizer, chat) == expected
+
+
+def test_a_template_may_take_a_switch_out_of_a_message():
+    assert nudging_text(messages_of("Why?", "Be brief. /no_think"), SWITCH) == "Be brief.\nWhy?\n<think></think>"
+
+
+@pytest.mark.parametrize(
+    ("chat", "template", "match"),
+    [
+        ([USER], "{{ raise_exception('Nothing is supported') }}", "refuses the messages: Nothing is supported"),
+        ([USER], "{{ 1 + messages[0].content }}", "refuses the messages: "),
+        ([USER], "Hello.", "leaves out what message 1 of 1, of role 'user', says: 'Why\\?'. Set `nudging_tok"),
+        ([USER, SAID, AGAIN], LAST, "leaves out what message 1 of 3, of role 'user', says: 'Why\\?'"),
+        (CONVERSATION, LAST, "leaves out what message 1 of 3"),
+        ([USER, SAID, AGAIN], FIRST_AND_LAST, "leaves out what message 2 of 3, of role 'assistant', says: 'Because.'"),
+        (CONVERSATION, FIRST_AND_LAST, "leaves out what message 2 of 3"),
+        ([{**USER, "content": f"{'Why' * 30}?"}], CUT, "leaves out what message 1 of 1, .*\\.\\.\\. Set"),
+        ([{**USER, "content": "Why?\nAnd how?"}], NO_LINES, "leaves out what message 1 of 1"),
+        ([{**USER, "content": "<think>so</think>Why?"}], NO_REASONING.replace("assistant", "user"), "message 1 of 1"),
+        ([USER, {**SAID, "content": "<think>so</think>So."}, AGAIN], CUT.replace("20", "-1"), "message 1 of 3"),
+    ],
+)
+def test_a_template_that_leaves_out_what_is_said_is_refused(chat, template, match):
+    with pytest.raises(ValueError, match=match):
+        nudging_text(chat, template)
+
+
+def test_what_a_template_is_told_may_decide_what_it_writes():
+    template = "{% if all %}" + TRIMMED + "{% else %}" + LAST + "{% endif %}"
+    assert "Because." in nudging_text(CONVERSATION, template, all=True)
+    with pytest.raises(ValueError, match="leaves out what message 1 of 3"):
+        nudging_text(CONVERSATION, template)
+
+
+def test_how_a_tokenizer_is_told_to_encode_a_chat_it_encodes_it():
+    tokenizer = with_template(TRIMMED)
+    for kwargs in ({}, {"truncation": True, "max_length": 9}, {"tokenizer_kwargs": {"return_token_type_ids": False}}):
+        expected = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, **kwargs)["input_ids"]
+        assert templated_ids(tokenizer, CONVERSATION, kwargs) == expected
+
+
+def test_another_template_of_the_same_tokenizer_is_looked_at_anew():
+    tokenizer = with_template(TRIMMED)
+    templated_ids(tokenizer, CONVERSATION)
+    tokenizer.chat_template = LAST
+    with pytest.raises(ValueError, match="leaves out"):
+        templated_ids(tokenizer, CONVERSATION)
+
+
+def test_a_template_is_looked_at_once_for_chats_of_one_form(monkeypatch):
+    tokenizer, calls = with_template(TRIMMED), []
+    plain = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *args, **kw: calls.append(0) or plain(*args, **kw))
+    for _ in range(10):
+        templated_ids(tokenizer, CONVERSATION)
+    assert len(calls) == 11
+    for turns in range(200):
+        templated_ids(tokenizer, [*[USER, SAID] * turns, AGAIN])
+    assert len(prompts._ORDERS[tokenizer]) <= 64
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize", "return_tensors", "continue_final_message"])
+def test_how_a_chat_is_encoded_is_nothing_that_a_template_is_told(name):
+    with pytest.raises(ValueError, match=f"`chat_template_kwargs` .* got `{name}`"):
+        nudging_text([USER], TRIMMED, **{name: True})
+
+
+def test_the_base_s_prompt_that_a_template_leaves_out_is_refused_and_one_in_parts_is_read():
     pair = tiny.pair("llama", 1, "two")
-    strict = copy.deepcopy(pair.nudging_tokenizer)
-    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    strict.chat_template = refusal + strict.chat_template
-    given = chat_inputs([SYSTEM, USER], pair.tokenizer, strict)
-    merged = {"role": "user", "content": "Be brief.\n\nWhy?"}
-    assert torch.equal(given.nudging_input_ids, chat_inputs([merged], pair.tokenizer, strict).nudging_input_ids)
-    strict.chat_template = "{{ raise_exception('Nothing is supported') }}"
-    with pytest.raises(ValueError, match="Nothing is supported"):
-        chat_inputs([USER], pair.tokenizer, strict)
+    ids = pair.tokenizer("Why is it so?", return_tensors="pt").input_ids
+    settings = {"nudging_model": pair.nudging_model, "tokenizer": pair.tokenizer, "max_new_tokens": 4}
+    for template in ("{{ raise_exception('No.') }}", "Hello.", "{{ messages[0].content[:5] }}"):
+        with pytest.raises(ValueError, match=r"The nudging model's chat template (refuses|leaves out)"):
+            nudging_hf.generate(pair.base, ids, **settings, nudging_tokenizer=with_template(template))
+    [given] = prompts.nudging_prompts(ids.tolist(), pair.tokenizer, with_template(PARTS), False)
+    assert pair.nudging_tokenizer.decode(given) == "user: Why is it so?"
+    # What is given is not made of a template.
+    nudging_ids = pair.nudging_tokenizer("Why?", return_tensors="pt").input_ids
+    given = {"nudging_tokenizer": with_template("Hello."), "nudging_input_ids": nudging_ids}
+    nudging_hf.generate(pair.base, ids, **settings, **given)
+
+
+def test_a_system_message_that_neither_model_would_be_given_is_refused():
+    pair, plain = tiny.pair("llama", 1, "two"), with_template(None)
+    with pytest.raises(ValueError, match=r"Neither model would be given the system message: .* Put {system} into"):
+        chat_inputs([[USER], [SYSTEM, USER]], pair.tokenizer, plain, "Question: {user}\n")
+    for chat in ([USER], messages_of("Why?", "")):
+        given = chat_inputs(chat, pair.tokenizer, plain, "Question: {user}\n")
+        assert given.nudging_input_ids[0].tolist() == plain("Question: Why?\n").input_ids
 
 
 def test_the_nudging_model_s_template_may_be_told_more():

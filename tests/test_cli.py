@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import tiny
 import torch
 
 import nudging_hf
-from nudging_hf import cli, demo
+from nudging_hf import calibration, cli, demo
+from nudging_hf.chats import messages_of
 from nudging_hf.provenance import Piece
 
 PROMPT = "What is the name of the thing?"
@@ -244,6 +246,181 @@ def test_a_reader_that_has_had_enough_is_no_error(models, capsys, monkeypatch):
         code = cli.main(["generate", *models, "--max-new-tokens", "4", "--quiet", PROMPT])
         monkeypatch.undo()
     assert (code, capsys.readouterr().err) == (1, "")
+
+
+# Bytes and encodings -------------------------------------------------------------------------------------------------
+
+NOT_UTF_8 = b"caf\xe9, please\n"
+
+
+def piped(data, encoding="utf-8"):
+    """Standard input as a process has it."""
+    return io.TextIOWrapper(io.BytesIO(data), encoding=encoding)
+
+
+@pytest.mark.parametrize("argument", [["-"], []])
+def test_standard_input_that_is_not_utf_8_is_one_line_and_exit_code_2(models, capsys, monkeypatch, argument):
+    monkeypatch.setattr(sys, "stdin", piped(NOT_UTF_8))
+    code, out, err = run(capsys, "generate", *models, *argument)
+    assert (code, out) == (2, "")
+    said = "Standard input is no text in utf-8: behind 'caf' stands the byte 0xe9; give it as UTF-8."
+    assert err == f"nudging-hf: error: {said}\n"
+    assert not sys.stdin.closed
+
+
+def test_standard_input_that_is_not_what_its_encoding_says_names_the_way_out(models, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", piped("café".encode(), "ascii"))
+    code, _, err = run(capsys, "generate", *models)
+    assert code == 2 and "is no text in ascii: behind 'caf' stands the byte 0xc3; set PYTHONUTF8=1" in err
+
+
+def test_standard_input_is_read_in_its_encoding(models, capsys, monkeypatch):
+    _, of_argument, _ = run(capsys, "generate", *models, "--max-new-tokens", 8, "--quiet", "two\ncafés")
+    monkeypatch.setattr(sys, "stdin", piped("two\r\ncafés\r\n".encode("latin-1"), "latin-1"))
+    code, out, _ = run(capsys, "generate", *models, "--max-new-tokens", 8, "--quiet")
+    assert (code, out) == (0, of_argument)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "--base", "x", "--nudging-model", "y", "caf\udce9"],
+        ["generate", "--base", "x\udce9", "--nudging-model", "y", "Why?"],
+        ["generate", "--base", "x", "--nudging-model", "y", "--system", "\udce9", "Why?"],
+        ["generate", "--base", "x", "--nudging-model", "y", "--base-template", "{user}\udce9", "Why?"],
+        ["chat", "--base", "x", "--nudging-model", "y", "--system", "\udce9"],
+        ["calibrate", "--base", "x", "--nudging-model", "y", "--prompts", "\udce9"],
+        ["compare", "--base", "x", "--nudging-model", "y", "--prompts", "\udce9", "--out", "z"],
+        ["analyze", "--out", "\udce9"],
+        ["demo", "--pair", "\udce9"],
+        ["hub", "export", "\udce9", "--base", "x", "--nudging-model", "y"],
+        ["eval", "--tasks", "\udce9"],
+        ["\udce9"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_an_argument_that_is_not_utf_8_is_one_line_and_exit_code_2(capsys, args):
+    code, out, err = run(capsys, *args)
+    assert (code, out) == (2, "")
+    number = next(i for i, arg in enumerate(args, start=1) if "\udce9" in arg)
+    assert err.startswith(f"nudging-hf: error: Argument {number} is no text in utf-8: ") and err.count("\n") == 1
+    assert "stands the byte 0xe9; give it as UTF-8" in err
+
+
+@pytest.mark.parametrize("command", ["calibrate", "compare", "analyze"])
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"Why?\n" + NOT_UTF_8, "line 2, holds the byte 0xe9, which is not UTF-8: save the file as UTF-8"),
+        ("Why?\n".encode("utf-16"), "line 1, holds the byte 0xff, which is not UTF-8"),
+        (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "line 1, is no prompt"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "prompt": "\\ud83d"}\n', "line 1, is no prompt"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "prompt": 7}\n', "`prompt` must be text, got 7"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "pattern": "(a)", "answer": 7}\n',
+            "`answer` must be text",
+        ),
+        (b'{"messages": "Why?"}\n', "A chat is a list of messages"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n', "got a part {'type': 'text'}"),
+    ],
+)
+def test_a_file_of_prompts_that_are_no_text_is_one_line_and_exit_code_2(models, capsys, tmp_path, command, data, said):
+    path = tmp_path / "prompts"
+    path.write_bytes(data)
+    out = [] if command == "calibrate" else ["--out", tmp_path / "out"]
+    code, printed, err = run(capsys, command, *models, "--prompts", path, *out)
+    assert (code, printed) == (2, "")
+    assert err.startswith(f"nudging-hf: error: {path}, line ") and said in err and err.count("\n") == 1
+
+
+def test_a_file_s_mark_of_utf_8_is_no_text_and_only_line_breaks_end_its_lines(tmp_path):
+    path = tmp_path / "prompts"
+    asked = ["one\u2028two", "three\x85four"]
+    path.write_bytes("\ufeff{}\r\n{}\n".format(*asked).encode())
+    assert [prompt.messages[0]["content"] for prompt in calibration.read_prompts(path)] == asked
+    rows = [json.dumps({**QUESTIONS[0], "messages": messages_of(text)}, ensure_ascii=False) for text in asked]
+    path.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    assert [question.messages[0]["content"] for question in demo.read_questions(path)] == asked
+
+
+@pytest.fixture
+def standard_output(monkeypatch):
+    """Puts a standard output of some encoding in place, and returns how to read it."""
+
+    def put(encoding, errors="strict"):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors=errors))
+        return lambda: (sys.stdout.flush(), raw.getvalue())[1]
+
+    return put
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Has the answer be a text."""
+
+    def put(text):
+        def answer(*args, streamer, **kwargs):
+            streamer._show(text, False)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("nudging_hf.cli.answering.MarkingStreamer", lambda _, show: SimpleNamespace(_show=show))
+        monkeypatch.setattr("nudging_hf.cli.answering.generate", answer)
+
+    return put
+
+
+def test_an_output_that_lacks_characters_is_given_escapes_and_that_is_said(models, capsys, standard_output, says):
+    says("caf\u00e9 \U0001f600!")
+    written = standard_output("ascii")
+    assert cli.main(["generate", *models, "--quiet", PROMPT]) == 130
+    assert written() == b"caf\\xe9 \\U0001f600!\n"
+    err = capsys.readouterr().err
+    said = "nudging-hf: standard output is ascii, which lacks '\\xe9', '\\U0001f600': escapes stand there instead."
+    assert err.splitlines().count(said + " Set PYTHONIOENCODING=utf-8 to have the characters.") == 1
+    assert sys.stdout.errors == "strict"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "expected"),
+    [
+        ("utf-8", "strict", "caf\u00e9!\n".encode()),
+        ("latin-1", "strict", b"caf\xe9!\n"),
+        ("ascii", "replace", b"caf?!\n"),
+    ],
+)
+def test_an_output_that_takes_all_or_was_told_what_to_do_says_nothing(
+    models, capsys, standard_output, says, encoding, errors, expected
+):
+    says("caf\u00e9!")
+    written = standard_output(encoding, errors)
+    assert cli.main(["generate", *models, "--quiet", PROMPT]) == 130
+    assert written() == expected and "lacks" not in capsys.readouterr().err
+
+
+def test_help_is_printed_in_any_encoding(standard_output):
+    written = standard_output("ascii")
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["generate", "--help"])
+    assert exit.value.code == 0 and b"\\u27e6" in written()
+
+
+SCRIPT = "import sys; from nudging_hf.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    ("args", "data", "streams", "said"),
+    [
+        ([], NOT_UTF_8, "", b"Standard input is no text in utf-8: behind 'caf' stands the byte 0xe9"),
+        ([b"caf\xe9"], b"", "", b"Argument 6 is no text in utf-8: behind 'caf' stands the byte 0xe9"),
+        ([], b"", "<&-", b"The prompt is empty"),
+    ],
+)
+def test_a_process_reads_bytes_as_it_says(models, args, data, streams, said):
+    command = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, "-c", SCRIPT, "generate", *models, *args]
+    done = subprocess.run(command, input=data, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"nudging-hf: error: " + said) and done.stderr.count(b"\n") == 1
 
 
 # What the demonstration measures ------------------------------------------------------------------------------------

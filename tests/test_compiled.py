@@ -1,10 +1,14 @@
 """Static caches and compiled passes: the same answers, from few graphs."""
 
+import contextlib
+
 import pytest
 import torch
 from running import nudge
 from tiny import pair, prompts
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
+
+from nudging_hf import slots
 
 
 class CountingBackend:
@@ -55,3 +59,47 @@ def test_nothing_is_compiled_where_that_is_turned_off():
     backend = CountingBackend()
     nudge(chosen, *prompts(chosen, 1, 0), max_new_tokens=8, disable_compile=True, **compiled_by(backend))
     assert backend.graphs == 0
+
+
+@pytest.mark.parametrize("kind", ["shared", "two"])
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"stop_strings": ["e"]}], ids=str)
+def test_calls_in_and_out_of_inference_mode_leave_nothing_that_the_other_cannot_use(kind, settings):
+    slots._IDLE.clear()
+    chosen = pair("llama", 2, kind)
+    asked = prompts(chosen, 2, 0)
+    answers = []
+    for inference in (True, False, True, True, False, False, True):
+        with torch.inference_mode() if inference else contextlib.nullcontext():
+            results = nudge(chosen, *asked, max_new_tokens=6, num_nudging_tokens=4, **settings)
+        answers.append([(result.ids, result.nudged) for result in results])
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_a_call_that_fails_leaves_nothing_half_full(monkeypatch):
+    chosen = pair("llama", 0, "shared")
+    asked, settings = prompts(chosen, 1, 0), {"max_new_tokens": 8, "cache_implementation": "static"}
+    expected = nudge(chosen, *asked, **settings)
+
+    def fails(ids, scores, **kwargs):
+        if ids.shape[1] > len(asked[0][0]) + 3:
+            raise KeyboardInterrupt
+        return torch.tensor([False])
+
+    with pytest.raises(KeyboardInterrupt):
+        nudge(chosen, *asked, **settings, stopping_criteria=[fails])
+    assert nudge(chosen, *asked, **settings) == expected
+
+
+@pytest.mark.skipif(not hasattr(GenerationConfig(), "max_cache_len"), reason="from transformers 5.24 on")
+def test_a_static_cache_has_room_for_what_is_announced():
+    slots._IDLE.clear()
+    chosen = pair("llama", 0, "shared")
+    asked, settings = prompts(chosen, 1, 0), {"max_new_tokens": 4, "cache_implementation": "static"}
+    expected = nudge(chosen, *asked, **settings)
+    assert nudge(chosen, *asked, **settings, max_cache_len=3000) == expected
+    for model in (chosen.base, chosen.nudging_model):
+        [kept] = slots._IDLE[model]
+        assert kept.capacity >= 3000
+    kept_keys = slots._IDLE[chosen.base][0].cache.layers[0].keys
+    assert nudge(chosen, *asked, **{**settings, "max_new_tokens": 300}, min_new_tokens=300)
+    assert slots._IDLE[chosen.base][0].cache.layers[0].keys is kept_keys  # Nothing had to be compiled anew.

@@ -19,7 +19,7 @@ from nudging_hf.drafting import (
     Plan,
     Share,
     Written,
-    draft_length_of,
+    borrowed_draft_length,
 )
 
 # Seconds of a pass by its tokens: a device that is waiting for its memory, and two that compute.
@@ -265,19 +265,51 @@ def test_what_an_answer_taught_of_unsure_tokens_is_forgotten_over_those_that_fol
     assert acceptance.survival([0.2])[0] > 0.8 * first[0]
 
 
+def lent(*pair_and_way):
+    """The policy that a call gets which runs alone."""
+    with borrowed_draft_length(*pair_and_way) as policy:
+        return policy
+
+
 def test_what_is_known_of_two_models_is_kept_as_long_as_they_are():
     chosen = pair("llama", 0, "shared")
-    known = draft_length_of(chosen.base, chosen.nudging_model, 2)
-    assert draft_length_of(chosen.base, chosen.nudging_model, 2) is known
-    assert draft_length_of(chosen.base, chosen.nudging_model, 3) is not known
-    assert draft_length_of(chosen.nudging_model, chosen.base, 2) is not known
+    known = lent(chosen.base, chosen.nudging_model, 2)
+    assert lent(chosen.base, chosen.nudging_model, 2) is known
+    assert lent(chosen.base, chosen.nudging_model, 3) is not known
+    assert lent(chosen.nudging_model, chosen.base, 2) is not known
 
-    class Model:
-        pass
-
-    base = Model()
-    draft_length_of(base, Model(), 1)
-    kept = weakref.ref(base)
-    del base
+    base, nudging_model = Model(), Model()
+    lent(base, nudging_model, 1)
+    kept = [weakref.ref(base), weakref.ref(nudging_model)]
+    del base, nudging_model
     gc.collect()
-    assert kept() is None
+    assert [model() for model in kept] == [None, None]
+
+
+class Model:
+    pass
+
+
+def test_calls_at_the_same_time_share_no_policy_and_the_second_begins_with_what_is_known(timed):
+    base, nudging_model = Model(), Model()
+    with borrowed_draft_length(base, nudging_model, 1) as first:
+        vars(first).update(vars(copy.deepcopy(timed)))
+    rows = [Written([0.97] * 8, True)]
+    with borrowed_draft_length(base, nudging_model, 1) as again:
+        assert again is first
+        with borrowed_draft_length(base, nudging_model, 1) as second:
+            assert second is not first
+            assert second.choose(rows) == first.choose(rows) != DraftLength().choose(rows)
+            for _ in range(60):
+                second.acceptance.observe([0.97] * 4, 0)
+            assert second.choose(rows) != first.choose(rows)
+    # Both are there for the next two.
+    with borrowed_draft_length(base, nudging_model, 1) as one, borrowed_draft_length(base, nudging_model, 1) as two:
+        assert {id(one), id(two)} == {id(first), id(second)}
+
+
+def test_a_call_that_fails_gives_its_policy_back():
+    base, nudging_model = Model(), Model()
+    with pytest.raises(KeyboardInterrupt), borrowed_draft_length(base, nudging_model, 1) as policy:
+        raise KeyboardInterrupt
+    assert lent(base, nudging_model, 1) is policy

@@ -1,5 +1,6 @@
 """The door: what plain `generate` takes, nudging takes likewise, or refuses with a reason."""
 
+import copy
 import time
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import nudging_hf
-from nudging_hf import NudgingConfig, NudgingOutput
+from nudging_hf import NudgingConfig, NudgingOutput, host
 
 
 @pytest.fixture
@@ -501,6 +502,41 @@ def test_encoder_decoder_models_are_refused(shared, inputs):
     refused(shared.base, inputs, "nudging model is an encoder-decoder", nudging_model=t5)
 
 
+@pytest.mark.parametrize("which", ["base", "nudging model"])
+def test_what_cannot_generate_is_refused_by_its_name(shared, inputs, which):
+    def given(model):
+        base = model if which == "base" else shared.base
+        return base, inputs | ({} if which == "base" else {"nudging_model": model})
+
+    argument = which.replace("nudging model", "nudging_model").replace("base", "model")
+    inside = shared.base if which == "base" else shared.nudging_model
+    refused(*given(torch.nn.DataParallel(inside)), f"The {which} is wrapped in DataParallel.* its `.module`")
+    refused(*given(copy.deepcopy(inside).to("meta")), f"The {which}, .* is on the meta device.*`to_empty")
+    refused(*given(torch.nn.Linear(1, 1)), f"`{argument}` must be a causal language model of transformers, got Linear")
+    if which == "base":
+        refused("gpt2", inputs, "`model` must be a causal language model of transformers, got str")
+
+
+def test_ranks_that_wait_for_each_other_are_refused(shared, inputs, monkeypatch):
+    monkeypatch.setattr("transformers.generation.utils.is_fsdp_managed_module", lambda model: True)
+    monkeypatch.setattr("transformers.generation.utils._get_torch_distributed_world_size", lambda: 2)
+    refused(shared.base, inputs, "FSDP")
+
+
+def test_a_version_that_was_not_tried_is_told_of_once_and_an_old_one_is_refused(caplog):
+    for version in ("5.12.0", "5.24.0", "5.24.3", "5.12.1.dev0"):
+        host.check_version.cache_clear()
+        host.check_version(version)
+    assert not caplog.records
+    for _ in range(2):
+        host.check_version("6.0.0.dev0")
+    assert [record.getMessage() for record in caplog.records] == [
+        "Nudging was tried with transformers 5.12 to 5.24, and not with 6.0.0.dev0, which is installed."
+    ]
+    with pytest.raises(ImportError, match=r"transformers 5\.12 to 5\.24, and 5\.11\.2 is too old"):
+        host.check_version("5.11.2")
+
+
 def _mamba(size):
     return MambaForCausalLM(
         MambaConfig(vocab_size=size, hidden_size=16, num_hidden_layers=1, state_size=4, eos_token_id=2, pad_token_id=1)
@@ -529,13 +565,13 @@ def _deepseek(size):
 
 
 @pytest.mark.parametrize("base", [_mamba, _deepseek])
-def test_a_base_that_keeps_more_than_keys_and_values_needs_no_cache(shared, inputs, base):
+def test_a_base_that_keeps_more_than_keys_and_values_is_cached_too(shared, inputs, base):
     torch.manual_seed(0)
     model = base(len(shared.tokenizer)).double().eval()
-    refused(model, inputs, "use_cache=False")
     answer = nudging_hf.generate(model, **inputs, max_new_tokens=6, use_cache=False)
-    drafted = nudging_hf.generate(model, **inputs, max_new_tokens=6, use_cache=False, num_draft_tokens=0)
-    assert torch.equal(answer, drafted)
+    for drafts in (0, 4):
+        cached = nudging_hf.generate(model, **inputs, max_new_tokens=6, num_draft_tokens=drafts)
+        assert torch.equal(answer, cached)
 
 
 def test_a_processor_is_as_good_as_its_tokenizer(shared, inputs):

@@ -437,6 +437,85 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(pair, tmp
     assert not list(tmp_path.iterdir())
 
 
+# Generation configs that transformers no longer saves ----------------------------------------------------------------
+
+LLAMA_2 = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        LLAMA_2,
+        {"temperature": 0.9, "top_k": 5, "typical_p": 0.5, "min_p": 0.1, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
+        {"early_stopping": True, "length_penalty": 2.0},
+        {"output_scores": True, "output_logits": True},
+        {"use_cache": False, "cache_implementation": "static"},
+        {"pad_token_id": -1},
+    ],
+    ids=lambda fields: ", ".join(fields),
+)
+@pytest.mark.parametrize("whose", ["base", "nudging"])
+def test_fields_without_an_effect_are_left_out_and_named(pair, tmp_path, caplog, fields, whose):
+    given = {"base": pair.base, "nudging_model": pair.nudging}
+    key = "base" if whose == "base" else "nudging_model"
+    given[key] = copy_of(getattr(pair, whose), tmp_path / whose, **fields)
+    out = hub.export(**given, out=tmp_path / "out", **KNOBS)
+    [said] = [record.getMessage() for record in caplog.records if record.name == "nudging_hf.hub"]
+    kept = json.loads((out / ("." if whose == "base" else "nudging_model") / "generation_config.json").read_text())
+    switches = {"do_sample", "use_cache"}
+    for name, value in fields.items():
+        if name not in switches:
+            assert name not in kept and f"{name}={value!r}" in said
+    assert f"of the {'base' if whose == 'base' else 'nudging model'} {str(given[key])!r}" in said
+    if "pad_token_id" not in fields:  # That one decides what stands behind an answer.
+        inputs = prompts(out)
+        model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=8), nudged(pair, inputs, max_new_tokens=8, **KNOBS))
+
+
+def test_fields_with_an_effect_or_of_no_harm_stay(pair, tmp_path, caplog):
+    sampling = {"do_sample": True, "temperature": 0.9, "top_p": 0.6}
+    base = copy_of(pair.base, tmp_path / "base", **sampling)
+    nudging = copy_of(pair.nudging, tmp_path / "nudging", temperature=1.0, top_k=50, max_new_tokens=20)
+    out = hub.export(base, nudging, tmp_path / "out")
+    kept = json.loads((out / "generation_config.json").read_text())
+    assert {name: kept[name] for name in sampling} == sampling
+    assert json.loads((out / "nudging_model/generation_config.json").read_text())["max_new_tokens"] == 20
+    assert not [record for record in caplog.records if record.name == "nudging_hf.hub"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": "many"}, r"transformers does not read: .*'str' and 'int'.* Mend it there"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"num_return_sequences": 2, **LLAMA_2}, "num_return_sequences"),
+        ({"cache_implementation": "large"}, "cache_implementation"),
+        ({"early_stopping": "soon"}, "early_stopping"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["base", "nudging_model"])
+def test_a_generation_config_that_means_nothing_is_refused(pair, tmp_path, fields, match, whose):
+    given = {"base": pair.base, "nudging_model": pair.nudging}
+    given[whose] = copy_of(given[whose], tmp_path / "copy", **fields)
+    with pytest.raises(ValueError, match=match) as caught:
+        hub.export(**given, out=tmp_path / "out")
+    assert str(given[whose]) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_generation_config_that_is_no_json_is_refused_and_none_is_well(pair, tmp_path):
+    broken = copy_of(pair.base, tmp_path / "broken")
+    (broken / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"The generation_config.json of the base .* does not read: "):
+        hub.export(broken, pair.nudging, tmp_path / "out")
+    (broken / "generation_config.json").unlink()
+    hub.export(broken, pair.nudging, tmp_path / "out")
+
+
 # What is wrong with a folder is said when it is used -----------------------------------------------------------------
 
 
@@ -515,7 +594,7 @@ def test_the_nudging_models_own_code_is_never_run(pair, out, tmp_path, monkeypat
 texts = st.text(max_size=12) | st.sampled_from(
     ["\n", "a\n", "{{ x }}", "{% if %}", "'\"\\", "\U0001f600", "FIRST", "$later"]
 )
-contents = texts | st.lists(texts.map(lambda text: {"type": "text", "text": text}), max_size=3)
+contents = texts | st.lists(texts | texts.map(lambda text: {"type": "text", "text": text}), max_size=3)
 
 
 @st.composite
@@ -563,12 +642,66 @@ def test_the_chat_template_refuses_what_the_plain_prompt_refuses(roles):
         assert rendered(chat, hub.plain_chat_template()) == expected
 
 
-def test_the_chat_template_refuses_what_is_no_text():
-    image = [{"role": "user", "content": [{"type": "image", "url": "cat.png"}]}]
+USER = {"role": "user", "content": "Why?"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "image", "url": "cat.png"}],
+        [{"type": "text"}],
+        [{"type": "text", "text": None}],
+        [{"type": "text", "text": 7}],
+        [{"text": "Why?"}],
+        [None],
+        [7],
+        [["Why?"]],
+        {"type": "text", "text": "Why?"},
+        {},
+        7,
+        None,
+        True,
+    ],
+)
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_the_chat_template_refuses_what_is_no_text(role, content):
+    chat = [USER, {**USER, "role": "assistant"}, USER] if role == "assistant" else [USER]
+    place = {"system": 0, "user": 0, "assistant": 1}[role]
+    chat = [*chat[:place], {"role": role, "content": content}, *chat[place + (role != "system") :]]
     with pytest.raises(ValueError, match="must be text"):
-        plain_prompt(image)
+        plain_prompt(chat)
     with pytest.raises(TemplateError, match="must be text"):
-        rendered(image, hub.plain_chat_template())
+        rendered(chat, hub.plain_chat_template())
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [{"role": "user"}],
+        [{"content": "Why?"}],
+        [{"role": 7, "content": "Why?"}],
+        [{"role": None, "content": "Why?"}],
+        [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "sum"}]}, USER],
+        [USER, {"role": "assistant", "content": "", "function_call": {"name": "sum"}}, USER],
+        ["Why?"],
+        [None],
+        USER,
+        {0: USER},
+        "Why?",
+        None,
+        7,
+    ],
+)
+def test_the_chat_template_refuses_what_is_no_chat(chat):
+    with pytest.raises(ValueError, match=r"[Mm]essage"):
+        plain_prompt(chat)
+    with pytest.raises((TemplateError, TypeError), match=r"message|chat|text|iterable"):  # Or the host refuses it.
+        rendered(chat, hub.plain_chat_template())
+
+
+def test_the_chat_template_takes_parts_of_every_form():
+    parts = [{"role": "user", "content": ("Wh", {"type": "text", "text": "y"}, "?")}]
+    assert rendered(parts, hub.plain_chat_template()) == plain_prompt(parts) == plain_prompt([USER])
 
 
 CHAT = [

@@ -365,6 +365,11 @@ ASSISTANT = {"role": "assistant", "content": "Hello"}
         ([ASSISTANT, USER], "then user and assistant by turns, .* got messages of: assistant, user"),
         ([[USER], [USER, USER]], "got messages of: user, user"),
         ([{"role": "user", "content": 7}], "content of a message must be text, got 7"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content of a message must be text, .* got a part"),
+        ([{"role": None, "content": "Hi"}], "The role of a message is .* got None"),
+        (USER, "A prompt is a string or a chat, .* got {'role': 'user'"),
+        ("caf\udce9", "The prompt holds '.udce9' at position 3, which is no character"),
+        ([{"role": "user", "content": "caf\udce9"}], "content of a message holds '.udce9' at position 3"),
     ],
     ids=lambda value: None,
 )

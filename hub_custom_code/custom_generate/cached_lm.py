@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from array import array
 from bisect import bisect_left
@@ -13,9 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from .host import cache_argument, compiled_call, first_inputs, input_device, tells_distances_by_positions
+from .cache_layers import keeps_state, new_cache
+from .host import (
+    accepted_arguments,
+    cache_argument,
+    compiled_call,
+    first_inputs,
+    input_device,
+    tells_distances_by_positions,
+)
+from .reading_mode import Rows, reading_mode
 from .slots import Slots, StaticSlots, borrow_static_slots, give_back_static_slots, most_slots
+from .stateful_slots import StatefulSlots
 
+_MOST_UNREAD = 16  # Accepted tokens that are read again together with a draft; more are read in a pass of their own.
 _MOST_LOGITS = 64  # Columns of a pass with logits, beyond which a pass is worth saving them.
 # Tokens of a first pass, padding included, beyond which rows of like length make a pass of their own. From so many on
 # a CPU takes as long for each further one, and padding is saved; an accelerator wants more at once.
@@ -26,10 +36,18 @@ _WARM_UP = 2  # Passes of a width that take longer than others: one that compile
 
 
 class Reading(NamedTuple):
-    """What one row is to read: its whole text, and for how many of its last ids logits are wanted."""
+    """What one row is to read.
+
+    Args:
+        ids: its whole text.
+        keep: for how many of its last ids logits are wanted.
+        settled: how many of its ids are sure to stay, where that is known: a model with a state keeps one that it had
+            there or before.
+    """
 
     ids: list[int]
     keep: int
+    settled: int | None = None
 
 
 class Prompts(NamedTuple):
@@ -87,17 +105,18 @@ class CachedLM:
     ):
         self.model = model
         self.device = input_device(model)
-        self.use_cache = use_cache
+        self._cache_argument = cache_argument(model)
+        self.use_cache = use_cache and self._cache_argument is not None
         self.forward_passes = 0
         self.tokens_fed = 0
         self.last_shape: tuple[int, int] | None = None
-        accepted = inspect.signature(model.forward).parameters
+        accepted = accepted_arguments(model)
         self._takes_positions = "position_ids" in accepted
-        self._cache_argument = cache_argument(model)
         self._takes_logits_to_keep = "logits_to_keep" in accepted
         self._rows = list(range(rows))  # In the order of the cache's batch dimension.
         self._fed: dict[int, list[int]] = {row: [] for row in self._rows}
         self._keeps_holes = prompts is None and tells_distances_by_positions(model)
+        self.keeps_state = self.use_cache and keeps_state(model)
         self._slots: Slots | None = None  # Before the first pass, and after the last row.
         self._static = static
         self._compiled_model: Any = None  # If passes are compiled.
@@ -114,6 +133,13 @@ class CachedLM:
     def kind_of_cache(self) -> str:
         """Of what kind it is, for passes over another take another time."""
         return "none" if not self.use_cache else "dynamic" if self._static is None else "static"
+
+    def unread(self, row: int, ids: list[int]) -> int:
+        """How many ids of a text, of which nothing will be taken back, the row has yet to read."""
+        read = common_prefix(self._fed[row], ids)
+        if isinstance(self._slots, StatefulSlots):
+            read = self._slots.reachable(self._rows.index(row), read)
+        return len(ids) - read
 
     def release(self, row: int) -> None:
         """Forgets a row that will not read again."""
@@ -152,16 +178,21 @@ class CachedLM:
             fed = self._fed[row] if self.use_cache else []
             kept.append(len(fed))
             if row in readings:
-                ids, keep = readings[row]
+                ids, keep, _ = readings[row]
                 kept[-1] = max(min(common_prefix(fed, ids), len(ids) - keep), self._fixed[row])
+                if isinstance(self._slots, StatefulSlots):
+                    kept[-1] = self._slots.reachable(self._rows.index(row), kept[-1])
         new = {row: readings[row].ids[n:] if row in readings else [] for row, n in zip(rows, kept, strict=True)}
         width = max(map(len, new.values()))
         if self.use_cache and self._slots is None and self._static is None:
             most = _MOST_AT_FIRST_ON_CPU if self.device.type == "cpu" else _MOST_AT_FIRST
-            if len(groups := _of_like_length({row: len(new[row]) for row in readings}, most)) > 1:
+            lengths = {row: len(new[row]) for row in readings}
+            if len(groups := _of_like_length(lengths, most, exactly=self.keeps_state)) > 1:
                 return self._read_in_groups(readings, groups)
+        if self.keeps_state:
+            return self._read_in_step(readings, kept, new)
         # From column -1 on, where a prompt's own logits are wanted.
-        wanted = {row: range(len(new[row]) - keep, len(new[row])) for row, (_, keep) in readings.items() if keep}
+        wanted = {row: range(len(new[row]) - keep, len(new[row])) for row, (_, keep, _) in readings.items() if keep}
         first = min((each.start for each in wanted.values()), default=width - 1)
         if self.use_cache and width - first > _MOST_LOGITS and any(each.start > 0 for each in wanted.values()):
             # Prompts of very different lengths: what needs no logits is read first, so that few columns need them.
@@ -190,11 +221,71 @@ class CachedLM:
             for row, each in wanted.items()
         }
 
+    def _read_in_step(
+        self, readings: Mapping[int, Reading], kept: list[int], new: Mapping[int, list[int]]
+    ) -> dict[int, torch.Tensor]:
+        """Reads what is new, each row's after its first `kept` ids, in passes in which all rows read as many ids.
+
+        So nothing is padded, which a state would take in. A row that has read all is left as it is by later passes.
+        """
+        self._roll_back(kept)
+        if self._slots is None:
+            self._slots = self._empty_slots(len(self._rows), self._keeps_holes)
+        slots = self._slots
+        assert isinstance(slots, StatefulSlots)
+        place_of = {row: place for place, row in enumerate(self._rows)}
+        done = dict(zip(self._rows, kept, strict=True))
+        left = {row: self._stretches(readings[row], done[row]) for row in readings if new[row]}
+        columns: dict[int, list[torch.Tensor]] = {row: [] for row in readings}
+        if self._after_prompt is not None:
+            for row, (ids, keep, _) in readings.items():
+                if keep and len(ids) - keep < done[row]:
+                    columns[row].append(self._after_prompt[row])
+        passes = 0
+        while left:
+            width = min(stretches[0] for stretches in left.values())
+            if slots.count and reading_mode(self.model).single_tokens:
+                width = 1
+            slots.begin_pass({place_of[row]: self._settled(readings[row]) for row in left})
+            fed = {row: readings[row].ids[done[row] : done[row] + width] for row in left}
+            first_wanted = {row: len(readings[row].ids) - readings[row].keep - done[row] for row in left}
+            keep = max(1, width - max(0, min(first_wanted.values())))
+            logits = self._forward([done[row] for row in self._rows], [fed.get(row, []) for row in self._rows], keep)
+            self.forward_passes += 1
+            self.tokens_fed += width * len(left)
+            passes += 1
+            for row in list(left):
+                if (start := max(0, first_wanted[row])) < width:
+                    columns[row].append(logits[place_of[row], logits.shape[1] - width + start :])
+                done[row] += width
+                self._fed[row] = readings[row].ids[: done[row]]
+                left[row][0] -= width
+                if not left[row][0]:
+                    left[row].pop(0)
+                if not left[row]:
+                    del left[row]
+        if passes != 1:
+            self.last_shape = (len(readings), max(map(len, new.values())))
+        return {row: torch.cat(each) for row, each in columns.items() if each}
+
+    def _stretches(self, reading: Reading, done: int) -> list[int]:
+        """The numbers of ids in which a row reads what is new: at once, unless much of it is settled.
+
+        Settled ids that are read together with a draft are read again where the draft was wrong.
+        """
+        rest = len(reading.ids) - done
+        settled = min(self._settled(reading), len(reading.ids) - reading.keep) - done
+        return [settled, rest - settled] if _MOST_UNREAD < settled < rest else [rest]
+
+    @staticmethod
+    def _settled(reading: Reading) -> int:
+        return len(reading.ids) if reading.settled is None else reading.settled
+
     def _read_in_groups(self, readings: Mapping[int, Reading], groups: list[list[int]]) -> dict[int, torch.Tensor]:
         """Reads the first texts of all rows, each group of rows in a pass of its own."""
         groups[-1] += [row for row in self._rows if row not in readings]
         rows = [row for group in groups for row in group]
-        slots = Slots(len(rows), self._keeps_holes)
+        slots = self._empty_slots(len(rows), self._keeps_holes)
         slots.begin([len(readings[row].ids) if row in readings else 0 for row in rows])
         logits: dict[int, torch.Tensor] = {}
         for group in groups:
@@ -208,7 +299,7 @@ class CachedLM:
 
     def _read_prompts(self, prompts: Prompts) -> None:
         """Reads all prompts as `generate` itself would: rows end at the same slot, as they do after any pass."""
-        self._slots = Slots(len(prompts.ids), keeps_holes=False)
+        self._slots = self._empty_slots(len(prompts.ids), keeps_holes=False)
         cache = self._slots.cache
         inputs = first_inputs(self.model, prompts.input_ids.to(self.device), cache, prompts.model_kwargs)
         logits = self.model(**inputs).logits
@@ -272,7 +363,7 @@ class CachedLM:
             # All of a static pass, so that no graph depends on how many are wanted.
             inputs["logits_to_keep"] = width if is_static else logits_to_keep
         if slots is not None:
-            inputs[self._cache_argument] = slots.cache
+            inputs[str(self._cache_argument)] = slots.cache
             if (mask := slots.mask(width)) is not None:
                 inputs["attention_mask"] = mask.to(device, non_blocking=True).long()
         logits = call(**inputs, use_cache=self.use_cache).logits
@@ -284,11 +375,15 @@ class CachedLM:
             logits = logits[:, logits.shape[1] - (width - last) - logits_to_keep :][:, :logits_to_keep]
         return logits.to(device)
 
+    def _empty_slots(self, rows: int, keeps_holes: bool) -> Slots:
+        kind = StatefulSlots if self.keeps_state else Slots
+        return kind(rows, keeps_holes, lambda: new_cache(self.model))
+
     def _new_slots(self, tokens: int) -> Slots:
         """For rows whose longest is to have so many tokens after the first pass."""
         rows = len(self._rows)
         if self._static is None:
-            return Slots(rows, self._keeps_holes)
+            return self._empty_slots(rows, self._keeps_holes)
         capacity = most_slots(tokens + self._static.new_tokens) + _STATIC_WIDTHS[-1]
         capacity = math.ceil(capacity / _STATIC_STEP) * _STATIC_STEP
         slots = borrow_static_slots(self.model, rows, self._keeps_holes, capacity)
@@ -312,11 +407,69 @@ class CachedLM:
                     self._fed[row] = self._fed[row][:n]
 
 
-def _of_like_length(lengths: Mapping[int, int], most: int) -> list[list[int]]:
-    """Rows, longest first, in groups that come to at most so many tokens, padding included; a longer row is alone."""
+class SeparateRows:
+    """Texts of several rows, each with a cache of its own. To its callers it is a `CachedLM`.
+
+    Args: those of a [`CachedLM`].
+    """
+
+    kind_of_cache = "separate"
+
+    def __init__(self, model: Any, rows: int):
+        self.model = model
+        self._lms = {row: CachedLM(model, 1) for row in range(rows)}
+        self.device = input_device(model)
+        self.keeps_state = any(lm.keeps_state for lm in self._lms.values())
+        self.last_shape: tuple[int, int] | None = None
+
+    @property
+    def forward_passes(self) -> int:
+        return sum(lm.forward_passes for lm in self._lms.values())
+
+    @property
+    def tokens_fed(self) -> int:
+        return sum(lm.tokens_fed for lm in self._lms.values())
+
+    def unread(self, row: int, ids: list[int]) -> int:
+        """As [`CachedLM.unread`]."""
+        return self._lms[row].unread(0, ids)
+
+    def release(self, row: int) -> None:
+        """Forgets a row that will not read again."""
+        self._lms[row].release(0)
+
+    def read(self, readings: Mapping[int, Reading]) -> dict[int, torch.Tensor]:
+        """As [`CachedLM.read`], in a pass for each row."""
+        logits = {}
+        for row, reading in readings.items():
+            own = self._lms[row].read({0: reading})
+            if reading.keep:
+                logits[row] = own[0]
+        shapes = [self._lms[row].last_shape for row in readings]
+        self.last_shape = None if None in shapes else (len(shapes), max(shape[1] for shape in shapes if shape))
+        return logits
+
+
+def cached_lm(
+    model: Any, rows: int, use_cache: bool = True, prompts: Prompts | None = None, static: Static | None = None
+) -> CachedLM | SeparateRows:
+    """A [`CachedLM`] with these arguments, or where the rows of a model may not share a cache its like."""
+    lm = CachedLM(model, rows, use_cache, prompts, static)
+    if lm.use_cache and prompts is None and reading_mode(model).rows is Rows.ALONE:
+        return SeparateRows(model, rows)
+    return lm
+
+
+def _of_like_length(lengths: Mapping[int, int], most: int, exactly: bool) -> list[list[int]]:
+    """Rows, longest first, in groups that come to at most so many tokens, padding included; a longer row is alone.
+
+    Args:
+        exactly: whether the rows of a group must be of the same length.
+    """
     groups: list[list[int]] = []
     for row in sorted(lengths, key=lambda row: -lengths[row]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= most:
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and (len(groups[-1]) + 1) * longest <= most and (not exactly or lengths[row] == longest):
             groups[-1].append(row)
         else:
             groups.append([row])

@@ -113,6 +113,19 @@ def choose(scores: torch.Tensor, keys: Sequence[int] | None) -> torch.Tensor:
     return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
 
 
+def best_scores(scores: torch.Tensor, tokens: torch.Tensor, is_greedy: bool) -> torch.Tensor:
+    """The greatest score at each position: NaN or infinite where no token can be chosen there.
+
+    Args:
+        scores: of shape (positions, vocab_size).
+        tokens: those that were chosen, of shape (positions,); `argmax` takes NaN for the greatest.
+
+    Returns:
+        Scores of shape (positions,).
+    """
+    return scores.gather(-1, tokens[:, None])[:, 0] if is_greedy else scores.amax(dim=-1)
+
+
 def mix(key: int, value: int) -> int:
     """A key made of a key and a value, 63 bits well mixed (the finalizer of splitmix64, Steele et al. 2014)."""
     mask = (1 << 64) - 1

@@ -15,9 +15,11 @@ min(1, p / q) and else draws from the residual, for a draft that the algorithm h
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import reduce
 from itertools import accumulate, chain, islice
 from typing import Any, NamedTuple
@@ -32,21 +34,26 @@ from transformers.generation import (
     StopStringCriteria,
     SuppressTokensLogitsProcessor,
 )
+from transformers.utils import logging
 
 from .bridge import OneVocabulary, TwoVocabularies, to_text
-from .cached_lm import CachedLM, Reading, common_prefix
-from .choosing import Positions, choose, joined, mix, processed_scores
+from .cached_lm import CachedLM, Reading, SeparateRows, common_prefix
+from .choosing import Positions, best_scores, choose, joined, mix, processed_scores
 from .config import ADAPTIVE, NudgingConfig
-from .drafting import MOST, Plan, Written, draft_length_of
+from .constraints import Constraint
+from .drafting import MOST, DraftLength, Plan, Written, borrowed_draft_length
 from .gate import GATES, top1_probabilities
 from .host import shared_by_ranks
 from .lookup import guess
-from .rounds import Accept, Lookahead, Question, Reply, Step, Verdict
+from .rounds import Accept, Lookahead, Question, Reply, Step, Verdict, Word
 from .threshold import FixedThreshold, OnlineThreshold
 
 _USUAL_WIDTH = MOST + 16  # Tokens that a row is fed in a pass which reads no prompt, at the most.
 _CHARACTER_BYTES = 4  # Of UTF-8, at the most.
 _BASE_STREAM, _NUDGING_STREAM = 0, 1  # Each model draws by keys of its own.
+_LEAST_BOUND = 32  # Tokens of a lookahead that are written however few the answer may still take.
+
+logger = logging.get_logger(__name__)
 
 
 class Limits:
@@ -56,16 +63,20 @@ class Limits:
         criteria: as `generate` prepared them.
         base_eos: the base's EOS ids, which end no answer: it never writes one, and what the nudging model writes as a
             word is one.
+        stop_tokens: the `eos_token_id` of the call, where it is none of the base's own: the answer ends with one.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, base_eos: Sequence[int]):
+    def __init__(self, criteria: StoppingCriteriaList, base_eos: Sequence[int], stop_tokens: Sequence[int] = ()):
+        self.stop_tokens = frozenset(stop_tokens)
         self._last_tokens: set[int] = set()
+        self._lengths: list[MaxLengthCriteria] = []
         self._times: list[MaxTimeCriteria] = []
         self._others: list[Any] = []
         self.max_length: float = float("inf")
         for criterion in criteria:
             if isinstance(criterion, MaxLengthCriteria):
                 self.max_length = min(self.max_length, criterion.max_length)
+                self._lengths.append(criterion)
             elif isinstance(criterion, MaxTimeCriteria):
                 self._times.append(criterion)
             elif isinstance(criterion, EosTokenCriteria):
@@ -78,14 +89,32 @@ class Limits:
 
     def reached(self, row: Row) -> str | None:
         """Why the row ends with the token that it has just accepted, if it does."""
+        if row.answer.ids[-1] in self.stop_tokens:
+            return "stop_token"
         if row.answer.ids[-1] in self._last_tokens:
             return "stopping_criteria"
         for criterion in self._others:
             if criterion(row.ids(), None).all():
                 return "stop_string" if isinstance(criterion, StopStringCriteria) else "stopping_criteria"
-        if row.length >= self.max_length:
+        if row.length >= self.max_length or row.is_full():
             return "length"
+        for limit in self._lengths:
+            if limit.max_position_embeddings is not None and row.length > limit.max_position_embeddings:
+                limit(row.ids(), None)  # It warns, once, as in plain `generate`.
         return "time" if self.time_is_up() else None
+
+    def room(self, row: Row) -> float:
+        """How many tokens of the base the row's answer may still take."""
+        return min(self.max_length - row.length, row.base_room - len(row.answer.ids))
+
+
+class End(Enum):
+    """Why the nudging model writes no further after what it has written."""
+
+    EOS = "it has ended the answer"
+    BLOCKED = "the caller's processors forbid all that it may write"
+    LOGITS = "its logits are no numbers"
+    SCORES = "no token can be chosen by its processed scores"
 
 
 class _Seen(NamedTuple):
@@ -96,6 +125,7 @@ class _Seen(NamedTuple):
     top1: float
     logits: torch.Tensor | None
     scores: torch.Tensor | None
+    best: float = 0.0  # The processed score of the token: NaN or infinite where none can be chosen.
 
 
 @dataclass(eq=False)
@@ -110,6 +140,11 @@ class Row:
         base_processors, nudging_processors: each model's logits processors for this row.
         seed: what its draws are made of.
         threshold: tells whether the base is confident.
+        constraint: what the caller's hard processors forbid, if there are any.
+        base_room: how many tokens of the base the answer may have, by the base's last position.
+        nudging_room: how many tokens of the nudging model the answer may have, by that model's last position.
+        nudging_rows: how many ids the nudging model can read.
+        stand_in: what it reads in the place of an id that it cannot read.
     """
 
     number: int
@@ -121,6 +156,11 @@ class Row:
     seed: int
     threshold: FixedThreshold | OnlineThreshold
     algorithm: Generator[Step, Reply, str]
+    constraint: Constraint | None = None
+    base_room: float = math.inf
+    nudging_room: float = math.inf
+    nudging_rows: float = math.inf
+    stand_in: int = 0
     question: Question | None = None
     nudged: list[bool] = field(default_factory=list)
     finish_reason: str | None = None
@@ -130,9 +170,11 @@ class Row:
     read: list[int] = field(default_factory=list)
     draft_sure: Sequence[float] = ()  # How sure the nudging model was of each token of that draft.
     draft_hits: int = 0
-    # What the nudging model has written: its ids for a text that the answer had, a continuation, and whether EOS.
+    # What the nudging model has written: its ids for a text that the answer had, a continuation, and why it ends.
     written: list[int] = field(default_factory=list)
-    written_eos: bool = False
+    written_end: End | None = None
+    written_eos: int | None = None  # Which EOS it was.
+    written_best: float = 0.0  # The best score where no token could be chosen.
     written_key: int | None = None
     written_top1: dict[int, float] = field(default_factory=dict)  # How sure it was, by how many ids stood before.
     # What it had written last where the answer went another way, one id behind that place, and how many stood before.
@@ -158,12 +200,23 @@ class Row:
         self.nudged.append(nudged)
         self.threshold.take(self.answer.vocabulary.bytes_of(token), nudged)
 
+    def is_full(self) -> bool:
+        """Whether the answer has come to the last position of either model."""
+        if len(self.answer.ids) >= self.base_room:
+            return True
+        # Hardly any token adds less than a byte, so that ids need not be counted before it is close.
+        if 2 * len(self.answer.text) + len(self.answer.ids) < self.nudging_room:
+            return False
+        return len(self.answer.nudging_ids()) >= self.nudging_room
+
     def continuation(self) -> list[int]:
         """What the nudging model has already written after the answer as it stands.
 
         It was drawn along the ids of another text, and is good for this one if this one's ids begin them.
         """
         context = self.answer.nudging_ids()
+        if self.nudging_rows < math.inf:
+            context = [token if token < self.nudging_rows else self.stand_in for token in context]
         if self.written[: len(context)] != context:
             place = common_prefix(self.written, context) + 1
             if tail := self.written[place:]:
@@ -188,14 +241,11 @@ class Row:
         return [self.written_top1[i] for i in range(len(self.written) - ahead, len(self.written))]
 
     def forget_written(self) -> None:
-        self.written, self.written_eos, self.written_key = [], False, None
+        self.written, self.written_end, self.written_eos, self.written_key = [], None, None, None
         self.written_top1.clear()
 
-    def write(self, token: int, is_eos: bool) -> None:
+    def write(self, token: int) -> None:
         """Takes down what the nudging model writes next."""
-        if is_eos:
-            self.written_eos = True
-            return
         self.written.append(token)
         if self.written_key is not None:
             self.written_key = mix(self.written_key, token)
@@ -211,6 +261,8 @@ class Voices:
         nudging_control: its control tokens, of shape (n,), EOS left out: never drawn.
         base_samples, nudging_samples: whether each draws its tokens.
         min_new_tokens: base tokens before which the nudging model may not end an answer.
+        base_rows: how many ids the base can read, where a tokenizer or the nudging model has more.
+        nudging_positions: how many the nudging model was trained on; beyond, it is warned once.
     """
 
     base_eos: Sequence[int]
@@ -219,6 +271,8 @@ class Voices:
     base_samples: bool
     nudging_samples: bool
     min_new_tokens: int
+    base_rows: float = math.inf
+    nudging_positions: float = math.inf
 
 
 class NudgedDecoder:
@@ -237,8 +291,8 @@ class NudgedDecoder:
 
     def __init__(
         self,
-        base: CachedLM,
-        nudging: CachedLM,
+        base: CachedLM | SeparateRows,
+        nudging: CachedLM | SeparateRows,
         rows: list[Row],
         config: NudgingConfig,
         voices: Voices,
@@ -257,9 +311,12 @@ class NudgedDecoder:
         self.streamer = streamer
         self.record = record
         self.record_logits = record_logits
-        self._policy = draft_length_of(base.model, nudging.model, (len(rows), base.kind_of_cache))
+        self._policy: DraftLength  # While it runs.
+        # With one vocabulary, the nudging model may write a stop token of the caller's, which can be too early too.
+        self._one_vocabulary = isinstance(rows[0].answer, OneVocabulary)
+        too_early = {*voices.nudging_eos, *(limits.stop_tokens if self._one_vocabulary else ())}
         # On the device, so that no step waits for it to get there.
-        self._no_eos = SuppressTokensLogitsProcessor(voices.nudging_eos, device=nudging.device)
+        self._no_eos = SuppressTokensLogitsProcessor(sorted(too_early), device=nudging.device)
         self._control_mask: torch.Tensor | None = None
         self._tokens = 0  # Of all answers, when the base has last read.
         self._plan: Plan | None = None  # How far is drafted before it reads again, if that is still so.
@@ -267,6 +324,11 @@ class NudgedDecoder:
 
     def run(self) -> None:
         """Writes all answers to their end."""
+        way = (len(self.rows), self.base.kind_of_cache)
+        with borrowed_draft_length(self.base.model, self.nudging.model, way) as self._policy:
+            self._run()
+
+    def _run(self) -> None:
         for row in self.rows:
             self._resume(row, None)
         while True:
@@ -297,11 +359,18 @@ class NudgedDecoder:
         place = len(row.answer.ids)
         if place >= len(row.seen):
             return None
-        token, score, *_ = row.seen[place]
+        seen = row.seen[place]
+        token, score = seen.token, seen.score
+        if not math.isfinite(seen.top1):
+            raise ValueError(_no_numbers("base", place, row))
+        if not math.isfinite(seen.best):
+            raise ValueError(_no_choice("base", seen.best, place, row))
         if self.gate.against_nudging_model:
             top1 = row.nudging_top1()
             if top1 is None:
                 return None
+            if not math.isfinite(top1):
+                raise ValueError(_no_numbers("nudging model", place, row))
             score -= top1
             if self._eos_is_early(row):
                 row.forget_written()
@@ -311,22 +380,37 @@ class NudgedDecoder:
 
     def _resume(self, row: Row, answer: Lookahead | Verdict | None) -> None:
         """Answers a question, and takes what is accepted, up to the next question or the end."""
-        try:
-            step = row.algorithm.send(answer)
-            while isinstance(step, Accept):
-                for token in step.ids:
-                    self._append(row, token, step.nudged)
-                    if reason := self.limits.reached(row):
-                        return self._finish(row, reason)
-                step = next(row.algorithm)
+        step = self._next_step(row, answer)
+        while isinstance(step, Accept):
+            for token in step.ids:
+                self._append(row, token, step.nudged)
+                if reason := self.limits.reached(row):
+                    return self._finish(row, reason)
+            step = self._next_step(row, None)
+        if isinstance(step, Question):
             row.question = step
             if step is Question.LOOKAHEAD and self._eos_is_early(row):
                 row.forget_written()
+            return
+        if step == "eos" and self._one_vocabulary and row.written_eos in self.limits.stop_tokens:
+            assert row.written_eos is not None
+            self._append(row, row.written_eos, nudged=True)  # The caller's stop token, as the nudging model wrote it.
+            step = "stop_token"
+        elif step == "eos" and self.voices.base_eos:
+            self._append(row, self.voices.base_eos[0], nudged=False)  # The end mark, nobody's word.
+            row.end_marks = 1
+        self._finish(row, step)
+
+    @staticmethod
+    def _next_step(row: Row, answer: Lookahead | Verdict | None) -> Step | str:
+        """The algorithm's next step, or why the answer has ended.
+
+        Alone in its `try`: a `StopIteration` of the caller's own (a criterion, a streamer) is no end of an answer.
+        """
+        try:
+            return row.algorithm.send(answer)
         except StopIteration as end:
-            if end.value == "eos" and self.voices.base_eos:
-                self._append(row, self.voices.base_eos[0], nudged=False)  # The end mark, nobody's word.
-                row.end_marks = 1
-            self._finish(row, end.value)
+            return end.value
 
     def _append(self, row: Row, token: int, nudged: bool) -> None:
         row.append(token, nudged)
@@ -346,15 +430,65 @@ class NudgedDecoder:
 
     def _lookahead(self, row: Row) -> Lookahead | None:
         """The lookahead at this point, if the nudging model has written enough for it."""
+        if self._is_over(row):
+            return Lookahead((), ended=True)
         written = row.continuation()
-        length = self.config.num_nudging_tokens
-        longest = length + _CHARACTER_BYTES - 1  # A single word that ends inside a character is drawn on.
+        # What the answer cannot take is not written, beyond a few; neither is what the nudging model cannot read.
+        length = int(min(self.config.num_nudging_tokens, max(_LEAST_BOUND, self.limits.room(row))))
+        most = row.nudging_room - (len(row.written) - len(written))
+        longest = min(length + _CHARACTER_BYTES - 1, most)  # A single word that ends inside a character is drawn on.
+        length = int(min(length, most))
         while length <= len(written):
             if length < longest and row.answer.is_one_unfinished_word(written[:length]):
                 length += 1
             else:
-                return Lookahead(row.answer.words(written[:length]), ended=False)
-        return Lookahead(row.answer.words(written), ended=True) if row.written_eos else None
+                return self._takeable(row, row.answer.words(written[:length]), ended=False)
+        if row.written_end is End.EOS:
+            return self._takeable(row, row.answer.words(written), ended=True)
+        if row.written_end is End.BLOCKED:
+            return Lookahead(row.answer.words(written), ended=False)
+        place = len(row.written)
+        if row.written_end is End.LOGITS:
+            raise ValueError(_no_numbers("nudging model", place, row))
+        if row.written_end is End.SCORES:
+            raise ValueError(_no_choice("nudging model", row.written_best, place, row))
+        return None
+
+    def _is_over(self, row: Row) -> bool:
+        """Whether the caller's processors allow nothing but the end here, of which the nudging model need not know.
+
+        With one vocabulary it does: they bind what it draws.
+        """
+        if self._one_vocabulary or row.constraint is None:
+            return False
+        return row.constraint.allows_only_end(row.answer.ids)
+
+    def _takeable(self, row: Row, words: tuple[Word, ...], ended: bool) -> Lookahead:
+        """The lookahead of these words as far as the base may write and read them; with one vocabulary it may.
+
+        A word that it may not take becomes the piece that is set aside; where it is the first, there are none.
+        """
+        if self._one_vocabulary or (row.constraint is None and self.voices.base_rows == math.inf):
+            return Lookahead(words, ended)
+        ids = list(row.answer.ids)
+        for i, word in enumerate(words):
+            if 0 < i == len(words) - 1 and not ended:
+                break  # Set aside in any case.
+            allowed = self._allowed(row, ids, word.ids)
+            if allowed and word.ids[allowed - 1] in self.limits.stop_tokens:
+                break  # The answer ends within this word.
+            if allowed < len(word.ids):
+                return Lookahead(words[: i + 1] if i else (), ended=False)
+            ids += word.ids
+        else:
+            if ended and row.constraint is not None and not row.constraint.allows_end(ids):
+                ended = False
+        return Lookahead(words, ended)
+
+    def _allowed(self, row: Row, ids: list[int], more: Sequence[int]) -> int:
+        """How many of the ids `more` the base may write and read after `ids`; if constrained, up to a stop token."""
+        readable = next((n for n, token in enumerate(more) if token >= self.voices.base_rows), len(more))
+        return readable if row.constraint is None else row.constraint.allowed_prefix(ids, more[:readable])
 
     def _must_write(self, row: Row) -> bool:
         """Whether the nudging model must write before the row's question can be answered."""
@@ -363,7 +497,7 @@ class NudgedDecoder:
         return self.gate.against_nudging_model and row.nudging_top1() is None
 
     def _may_draft(self, row: Row) -> bool:
-        return not row.written_eos and not self._eos_is_early(row)
+        return row.written_end is None and len(row.written) < row.nudging_room and not self._eos_is_early(row)
 
     def _lacks_text(self, row: Row, length: int) -> bool:
         """Whether it must write before the question can be answered, or answered early by a draft of that length."""
@@ -389,8 +523,14 @@ class NudgedDecoder:
             text = [*row.answer.nudging_prompt, *row.written]
             # Where a count forbids it to end the answer, it counts token by token.
             may_end.append(not self._may_not_end(row))
-            guesses.append(guess(text, row.left, len(row.written) - row.left_at, most) if may_end[-1] else [])
-            readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1)
+            guesses.append(self._guess(row, text, most) if may_end[-1] else [])
+            if len(text) > self.voices.nudging_positions:
+                logger.warning_once(
+                    "The nudging model reads more tokens than it was trained on, by its `max_position_embeddings` of "
+                    f"{int(self.voices.nudging_positions)}: its words may be worse from there on."
+                )
+            settled = len(text) - len(row.continuation())
+            readings[row.number] = Reading(text + guesses[-1], len(guesses[-1]) + 1, settled)
         logits = self.nudging.read(readings)
         raw = joined([logits[row.number] for row in rows]).float()
         scores = processed_scores(
@@ -412,33 +552,91 @@ class NudgedDecoder:
                 for row, guessed in zip(rows, guesses, strict=True)
                 for key in accumulate(guessed, mix, initial=row.nudging_key())
             ]
-        tokens = choose(scores + self._never_drawn(scores), keys)
-        said = zip(*_transferred(tokens, top1_probabilities(raw)), strict=True)
+        scores = scores + self._never_drawn(scores)
+        if self._one_vocabulary and rows[0].constraint is not None:
+            scores += self._forbidden_to_nudging_model(rows, guesses, scores)
+        tokens = choose(scores, keys)
+        best = best_scores(scores, tokens, is_greedy=keys is None)
+        said = zip(*_transferred(tokens, top1_probabilities(raw), best), strict=True)
         written = 0
         for row, guessed in zip(rows, guesses, strict=True):
             own_said = list(islice(said, len(guessed) + 1))
             hits = self._take_down(row, guessed, own_said)
             self._policy.guesses.observe(hits, len(guessed))
             written += hits + 1
-            least_sure = min(top1 for _, top1 in own_said[: hits + 1])
-            if row.written_eos or self._policy.acceptance.is_below_hope(least_sure):
+            least_sure = min(top1 for _, top1, _ in own_said[: hits + 1])
+            if row.written_end is not None or self._policy.acceptance.is_below_hope(least_sure):
                 self._plan = None
         if (fed := _usual_size(self.nudging)) is not None:
             self._policy.observe_step(fed, time.perf_counter() - began, written / len(rows), not self._steps_are_free)
 
+    def _guess(self, row: Row, text: list[int], most: int) -> list[int]:
+        """What the row's nudging model may write next: what it has room for, and what is not forbidden."""
+        most = int(min(most, row.nudging_room - len(row.written) - 1))
+        guessed = guess(text, row.left, len(row.written) - row.left_at, most)
+        if guessed and row.constraint is not None and self._one_vocabulary:
+            ends = next((n for n, token in enumerate(guessed) if token in self.voices.nudging_eos), len(guessed))
+            return guessed[: row.constraint.allowed_prefix(self._base_ids(row), guessed[:ends])]
+        return guessed
+
+    @staticmethod
+    def _base_ids(row: Row) -> list[int]:
+        """With one vocabulary: the base's ids of the answer and of what the nudging model has written after it."""
+        return [*row.answer.ids, *row.continuation()]
+
     def _never_drawn(self, scores: torch.Tensor) -> torch.Tensor:
-        """What is added to scores so that no control token is drawn, of shape (vocab_size,)."""
+        """What is added to scores so that no control token is drawn, of shape (vocab_size,).
+
+        With one vocabulary, neither is a token that the base has no row for; EOS is none of its words.
+        """
         if self._control_mask is None:
-            zeros = scores.new_zeros(scores.shape[-1])
-            self._control_mask = zeros.index_fill(0, self.voices.nudging_control, float("-inf"))
+            mask = scores.new_zeros(scores.shape[-1])
+            if self._one_vocabulary and self.voices.base_rows < len(mask):
+                mask[int(self.voices.base_rows) :] = float("-inf")
+                mask[[*self.voices.nudging_eos]] = 0.0
+            self._control_mask = mask.index_fill(0, self.voices.nudging_control, float("-inf"))
         return self._control_mask
 
-    def _take_down(self, row: Row, guessed: list[int], said: list[tuple[float, float]]) -> int:
+    def _forbidden_to_nudging_model(
+        self, rows: list[Row], guesses: list[list[int]], scores: torch.Tensor
+    ) -> torch.Tensor:
+        """What is added to scores so that nothing is drawn that the caller's processors forbid, of their shape.
+
+        With one vocabulary. EOS is allowed where the base's is, or where the caller has it for a stop token.
+        """
+        masks = []
+        for row, guessed in zip(rows, guesses, strict=True):
+            assert row.constraint is not None
+            ids = self._base_ids(row)
+            for n in range(len(guessed) + 1):
+                here = [*ids, *guessed[:n]]
+                forbidden = row.constraint.forbidden(here).to(scores.device)
+                mask = scores.new_zeros(scores.shape[-1])
+                common = min(len(mask), len(forbidden))
+                mask[:common].masked_fill_(forbidden[:common], float("-inf"))
+                may_end = row.constraint.allows_end(here)
+                for eos in self.voices.nudging_eos:
+                    is_stop = eos in self.limits.stop_tokens and eos < common
+                    mask[eos] = 0.0 if may_end or (is_stop and not forbidden[eos]) else float("-inf")
+                masks.append(mask)
+        return torch.stack(masks)
+
+    def _take_down(self, row: Row, guessed: list[int], said: list[tuple[float, float, float]]) -> int:
         """What a row's pass of the nudging model has written: as many of the guessed tokens as it returns, and one."""
-        for hits, (token, top1) in enumerate(said):
+        for hits, (token, top1, best) in enumerate(said):
             row.written_top1[len(row.written)] = top1
-            row.write(int(token), token in self.voices.nudging_eos)
-            if hits == len(guessed) or row.written_eos or token != guessed[hits]:
+            if not math.isfinite(top1):
+                row.written_end = End.LOGITS
+            elif not math.isfinite(best):
+                is_blocked = best == -math.inf and self._one_vocabulary and row.constraint is not None
+                row.written_end, row.written_best = End.BLOCKED if is_blocked else End.SCORES, best
+            elif token in self.voices.nudging_eos:
+                row.written_end, row.written_eos = End.EOS, int(token)
+            else:
+                row.write(int(token))
+                if row.constraint is not None and self._one_vocabulary and token in self.limits.stop_tokens:
+                    row.written_end = End.BLOCKED  # Nobody is asked what may stand after a stop token.
+            if hits == len(guessed) or row.written_end is not None or token != guessed[hits]:
                 break
         return hits
 
@@ -479,14 +677,19 @@ class NudgedDecoder:
 
     def _within_limits(self, row: Row, length: int) -> int:
         """How many of so many drafted tokens the base may read behind the answer."""
-        return max(0, int(min(length, self.limits.max_length - row.length - 1)))
+        return max(0, int(min(length, self.limits.room(row) - 1)))
 
     def _new_plan(self, rows: list[Row]) -> Plan:
         """How far these rows, all that are open, draft before the next pass of the base."""
         if self.config.num_draft_tokens != ADAPTIVE:
             return Plan(int(self.config.num_draft_tokens), int(self.config.num_draft_tokens))
         drafts = [Written(row.sure(), self._may_draft(row)) for row in rows]
-        return Plan(*self._alike(self._policy.choose(drafts, self._steps_are_free)))
+        unread = None
+        if self.base.keeps_state:
+            texts = [[*row.answer.prompt, *row.answer.ids] for row in rows]
+            behind = [self.base.unread(row.number, text) - 1 for row, text in zip(rows, texts, strict=True)]
+            unread = max(0, *behind)
+        return Plan(*self._alike(self._policy.choose(drafts, self._steps_are_free, unread)))
 
     def _alike(self, numbers: Sequence[int]) -> list[int]:
         """What was chosen by the clock, alike in all processes of tensor parallelism: they must pass alike."""
@@ -505,11 +708,17 @@ class NudgedDecoder:
                     self._policy.acceptance.observe(row.draft_sure, row.draft_hits)
                 row.draft_hits = 0
                 draft = row.answer.draft(row.continuation()[:length], self._within_limits(row, length))
+                if not self._one_vocabulary:
+                    draft = draft[: self._allowed(row, row.answer.ids, draft)]
                 row.read = [*row.answer.ids, *draft]
                 row.draft_sure = row.answer.sure_of(draft, row.continuation(), row.sure())
             else:
                 row.read = row.answer.ids[:-1]
-            readings[row.number] = Reading([*row.answer.prompt, *row.read], len(row.read) + 1 - len(row.seen))
+            readings[row.number] = Reading(
+                [*row.answer.prompt, *row.read],
+                len(row.read) + 1 - len(row.seen),
+                settled=len(row.answer.prompt) + len(row.answer.ids),
+            )
         began = time.perf_counter()
         logits = self.base.read(readings)
         # Processors are where the caller's ids are, which need not be where the base is.
@@ -525,17 +734,43 @@ class NudgedDecoder:
                 for place in range(len(row.seen), len(row.read) + 1)
             ]
         tokens, probabilities = choose(scores, keys), raw.softmax(dim=-1)
-        said = _transferred(tokens, self.gate.score(probabilities, tokens), probabilities.amax(dim=-1))
+        best = best_scores(scores, tokens, is_greedy=keys is None)
+        said = _transferred(tokens, self.gate.score(probabilities, tokens), probabilities.amax(dim=-1), best)
         if (fed := _usual_size(self.base)) is not None:
             self._policy.observe_pass(fed, time.perf_counter() - began, reads_prompts)
         recorded = zip(*said, raw, scores, strict=True)
         for row in rows:
             for _ in range(len(row.seen), len(row.read) + 1):
-                token, score, top1, raw_logits, row_scores = next(recorded)
-                kept = (raw_logits, row_scores) if self.record_logits else (None, None)
-                row.seen.append(_Seen(int(token), score, top1, *kept))
+                token, score, top1, best_score, raw_logits, row_scores = next(recorded)
+                if not self.record_logits:
+                    raw_logits = row_scores = None
+                row.seen.append(_Seen(int(token), score, top1, raw_logits, row_scores, best_score))
             if row.finish_reason is not None:
+                for place, seen in enumerate(row.seen[: len(row.answer.ids)]):
+                    if not math.isfinite(seen.top1):
+                        raise ValueError(_no_numbers("base", place, row))
                 self.base.release(row.number)
+
+
+def _no_numbers(whose: str, place: int, row: Row) -> str:
+    """What is said where a model's logits are NaN or infinite."""
+    return (
+        f"The {whose}'s logits are NaN or infinite at {_where(whose, place, row)}: load the {whose} in another dtype "
+        "(float16 overflows where bfloat16 and float32 do not), and look at its weights. `remove_invalid_values` does "
+        "not mend it: how sure a model is cannot be told of such logits."
+    )
+
+
+def _no_choice(whose: str, best: float, place: int, row: Row) -> str:
+    """What is said where processors leave no token to choose."""
+    what = "forbid every token (all scores are −∞)" if best == -math.inf else "make a score NaN or +∞"
+    which = "`logits_processor` and the generation config" if whose == "base" else "`nudging_model.generation_config`"
+    return f"The {whose}'s logits processors {what} at {_where(whose, place, row)}: look at those of {which}."
+
+
+def _where(whose: str, place: int, row: Row) -> str:
+    own = " (in its own vocabulary)" if whose != "base" and isinstance(row.answer, TwoVocabularies) else ""
+    return f"token {place + 1} of the answer{own} in row {row.number}"
 
 
 def _transferred(*of_positions: torch.Tensor) -> list[list[float]]:
@@ -548,7 +783,7 @@ def _transferred(*of_positions: torch.Tensor) -> list[list[float]]:
     return torch.stack([each.float() for each in of_positions]).tolist()
 
 
-def _usual_size(lm: CachedLM) -> int | None:
+def _usual_size(lm: CachedLM | SeparateRows) -> int | None:
     """The tokens of its last pass, padding included, if others like it will follow: a prompt is read once, and
     compiled once."""
     if lm.last_shape is None or lm.last_shape[1] > _USUAL_WIDTH:

@@ -7,27 +7,41 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, ProcessorMixin
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers import AutoTokenizer, GenerationMixin, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers.generation import MinNewTokensLengthLogitsProcessor, StoppingCriteriaList, StopStringCriteria
 
 from .bridge import OneVocabulary, TwoVocabularies, Vocabulary, answer_class
-from .cached_lm import CachedLM, Prompts, Static
+from .cached_lm import Prompts, Static, cached_lm
 from .choosing import new_seeds
 from .config import NudgingConfig
+from .constraints import (
+    Constraint,
+    hard_processors,
+    refuse_processors_of_base,
+    refuse_processors_of_nudging_model,
+)
 from .decoding import Limits, NudgedDecoder, Row, Voices
 from .host import (
     CACHE_NAMES,
+    arguments_of_caller,
+    check_version,
     eos_token_ids,
+    greatest_length,
     input_device,
+    input_rows,
     is_prepared,
     merged_generation_config,
+    output_rows,
+    own_eos_token_ids,
     own_generation_config,
     own_processors,
     pad_token_id,
@@ -40,7 +54,12 @@ from .host import (
 from .named_model import named_nudging_model
 from .output import NudgingOutput, nudging_output, padded_sequences
 from .prompts import nudging_prompts, unpadded
-from .refusals import refuse_what_nudging_cannot_do, refuse_what_the_base_cannot_read
+from .refusals import (
+    refuse_streamer_of_several_rows,
+    refuse_what_is_no_language_model,
+    refuse_what_nudging_cannot_do,
+    refuse_what_the_base_cannot_read,
+)
 from .rounds import rounds
 from .threshold import threshold_of
 
@@ -83,8 +102,8 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
 
     `nudging_hf.generate(model, **inputs, nudging_model=m)`, `model.generate(**inputs, nudging_model=m)` after
     `nudging_hf.register()`, and `model.generate(**inputs, custom_generate=nudging_hf.generate, nudging_model=m)` give
-    the same ids. Through `custom_generate` transformers keeps `tokenizer`, `stop_strings` and `streamer` to itself:
-    there, give `base_tokenizer` for the first, and use another door for the other two.
+    the same ids. Through `custom_generate` transformers refuses `stop_strings` for want of a tokenizer, and answers
+    `cache_implementation="paged"` by itself, without nudging and without a word: use another door for the first.
 
     Args:
         model (`PreTrainedModel`):
@@ -109,6 +128,18 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
             shape (1, length) and `scores=None`, at every token; `LogitsProcessor`s of the caller's own likewise for
             the base, also at drafted positions, so they must not keep count of their calls.
 
+            What processors forbid, i.e. give the score −∞ by the ids before it (`bad_words_ids`, `suppress_tokens`,
+            `prefix_allowed_tokens_fn`, `no_repeat_ngram_size`, one of the caller's own, ...), neither model writes.
+            To find that out for the nudging model's words, they are called with scores of 0 as well. Penalties,
+            finite biases, and sampling's warpers shape the base alone; the nudging model has those of its own
+            generation config. `remove_invalid_values` does nothing: NaN and infinite logits are an error.
+
+            An `eos_token_id` of the call that is none of the base's own (of `model.generation_config`) is a stop
+            token: the answer ends with it, whichever model writes it. `min_new_tokens` holds it back too.
+            Else only the nudging model ends an answer, by the EOS of its generation config or of its tokenizer.
+
+            An answer ends at the last position of either model too, where its positions are learned.
+
     Returns:
         Ids of shape `(batch_size, length)`, or a [`NudgingOutput`] where `return_dict_in_generate=True`.
 
@@ -121,6 +152,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
         if not args:
             raise ValueError("Nothing to nudge: give the base as the first argument or as `model=`.")
         model, *args = args  # type: ignore[assignment]
+    check_version()
     model = without_wrapper(model)
     plain = kwargs.get("nudging_model", model) is None
     own = {name: kwargs.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
@@ -130,14 +162,18 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     if is_prepared(kwargs.get("generation_config")):  # transformers calls, by `custom_generate=`.
         if plain:
             raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
-        generation_config = kwargs["generation_config"]
+        refuse_what_is_no_language_model(model, "base", "model")
+        generation_config, given = kwargs["generation_config"], arguments_of_caller()
         _find_nudging_model(model, own, generation_config, hub)
-        refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, {})
-        kwargs["nudging_call"] = _call(model, own, None, generation_config)
+        refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, given)
+        call = _call(model, own, given.get("tokenizer"), generation_config, given.get("streamer"))
+        refuse_streamer_of_several_rows(call.streamer, len(args[0]))
+        kwargs["nudging_call"] = call
         return _decode(model, *args, **kwargs)
     if plain:
         return plain_generate(model)(model, *args, **kwargs)
 
+    refuse_what_is_no_language_model(model, "base", "model")
     arguments = dict(_GENERATE_SIGNATURE.bind(model, *args, **kwargs).arguments)
     arguments.update(arguments.pop("kwargs", {}))
     del arguments["self"]
@@ -148,8 +184,7 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     call = _call(model, own, tokenizer, generation_config, arguments.get("streamer"))
     prompts = arguments.get("inputs", arguments.get("input_ids"))
     rows = generation_config.num_return_sequences * (1 if prompts is None else len(prompts))
-    if call.streamer is not None and rows > 1:
-        raise ValueError(f"A streamer takes a single answer, got {rows} rows: generate them one at a time.")
+    refuse_streamer_of_several_rows(call.streamer, rows)
     if generation_config.stop_strings is not None:
         take_over_stop_strings(arguments, model, generation_config.stop_strings, call.vocabulary.tokenizer)
     return GenerationMixin.generate(model, **arguments, custom_generate=_decode, nudging_call=call)
@@ -197,35 +232,53 @@ def _decode(
     prompts = unpadded(input_ids, attention_mask)
     given = _nudging_prompts(call, prompts, generation_config.num_return_sequences, placeholder_ids(model))
     nudging_model_config = own_generation_config(call.nudging_model, bool(generation_config.do_sample))
-    voices = _voices(call, generation_config, nudging_model_config, input_ids.shape[1])
+    refuse_processors_of_base(logits_processor)
+    refuse_processors_of_nudging_model(nudging_model_config)
+    refuse_prompts_without_room(prompts, model, "base", "tokenizer", set() if not more else placeholder_ids(model))
+    refuse_prompts_without_room(given, call.nudging_model, "nudging model", "nudging_tokenizer")
+    voices = _voices(call, model, generation_config, nudging_model_config, input_ids.shape[1])
+    stop_tokens = [token for token in eos_token_ids(generation_config) if token not in own_eos_token_ids(model)]
+    shown = input_ids
+    if pad is not None and pad >= (input_rows(model) or math.inf):
+        # Nothing reads padding but the processors, and they have a score for each id that they are shown.
+        first = torch.tensor([[ids[0]] for ids in prompts], device=input_ids.device)
+        shown = torch.where(input_ids == pad, first, input_ids)
+    base_processors = [processors_of_row(logits_processor, i, batch) for i in range(batch)]
+    constraints = _constraints(call, base_processors, shown, output_rows(model), voices, stop_tokens)
     nudging_ids = [torch.tensor([ids], device=input_device(call.nudging_model)) for ids in given]
     seeds = shared_by_ranks(model, new_seeds(batch)) if generation_config.do_sample else [0] * batch
     rows = [
         Row(
             number=i,
-            prompt=input_ids[i : i + 1],
+            prompt=shown[i : i + 1],
             nudging_prompt=nudging_ids[i],
             answer=call.answer_class(call.vocabulary, call.nudging_vocabulary, prompts[i], given[i]),
-            base_processors=processors_of_row(logits_processor, i, batch),
+            base_processors=base_processors[i],
             nudging_processors=own_processors(call.nudging_model, nudging_model_config, nudging_ids[i]),
             seed=seed,
             threshold=threshold_of(call.config),
             algorithm=rounds(call.config.takeover_on_agreement),
+            constraint=constraints[i],
+            base_room=_room(model, prompts[i]),
+            nudging_room=_room(call.nudging_model, given[i]),
+            nudging_rows=_nudging_rows(call, model),
+            stand_in=_stand_in(voices),
         )
         for i, seed in enumerate(seeds)
     ]
     full = generation_config.return_dict_in_generate
     scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
-    static = Static(generation_config.max_length - input_ids.shape[1], generation_config) if is_static else None
-    base = CachedLM(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None, static)
-    nudging = CachedLM(call.nudging_model, batch, use_cache, static=static)
+    longest = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
+    static = Static(longest - input_ids.shape[1], generation_config) if is_static else None
+    base = cached_lm(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None, static)
+    nudging = cached_lm(call.nudging_model, batch, use_cache, static=static)
     NudgedDecoder(
         base,
         nudging,
         rows,
         call.config,
         voices,
-        Limits(stopping_criteria, voices.base_eos),
+        Limits(stopping_criteria, voices.base_eos, stop_tokens),
         streamer=call.streamer,
         record=full,
         record_logits=scores or logits,
@@ -263,23 +316,99 @@ def _nudging_prompts(
     return given
 
 
-def _voices(call: NudgingCall, generation_config: Any, nudging_config: Any, prompt_length: int) -> Voices:
-    tokenizer = call.nudging_vocabulary.tokenizer
-    nudging_eos = eos_token_ids(nudging_config) or [i for i in [tokenizer.eos_token_id] if i is not None]
+def refuse_prompts_without_room(
+    prompts: list[list[int]], model: Any, whose: str, argument: str, placeholders: Collection[int] = ()
+) -> None:
+    """Raises a `ValueError` for an id that a model has no row for, and for a prompt that fills its context.
+
+    Args:
+        prompts: ids without padding.
+        whose, argument: how the error calls the model and its tokenizer.
+        placeholders: ids that are not looked up.
+    """
+    rows, most = input_rows(model) or math.inf, greatest_length(model) or math.inf
+    for number, ids in enumerate(prompts):
+        wrong = next((token for token in ids if not 0 <= token < rows and token not in placeholders), None)
+        if wrong is not None:
+            raise ValueError(
+                f"The {whose}'s prompt in row {number} holds the id {wrong}, and the model has embeddings for the ids "
+                f"from 0 to {int(rows) - 1} alone: give the model's own tokenizer as `{argument}=`, or make room for "
+                "its added tokens by `resize_token_embeddings(len(tokenizer))`."
+            )
+        if len(ids) >= most:
+            raise ValueError(
+                f"The {whose}'s prompt in row {number} has {len(ids)} tokens, and the model has {int(most)} "
+                "positions: there is no room for an answer. Give a shorter prompt, or a model with more positions."
+            )
+
+
+def _room(model: Any, prompt: list[int]) -> float:
+    """How many tokens may stand after a prompt, by the model's last position."""
+    return (greatest_length(model) or math.inf) - len(prompt)
+
+
+def _nudging_rows(call: NudgingCall, base: Any) -> float:
+    """How many ids the nudging model can read, where it may be given one that it cannot; else infinity."""
+    rows = input_rows(call.nudging_model) or math.inf
+    given = output_rows(base) if call.answer_class is OneVocabulary else len(call.nudging_vocabulary.tokenizer)
+    return rows if given > rows else math.inf
+
+
+def _stand_in(voices: Voices) -> int:
+    """What the nudging model reads for an id that it has no row for: one that it never writes as a word."""
+    return voices.nudging_eos[0]
+
+
+def _constraints(
+    call: NudgingCall,
+    base_processors: list[LogitsProcessorList],
+    prompts: torch.Tensor,
+    vocab_size: int,
+    voices: Voices,
+    stop_tokens: list[int],
+) -> list[Constraint | None]:
+    """What the hard processors of each row forbid; `None` where there are none."""
+    constraints: list[Constraint | None] = []
+    for i, processors in enumerate(base_processors):
+        hard = hard_processors(processors)
+        if voices.min_new_tokens and stop_tokens and call.answer_class is TwoVocabularies:
+            too_early = torch.tensor(stop_tokens, device=prompts.device)
+            hard.append(
+                MinNewTokensLengthLogitsProcessor(
+                    prompts.shape[1], voices.min_new_tokens, too_early, device=str(prompts.device)
+                )
+            )
+        ends = voices.base_eos or stop_tokens
+        constraint = Constraint(hard, prompts[i : i + 1], vocab_size, ends, stop_tokens)
+        constraints.append(constraint if hard else None)
+    return constraints
+
+
+def _voices(call: NudgingCall, base: Any, generation_config: Any, nudging_config: Any, prompt_length: int) -> Voices:
+    tokenizer, model = call.nudging_vocabulary.tokenizer, call.nudging_model
+    # Chat models often end by another token than their config names, or than their tokenizer does.
+    named = [*eos_token_ids(nudging_config), tokenizer.eos_token_id]
+    nudging_rows = output_rows(model)
+    nudging_eos = list(dict.fromkeys(token for token in named if token is not None and 0 <= token < nudging_rows))
     if not nudging_eos:
         raise ValueError(
             "The nudging model has no EOS token, and only it ends an answer: set "
-            "`nudging_model.generation_config.eos_token_id`."
+            f"`nudging_model.generation_config.eos_token_id` to an id below {nudging_rows}, which it can write."
         )
-    control = sorted(call.nudging_vocabulary.control - set(nudging_eos))
+    control = sorted(i for i in call.nudging_vocabulary.control if i < nudging_rows and i not in nudging_eos)
     fewest = max(generation_config.min_new_tokens or 0, (generation_config.min_length or 0) - prompt_length)
+    base_rows = input_rows(base) or math.inf
+    ids_for_base = nudging_rows if call.answer_class is OneVocabulary else len(call.vocabulary.tokenizer)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Voices(
-        base_eos=eos_token_ids(generation_config),
+        base_eos=own_eos_token_ids(base),
         nudging_eos=nudging_eos,
-        nudging_control=torch.tensor(control, dtype=torch.long, device=input_device(call.nudging_model)),
+        nudging_control=torch.tensor(control, dtype=torch.long, device=input_device(model)),
         base_samples=bool(generation_config.do_sample),
         nudging_samples=bool(nudging_config.do_sample),
         min_new_tokens=fewest,
+        base_rows=base_rows if ids_for_base > base_rows else math.inf,
+        nudging_positions=positions or math.inf,
     )
 
 
@@ -380,13 +509,16 @@ def _vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     return Vocabulary(tokenizer)
 
 
+# transformers keeps what it finds out of stop strings, the last eight, for all threads, and does not lock it.
+_STOP_STRINGS = threading.Lock()
 _answer_class = lru_cache(maxsize=8)(answer_class)
 
 
 def take_over_stop_strings(arguments: dict[str, Any], model: Any, stop_strings: Any, tokenizer: Any) -> None:
     """Makes a stopping criterion of them: transformers has no tokenizer to hand when it calls the decoding loop."""
     criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
-    criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    with _STOP_STRINGS:
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
     arguments["stopping_criteria"] = criteria
     if arguments.get("generation_config") is not None:
         arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])

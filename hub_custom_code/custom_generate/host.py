@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
 )
 
+_logger = logging.getLogger(__name__)
+_COMPILING = threading.Lock()
 
 # What a cache is called: by `generate` and most models from 5.24 on, by most models before, and by some of those with
 # a recurrent state before. Models with code of their own keep the name that they have.
@@ -27,10 +34,82 @@ CACHE = next(
 )
 
 
+def accepted_arguments(model: Any) -> set[str]:
+    """The arguments that the model's forward pass names."""
+    return set(inspect.signature(model.forward).parameters)
+
+
 def cache_argument(model: Any) -> str | None:
     """The name by which the model's forward pass is given its cache; `None` where it takes none."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = accepted_arguments(model)
     return next((name for name in CACHE_NAMES if name in accepted), None)
+
+
+# The lowest and the newest minor version of transformers that the tests have been run with.
+LOWEST, NEWEST = (5, 12), (5, 24)
+
+
+@lru_cache(maxsize=1)
+def check_version(version: str = transformers.__version__) -> None:
+    """Says once that a version of transformers has not been tried.
+
+    Args:
+        version: such as "5.24.0" or "5.25.0.dev0".
+
+    Raises:
+        ImportError: for a version that is too old.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    tried = f"{'.'.join(map(str, LOWEST))} to {'.'.join(map(str, NEWEST))}"
+    if (major, minor) < LOWEST:
+        raise ImportError(
+            f"Nudging was tried with transformers {tried}, and {version} is too old: "
+            "pip install --upgrade transformers"
+        )
+    if (major, minor) > NEWEST:
+        _logger.warning(f"Nudging was tried with transformers {tried}, and not with {version}, which is installed.")
+
+
+# What `generate` takes before it calls a `custom_generate` function, which is not given it.
+_NOT_HANDED_ON = (
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
+
+
+def arguments_of_caller() -> dict[str, Any]:
+    """What the `generate` was given that is calling a `custom_generate` function, also what it keeps to itself.
+
+    `tokenizer`, `streamer`, `assistant_model`, `synced_gpus` and others are not handed on, and of `position_ids` or a
+    cache it does not say whether they are the caller's. They are read where they stand: in the frames of `generate`,
+    of which the outermost, a decorator's, has the keywords as they came, and the innermost what came by position.
+
+    Returns:
+        Arguments by their names; none where no `generate` of transformers is calling.
+    """
+    codes, function = [], GenerationMixin.generate
+    while function is not None:
+        codes.append(function.__code__)
+        function = getattr(function, "__wrapped__", None)
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not codes[-1]:
+        frame = frame.f_back
+    if frame is None:
+        return {}
+    given = {name: frame.f_locals.get(name) for name in _NOT_HANDED_ON}
+    while frame.f_back is not None and frame.f_back.f_code in codes[:-1]:
+        frame = frame.f_back
+    given.update(frame.f_locals.get("kwargs", {}))
+    given.pop("custom_generate", None)
+    return given
+
+
+def waits_for_other_ranks(model: Any) -> bool:
+    """Whether `generate` would keep several processes in step, pass by pass, without being told to."""
+    return bool(model._extract_generation_mode_kwargs(None, {}, None, None, None).get("synced_gpus"))
 
 
 def merged_generation_config(
@@ -85,25 +164,44 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
     return None if pad is None else int(pad)
 
 
+def own_eos_token_ids(model: Any) -> list[int]:
+    """The EOS ids of the model's own generation config, in its order, whatever a call says."""
+    eos = model.generation_config.eos_token_id
+    if isinstance(eos, torch.Tensor):
+        eos = eos.flatten().tolist()
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
 def own_processors(model: Any, generation_config: GenerationConfig, input_ids: torch.Tensor) -> LogitsProcessorList:
-    """The logits processors that a prepared config asks for, behind a prompt of shape (1, prompt_length)."""
-    return model._get_logits_processor(
+    """The logits processors that a prepared config asks for, after a prompt of shape (1, prompt_length).
+
+    Without the one of `remove_invalid_values`: what is no number is an error, and is said.
+    """
+    prepared = model._get_logits_processor(
         generation_config=generation_config,
         input_ids_seq_length=input_ids.shape[1],
         encoder_input_ids=input_ids,
         device=input_ids.device,
         model_kwargs={"attention_mask": torch.ones_like(input_ids)},
     )
+    return LogitsProcessorList(each for each in prepared if not isinstance(each, InfNanRemoveLogitsProcessor))
 
 
 def processors_of_row(prepared: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
-    """The processors that `generate` prepared for a batch, bound to one row, to be called with that row alone."""
+    """The processors that `generate` prepared for a batch, bound to one row, to be called with that row alone.
+
+    Without the one of `remove_invalid_values`: what is no number is an error, and is said.
+    """
     own = LogitsProcessorList()
     for processor in prepared:
+        if isinstance(processor, InfNanRemoveLogitsProcessor):
+            continue
         bound = copy.copy(processor)
         if isinstance(bound, PrefixConstrainedLogitsProcessor):
-            allowed = bound._prefix_allowed_tokens_fn
-            bound._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed: allowed(row, ids)
+            # It is told the prompt's number, which several returned sequences share.
+            allowed, prompt = bound._prefix_allowed_tokens_fn, row // bound._num_beams
+            bound._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed, prompt=prompt: allowed(prompt, ids)
+            bound._num_beams = 1
         elif isinstance(bound, RepetitionPenaltyLogitsProcessor):
             if isinstance(bound.prompt_ignore_length, torch.Tensor):
                 bound.prompt_ignore_length = bound.prompt_ignore_length[row : row + 1]
@@ -125,6 +223,11 @@ def input_device(model: Any) -> torch.device:
         return model.device
     # Offloaded by accelerate, whose hook brings the weights to where they are used.
     return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
+
+
+def has_no_weights(model: Any) -> bool:
+    """Whether a model is on the meta device, and not because its weights are brought when they are used."""
+    return model.device.type == "meta" and not hasattr(model.get_input_embeddings(), "_hf_hook")
 
 
 def reads_more_than_text(model: Any) -> bool:
@@ -157,6 +260,14 @@ def first_inputs(model: Any, input_ids: torch.Tensor, cache: Cache, model_kwargs
     )
 
 
+def uncached_inputs(model: Any, input_ids: torch.Tensor) -> dict[str, Any]:
+    """What `generate` gives a model without a cache, for ids of shape (rows, width) that are not padded."""
+    mask = torch.ones_like(input_ids)
+    return model.prepare_inputs_for_generation(
+        input_ids, is_first_iteration=True, attention_mask=mask, **{CACHE: None}, use_cache=False
+    )
+
+
 def without_wrapper(model: Any) -> Any:
     """The model of transformers inside a wrapper of PEFT, whose adapters stand in its layers; others as they are.
 
@@ -175,8 +286,10 @@ def without_wrapper(model: Any) -> Any:
         )
     if wrapper is not model:
         return model
-    model.get_base_model().generation_config = model.generation_config  # As the wrapper's own `generate` does.
-    return model.get_base_model()
+    inside = model.get_base_model()
+    if inside.generation_config is not model.generation_config:  # The wrapper was given one of its own.
+        inside.generation_config = model.generation_config  # As the wrapper's own `generate` does.
+    return inside
 
 
 def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:
@@ -188,15 +301,48 @@ def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:
     return shared.tolist()
 
 
-def cannot_roll_back(model: Any) -> bool:
-    """Whether the model keeps more than keys and values, of which alone tokens can be taken back.
+def config_layers(model: Any) -> list[Any]:
+    """The empty layers of the cache that `generate` would make for the model."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
 
-    That is a recurrent state (Mamba, linear attention), or an index of what to attend to (DeepSeek-V3.2).
+
+def takes_common_cache(model: Any) -> bool:
+    """Whether the model takes the cache that models have in common, and none of a class of its own (RWKV, XLNet)."""
+    return cache_argument(model) is not None and model._supports_default_dynamic_cache()
+
+
+def takes_static_cache(model: Any) -> bool:
+    """Whether the model attends over a cache of a fixed size; those that do are those that can be compiled over it.
+
+    GPT-Neo does not: it takes the size of the cache for the length of the text, in plain `generate` too.
     """
-    layers = DynamicCache(config=model.config).layers
-    return bool(model._is_stateful) or any(
-        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
-    )
+    return bool(model._can_compile_fullgraph)
+
+
+def states_of(layer: Any) -> list[torch.Tensor]:
+    """What a linear-attention layer keeps of all rows, tensors of shape (rows, ...); none before its first pass.
+
+    From transformers 5.14 on such a layer may have several states, by their numbers.
+    """
+    kept = [layer.conv_states, layer.recurrent_states]
+    each = [state for states in kept for state in (states.values() if isinstance(states, dict) else [states])]
+    return [state for state in each if state is not None]
+
+
+def set_states(layer: Any, states: Sequence[torch.Tensor]) -> None:
+    """Puts tensors in the place of those that `states_of` gives, in its order."""
+    left = iter(states)
+    for name in ("conv_states", "recurrent_states"):
+        old = getattr(layer, name)
+        if isinstance(old, dict):
+            old.update({number: next(left) for number, state in old.items() if state is not None})
+        elif old is not None:
+            setattr(layer, name, next(left))
+
+
+def has_rotary_positions(model: Any) -> bool:
+    """Whether the model's positions turn its keys and queries, as the ids of positions say."""
+    return getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) is not None
 
 
 def tells_distances_by_positions(model: Any) -> bool:
@@ -208,7 +354,7 @@ def tells_distances_by_positions(model: Any) -> bool:
     layers = getattr(config, "layer_types", None) or []
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return (
-        getattr(config, "rope_parameters", None) is not None
+        has_rotary_positions(model)
         and all(layer == "full_attention" for layer in layers)
         and (bool(layers) or not any(windows))
     )
@@ -218,4 +364,53 @@ def compiled_call(model: Any, cache: Cache, generation_config: GenerationConfig)
     """The model's forward pass, compiled as `generate` would compile it over that cache; `None` where it would not."""
     if not model._valid_auto_compile_criteria({CACHE: cache}, generation_config):
         return None
-    return model.get_compiled_call(generation_config.compile_config)
+    with _COMPILING:  # It is kept on the model: two threads would make two.
+        return model.get_compiled_call(generation_config.compile_config)
+
+
+def input_rows(model: Any) -> int | None:
+    """How many ids the model can read: rows of its embeddings. `None` where that is not known."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def output_rows(model: Any) -> int:
+    """How many tokens the model scores."""
+    head = model.get_output_embeddings()
+    return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
+
+
+def greatest_length(model: Any) -> int | None:
+    """The number of tokens that the model can read, where its positions come from a table of so many rows.
+
+    `None` where positions are computed (rotary embeddings, ALiBi): a model can be given more of them than it was
+    trained on.
+    """
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if most is None or getattr(config, "rope_parameters", None) is not None:
+        return None
+    if model not in _GREATEST_LENGTHS:
+        _GREATEST_LENGTHS[model] = _rows_of_position_table(model, most)
+    return _GREATEST_LENGTHS[model]
+
+
+_GREATEST_LENGTHS: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
+_MOST_OFFSET = 8  # Rows of a table of positions that stand before the first position; there are 2 in OPT's.
+
+
+def _rows_of_position_table(model: Any, most: int) -> int | None:
+    """The positions that a table holds: learned ones, or sines that are kept for so many positions and no more."""
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module is not words:
+            if most <= module.num_embeddings <= most + _MOST_OFFSET:
+                padding = module.padding_idx  # RoBERTa's positions begin after its padding.
+                return most if module.num_embeddings > most or padding is None else most - padding - 1
+    for name, buffer in model.named_buffers():
+        if buffer.ndim == 2 and len(buffer) == most and "pos" in name.rpartition(".")[2]:
+            return most
+    return None

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .host import input_device
 
-_LOADED: WeakKeyDictionary[Any, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
+
+class _Named:
+    """A nudging model and its tokenizer, once they are loaded, and the lock that lets one thread load or move it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.loaded: tuple[Any, Any] | None = None
+
+
+_LOADED: WeakKeyDictionary[Any, dict[str, _Named]] = WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 def named_nudging_model(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -25,12 +37,15 @@ def named_nudging_model(base: PreTrainedModel, name: str, hub: Mapping[str, Any]
     Raises:
         ValueError: if it cannot be loaded; its weights must be safetensors, and code of its own is never run.
     """
-    loaded = _LOADED.setdefault(base, {})
-    if name not in loaded:
-        loaded[name] = _load(base, name, hub)
-    model, tokenizer = loaded[name]
-    if model.device != input_device(base):  # The base has been moved.
-        model.to(input_device(base))
+    with _LOCK:
+        named = _LOADED.setdefault(base, {}).setdefault(name, _Named())
+    # Weights that are made in inference mode would not be good for all that may follow outside of it.
+    with named.lock, torch.inference_mode(False), torch.no_grad():
+        if named.loaded is None:
+            named.loaded = _load(base, name, hub)
+        model, tokenizer = named.loaded
+        if model.device != input_device(base):  # The base has been moved.
+            model.to(input_device(base))
     return model, tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cached_lm import CachedLM
+from .cached_lm import CachedLM, SeparateRows
 from .decoding import Row
 
 
@@ -28,9 +28,11 @@ class NudgingOutput(GenerateDecoderOnlyOutput):
         nudge_rate (`torch.FloatTensor` of shape `(batch_size,)`):
             The share of the answer's tokens, the end mark left out, that the nudging model wrote.
         finish_reasons (`list[str]`):
-            Why each row ended: "eos" (the nudging model ended it), "length", "time", "stop_string",
-            "stopping_criteria" (one of the caller's own), or "stuck" (the base would end, and its vocabulary holds
-            nothing of what the nudging model would write).
+            Why each row ended: "eos" (the nudging model ended it), "length" (by the call, or at the last position of
+            either model), "time", "stop_string", "stop_token" (an `eos_token_id` of the call that is none of the
+            base's own), "stopping_criteria" (one of the caller's own), or "stuck" (the base would end, and may take
+            nothing of what the nudging model would write: its vocabulary holds nothing of it, or the caller's
+            processors forbid it).
         base_forward_passes, nudging_forward_passes (`int`):
             How many forward passes each model made, for all rows together.
         base_tokens_fed, nudging_tokens_fed (`int`):
@@ -57,7 +59,12 @@ def padded_sequences(input_ids: torch.Tensor, rows: Sequence[Row], pad_token_id:
 
 
 def nudging_output(
-    sequences: torch.Tensor, rows: Sequence[Row], base: CachedLM, nudging: CachedLM, scores: bool, logits: bool
+    sequences: torch.Tensor,
+    rows: Sequence[Row],
+    base: CachedLM | SeparateRows,
+    nudging: CachedLM | SeparateRows,
+    scores: bool,
+    logits: bool,
 ) -> NudgingOutput:
     """The full output for finished rows; `scores` and `logits` say whether these were recorded and are wanted."""
     width = max(len(row.answer.ids) for row in rows)

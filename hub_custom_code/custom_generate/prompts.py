@@ -1,11 +1,32 @@
-"""The prompts of a batch as ids, and the nudging model's where none was given. It knows tokenizers, never models."""
+"""The prompts of a batch as ids, and what a chat template makes of messages. It knows tokenizers, never models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedTokenizerBase
+
+# What ends the reasoning in front of an answer. Templates of models that reason leave it out of earlier answers, as
+# their models were trained to read them: Qwen3's, DeepSeek-R1's, EXAONE-Deep's, Seed-OSS's.
+_ENDS_OF_REASONING = ("</think>", "</thought>", "</seed:think>")
+# Switches of templates, which they heed and take out of the text: SmolLM3's, Nemotron's.
+_SWITCHES = ("/think", "/no_think", "/system_override")
+# What a template may not change: all but white space, and characters that it may escape.
+_WORD = re.compile(r"""[^\s\\"'<>&]+""")
+# What `apply_chat_template` is told of the encoding, and not the template.
+_OF_ENCODING = {"max_length", "padding", "sanitize_control_tokens", "tokenizer_kwargs", "truncation"}
+_MOST_ORDERS = 64
+
+# For each tokenizer, by template, roles and keywords: in which order the contents of messages are written.
+_ORDERS: WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[int, ...] | None]] = WeakKeyDictionary()
+
+
+class TemplateRefusal(ValueError):
+    """A chat template raises an error for some messages, or leaves out what one of them says."""
 
 
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -31,15 +52,136 @@ def nudging_prompts(
     Args:
         prompts: the base's prompts, ids without padding.
         one_vocabulary: whether the base's ids may be passed on as they are.
+
+    Raises:
+        ValueError: for a chat template that refuses a user turn or leaves out what it says.
     """
     if not nudging_tokenizer.chat_template and one_vocabulary:
         return [list(prompt) for prompt in prompts]
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     if not nudging_tokenizer.chat_template:
         return [nudging_tokenizer(text).input_ids for text in texts]
-    return [
-        nudging_tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for text in texts
-    ]
+    return [templated_ids(nudging_tokenizer, [{"role": "user", "content": text}]) for text in texts]
+
+
+def templated_ids(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """The ids that the nudging model's chat template makes of messages, in which each message's text stands.
+
+    A template may change white space, escape quotation marks and angle brackets, and leave the reasoning out of an
+    earlier answer. A template that reads no strings, as some of multimodal models, is given the contents in parts.
+
+    Args:
+        messages: `{"role": ..., "content": ...}`, the contents strings.
+        template_kwargs: what the template is told besides.
+
+    Raises:
+        TemplateRefusal: for a template that raises an error for these messages, or leaves out what one says.
+    """
+    kwargs = dict(template_kwargs or {})
+    order = _order_of_contents(tokenizer, messages, kwargs)
+    given: Sequence[Mapping[str, Any]] = messages
+    if order == ():
+        in_parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
+        if in_order := _order_of_contents(tokenizer, in_parts, kwargs):
+            order, given = in_order, in_parts
+    text = _rendered(tokenizer, given, kwargs)
+    for i in _left_out(messages, text, order):
+        said = messages[i]["content"]
+        raise TemplateRefusal(
+            f"The nudging model's chat template leaves out what message {i + 1} of {len(messages)}, of role "
+            f"{messages[i]['role']!r}, says: {said[:60]!r}{'...' * (len(said) > 60)}. Set "
+            "`nudging_tokenizer.chat_template` to one that writes every message, or give the nudging model's prompt "
+            "as `nudging_input_ids`."
+        )
+    if kwargs.keys() & _OF_ENCODING or not _encodes_what_it_renders(tokenizer):
+        encoded = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True, **kwargs)
+    else:  # What that does, without rendering the messages a second time.
+        encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False)
+    return encoded["input_ids"]
+
+
+def _encodes_what_it_renders(tokenizer: Any) -> bool:
+    """Whether a chat is encoded as transformers does it, and not by a tokenizer's own way."""
+    return getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
+
+
+def _left_out(messages: Sequence[Mapping[str, str]], text: str, order: tuple[int, ...] | None) -> list[int]:
+    """Which messages' contents do not stand in a text.
+
+    Args:
+        order: which contents a template writes, in the order in which it writes them; `None` where that is not known.
+    """
+    found, end = set(), 0
+    for i in range(len(messages)) if order is None else order:
+        content, role = messages[i]["content"], messages[i]["role"]
+        wanted = [content]
+        if role == "assistant":
+            wanted += [content.rpartition(mark)[2] for mark in _ENDS_OF_REASONING if mark in content]
+        ends = [at for each in wanted if (at := _end_of(each, text, 0 if order is None else end)) is not None]
+        if ends:
+            found.add(i)
+            end = ends[0]
+    return [i for i, message in enumerate(messages) if i not in found and message["content"].strip()]
+
+
+def _end_of(content: str, text: str, start: int) -> int | None:
+    """Where a content ends that stands in `text[start:]`, whole or word for word; `None` where it does not."""
+    content = content.strip()
+    at = text.find(content, start)
+    if at >= 0:
+        return at + len(content)
+    for word in _WORD.findall(content):
+        if word not in _SWITCHES:
+            at = text.find(word, start)
+            if at < 0:
+                return None
+            start = at + len(word)
+    return start
+
+
+def _order_of_contents(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]
+) -> tuple[int, ...] | None:
+    """Which messages' contents the template writes, in the order in which it writes them.
+
+    It is found with stand-ins, for a short content may well stand in the template's own text. Some templates write the
+    system message behind the other ones.
+
+    Returns:
+        The messages' places in the chat; `None` where the template refuses the stand-ins.
+    """
+    template = tokenizer.chat_template
+    known = _ORDERS.setdefault(tokenizer, {})
+    in_parts = not all(isinstance(message["content"], str) for message in messages)
+    roles = tuple(message["role"] for message in messages)
+    key = (template if isinstance(template, str) else repr(template), roles, in_parts, repr(sorted(kwargs.items())))
+    if key in known:
+        return known[key]
+    marks = [f"zq{i}qz" for i in range(len(messages))]
+    contents: list[Any] = [[{"type": "text", "text": mark}] for mark in marks] if in_parts else marks
+    chat = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    order = None
+    try:
+        text = _rendered(tokenizer, chat, kwargs)
+    except TemplateRefusal:  # Of the stand-ins; whether it takes the messages themselves is seen with them.
+        pass
+    else:
+        places = sorted((text.find(mark), i) for i, mark in enumerate(marks))
+        order = tuple(i for place, i in places if place >= 0)
+    if len(known) >= _MOST_ORDERS:
+        known.clear()
+    known[key] = order
+    return order
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]) -> str:
+    """What the template writes. How control tokens in it are encoded is no matter here."""
+    kwargs = {name: value for name, value in kwargs.items() if name != "sanitize_control_tokens"}
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs)
+    except ImportError:  # Jinja is not installed.
+        raise
+    except Exception as error:  # A template is a program of somebody else's, which may raise whatever it likes.
+        raise TemplateRefusal(f"The nudging model's chat template refuses the messages: {error}") from error

@@ -9,86 +9,18 @@ Nor does a pass copy what it adds to: a cache has room behind its last slot, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import Cache
+from transformers.cache_utils import StaticLayer
+
+from .cache_layers import RoomyLayer, take_slots
 
 _MOST, _SPARE = 1.25, 64  # Slots a token of the longest row, and besides: with more, the cache is realigned.
-_ROOM, _LEAST_ROOM = 1 / 16, 16  # For further slots: a share of those that are taken, and besides.
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values with room behind them, where the next ones are put without copying those that are there."""
-
-    _count = 0  # How many slots are taken.
-    _keys_room: torch.Tensor
-    _values_room: torch.Tensor
-
-    def get_seq_length(self) -> int:
-        return self._count
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in `DynamicLayer`: takes states of shape (rows, heads, new slots, head_dim), and returns those of all."""
-        rows, _, width, _ = key_states.shape
-        self._reserve(rows, self._count + width, key_states, value_states)
-        self._keys_room[:, :, self._count : self._count + width] = key_states
-        self._values_room[:, :, self._count : self._count + width] = value_states
-        self._count += width
-        self.keys, self.values = self._keys_room[:, :, : self._count], self._values_room[:, :, : self._count]
-        return self.keys, self.values
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """As in `DynamicLayer`, by a negative number; `keys` and `values` go by it after the next `update`."""
-        if self.is_initialized:
-            self._count += tokens_to_remove
-
-    def take_in(self, part: DynamicLayer, taken: Sequence[torch.Tensor], row: int, rows: int, slots: int) -> None:
-        """Takes rows of another layer, `taken` of the slots of each, as its own from `row` on; all end at one slot.
-
-        What stands before a row is 0: the mask gives it the weight 0, which would make NaN of an infinity.
-        """
-        self._reserve(rows, slots, part.keys, part.values)
-        self._count = slots
-        for room, states in ((self._keys_room, part.keys), (self._values_room, part.values)):
-            for i, places in enumerate(taken):
-                begin = slots - len(places)
-                room[row + i, :, :begin] = 0.0
-                room[row + i, :, begin:slots] = states[i][:, places]
-
-    def drop(self, row: int) -> None:
-        """Drops a row, whose place the last one takes."""
-        self._keys_room[row], self._values_room[row] = self._keys_room[-1], self._values_room[-1]
-        self._keys_room, self._values_room = self._keys_room[:-1], self._values_room[:-1]
-
-    def move(self, source: torch.Tensor) -> None:
-        """Makes slot j of row i what slot source[i, j] was, and drops all behind."""
-        self._count = source.shape[1]
-        for room in (self._keys_room, self._values_room):
-            room[:, :, : self._count] = take_slots(room, source)
-
-    def _reserve(self, rows: int, slots: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Sees to it that there is room for so many slots, of states like these."""
-        if self.is_initialized and self._keys_room.shape[2] >= slots:
-            return
-        capacity = slots + int(_ROOM * slots) + _LEAST_ROOM
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self._keys_room, self._values_room = keys[:, :, :0], values[:, :, :0]
-        # One after the other, and nothing holds what was there before: there is no second copy of both at any time.
-        self.keys = self._keys_room = self._grown(self._keys_room, rows, capacity)
-        self.values = self._values_room = self._grown(self._values_room, rows, capacity)
-
-    def _grown(self, room: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
-        grown = room.new_empty(rows, room.shape[1], capacity, room.shape[3])
-        if self._count:
-            grown[:, :, : self._count] = room[:, :, : self._count]
-        return grown
 
 
 class Slots:
@@ -97,16 +29,18 @@ class Slots:
     Args:
         rows: of the batch.
         keeps_holes: whether there may be holes between the tokens of a row.
+        new_cache: makes an empty cache.
 
     Attributes:
-        cache (`Cache`): what the model is given as `past_key_values`.
+        cache (`Cache`): what the model is given.
         count (`int`): how many slots are taken.
     """
 
     cache: Cache
 
-    def __init__(self, rows: int, keeps_holes: bool):
+    def __init__(self, rows: int, keeps_holes: bool, new_cache: Callable[[], Cache]):
         self.keeps_holes = keeps_holes
+        self._new_cache = new_cache
         self.lengths = [0] * rows  # Tokens of each row.
         self.count = 0
         # Which slots hold a token, of shape (rows, count), on the CPU; `None` where all do.
@@ -163,14 +97,13 @@ class Slots:
         for i, layer in enumerate(part.cache.layers):
             if i == len(self.cache.layers):
                 self.cache.layers.append(RoomyLayer())
-            if layer.is_initialized:
+            if isinstance(layer, RoomyLayer) and layer.is_initialized:
                 self.cache.layers[i].take_in(layer, taken, row, len(self.lengths), self.count)
 
     def drop(self, row: int) -> None:
         """Drops a row, whose place the last one takes."""
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.drop(row)
+        for layer in self._filled_layers():
+            layer.drop(row)
         self.lengths[row] = self.lengths[-1]
         self.lengths.pop()
         if self._used is not None:
@@ -205,19 +138,19 @@ class Slots:
     # What differs where the cache is of a fixed size.
 
     def _clear(self) -> None:
-        # Without a config every layer is a full one, also a sliding layer, whose window is kept by the mask: a cache
-        # that forgets what leaves the window could not roll back past it.
-        self.cache = DynamicCache()
-        self.cache.layer_class_to_replicate = RoomyLayer
+        self.cache = self._new_cache()
 
     def _crop_cache(self, slots: int) -> None:
-        self.cache.crop(-slots)
+        for layer in self._filled_layers():
+            layer.crop(-slots)
 
     def _move(self, source: torch.Tensor) -> None:
-        """Makes slot j of row i what slot source[i, j] was, and drops all behind."""
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.move(source)
+        """Makes slot j of row i what slot source[i, j] was, and drops all after them."""
+        for layer in self._filled_layers():
+            layer.move(source)
+
+    def _filled_layers(self) -> list[RoomyLayer]:
+        return [layer for layer in self.cache.layers if isinstance(layer, RoomyLayer) and layer.is_initialized]
 
 
 class StaticSlots(Slots):
@@ -234,7 +167,7 @@ class StaticSlots(Slots):
     def __init__(self, rows: int, keeps_holes: bool, layers: int, capacity: int):
         self.capacity = capacity
         self._layers = [StaticLayer(capacity) for _ in range(layers)]
-        super().__init__(rows, keeps_holes)
+        super().__init__(rows, keeps_holes, lambda: Cache(layers=self._layers))
 
     def mask(self, width: int) -> torch.Tensor:
         seen = self._seen(width)
@@ -255,6 +188,16 @@ class StaticSlots(Slots):
     def is_allocated(self) -> bool:
         return bool(self._layers[0].is_initialized)
 
+    @property
+    def is_of_inference_mode(self) -> bool:
+        """Whether its tensors were made under `torch.inference_mode`."""
+        return self.is_allocated and bool(self._layers[0].keys.is_inference())
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether its tensors may be written to in the mode that torch is in."""
+        return torch.is_inference_mode_enabled() or not self.is_of_inference_mode
+
     def restart(self) -> None:
         """Forgets all rows."""
         self.take_back(self.lengths)
@@ -263,7 +206,7 @@ class StaticSlots(Slots):
         for layer in self._layers:
             if layer.is_initialized:
                 layer.cumulative_length.zero_()
-        self.cache = Cache(layers=self._layers)
+        super()._clear()
 
     def _crop_cache(self, slots: int) -> None:
         for layer in self._layers:
@@ -280,6 +223,7 @@ class StaticSlots(Slots):
 
 
 _IDLE: WeakKeyDictionary[Any, list[StaticSlots]] = WeakKeyDictionary()
+_LOCK = threading.Lock()  # Of `_IDLE`: what a thread has borrowed is its own.
 
 
 def most_slots(tokens: int) -> int:
@@ -289,28 +233,21 @@ def most_slots(tokens: int) -> int:
 
 def borrow_static_slots(model: Any, rows: int, keeps_holes: bool, capacity: int) -> StaticSlots:
     """Those that an earlier text of the model has left, as compiled passes know them, or new ones."""
-    idle = _IDLE.setdefault(model, [])
-    for slots in idle:
-        if len(slots.lengths) == rows and slots.capacity >= capacity:
-            idle.remove(slots)
-            return slots
+    with _LOCK:
+        idle = _IDLE.setdefault(model, [])
+        for slots in idle:
+            # What was made in inference mode cannot be written to outside of it.
+            if len(slots.lengths) == rows and slots.capacity >= capacity and slots.is_usable:
+                idle.remove(slots)
+                return slots
     return StaticSlots(rows, keeps_holes, model.config.get_text_config().num_hidden_layers, capacity)
 
 
 def give_back_static_slots(model: Any, slots: StaticSlots) -> None:
-    """Leaves them to a later text; smaller ones are let go."""
+    """Leaves them to a later text; others of as many rows and of the same mode are let go."""
     slots.restart()
-    others = [other for other in _IDLE.get(model, []) if len(other.lengths) != len(slots.lengths)]
-    _IDLE[model] = [*others, slots]
-
-
-def take_slots(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """States of shape (rows, heads, slots, head_dim), with slot j of row i taken from slot source[i, j].
-
-    One `index_select` of whole slots: `take_along_dim`, which looks up every number, is ten times slower on a CPU.
-    """
-    rows, heads, slots, size = states.shape
-    begins = torch.arange(rows * heads, device=states.device) * slots
-    source = source.to(states.device, non_blocking=True).repeat_interleave(heads, dim=0)
-    flat = (begins[:, None] + source).flatten()
-    return states.reshape(-1, size).index_select(0, flat).view(rows, heads, -1, size)
+    kind = len(slots.lengths), slots.is_of_inference_mode
+    with _LOCK:
+        idle = _IDLE.setdefault(model, [])
+        idle[:] = [other for other in idle if (len(other.lengths), other.is_of_inference_mode) != kind]
+        idle.append(slots)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from .. import __version__
 from . import analyze, calibrate, chat, compare, demo, eval, generate, hub
 from .arguments import first_line
+from .streams import escaping_output, open_closed_streams, refuse_undecoded_arguments
 
 _USER_ERROR, _INTERRUPTED = 2, 130
 
@@ -26,10 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: for `--help`, `--version` and arguments that cannot be parsed.
     """
-    args = _parser().parse_args(argv)
+    open_closed_streams()
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        args.run(args)
-        sys.stdout.flush()
+        refuse_undecoded_arguments(given)
+        with escaping_output():
+            args = _parser().parse_args(given)
+            args.run(args)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("nudging-hf: interrupted", file=sys.stderr)
         return _INTERRUPTED

@@ -25,6 +25,7 @@ from .arguments import (
     load_pair,
     threshold_or_auto,
 )
+from .streams import keep_undecoded_bytes_of_typed_lines, refuse_undecoded, standard_input
 
 _DESCRIPTION = (
     "A chat with a nudged base model. Each line is a turn, also where the lines come from a file or another program; "
@@ -52,8 +53,9 @@ def run(args: argparse.Namespace) -> None:
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
         _introduce(args)
-    for line in _typed_lines() if at_terminal else sys.stdin:
+    for line in _typed_lines() if at_terminal else _piped_lines():
         try:
+            refuse_undecoded(line, "The line, which is left out,", sys.stdin.encoding or "utf-8")
             if not chat.take(line.strip()):
                 return
         except KeyboardInterrupt:
@@ -72,6 +74,11 @@ def _introduce(args: argparse.Namespace) -> None:
         ink.write(" are the nudging model's. /help lists the commands; Ctrl-D quits.", False)
 
 
+def _piped_lines() -> Iterator[str]:
+    with standard_input() as stream:
+        yield from stream
+
+
 def _typed_lines() -> Iterator[str]:
     """What is typed, until Ctrl-D. Ctrl-C drops a line."""
     try:
@@ -80,6 +87,7 @@ def _typed_lines() -> Iterator[str]:
         pass
     else:
         readline.parse_and_bind("set enable-bracketed-paste on")  # Several lines that are pasted are one turn.
+    keep_undecoded_bytes_of_typed_lines()
     while True:
         _say("")
         try:

@@ -11,6 +11,7 @@ from .. import page
 from ..chats import messages_of, turn_template
 from .answering import Answer, add_output, ink_of
 from .arguments import add_decoding, add_models, add_prompts, decoding_of, load_pair
+from .streams import refuse_undecoded, standard_input
 
 _DESCRIPTION = (
     "Answers a prompt with a nudged base model. The answer goes to standard output as it is written, with the words "
@@ -60,7 +61,9 @@ def _read_prompt(argument: str | None) -> str:
     if argument in (None, "-"):
         if sys.stdin.isatty():
             print("Prompt, ended by Ctrl-D on a line of its own:", file=sys.stderr)
-        argument = sys.stdin.read().removesuffix("\n")
+        with standard_input() as stream:
+            argument = stream.read().removesuffix("\n")
+            refuse_undecoded(argument, "Standard input", stream.encoding or "utf-8")
     assert argument is not None
     if not argument.strip():
         raise ValueError("The prompt is empty: give one as an argument or on standard input.")
