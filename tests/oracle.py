@@ -387,7 +387,7 @@ class _Decoder:
         return set(vocabulary) - set(self.forbidden_after(self.answer.ids)) <= set(eos_ids(self.base))
 
     def takeable(self, words: list[str], ended: bool) -> tuple[list[str], bool]:
-        """Two vocabularies: words up to the first that is forbidden, which is set aside, or none if it is the first."""
+        """Two vocabularies: words up to the first forbidden one, which is set aside; none if it is the first."""
         whole, ids = [], list(self.answer.ids)
         words = list(words)
         while words:

@@ -116,7 +116,7 @@ def random_rule(eos: int, size: int, seed: int, shares=(0.1, 0.5, 0.9)):
             forbidden.discard(eos)
         if draw.random() < 0.03 and length > 6:
             forbidden = set(range(size)) - {eos}
-        if len(forbidden) == size or forbidden == set(range(size)) - {eos} and length < 7:
+        if len(forbidden) == size or (forbidden == set(range(size)) - {eos} and length < 7):
             forbidden.discard(draw.choice([token for token in range(size) if token != eos]))
         return frozenset(forbidden)
 
@@ -317,7 +317,7 @@ def test_a_processor_that_goes_by_scores_is_refused_unless_it_is_a_warper():
     class Greatest(TopKLogitsWarper):
         pass
 
-    with pytest.raises(ValueError, match="Nucleus that forbids tokens by their scores.*`top_p`"):
+    with pytest.raises(ValueError, match=r"Nucleus that forbids tokens by their scores.*`top_p`"):
         nudge(chosen, *given, max_new_tokens=6, logits_processor=[Nucleus()])
     free = nudge(chosen, *given, max_new_tokens=12)
     assert told(nudge(chosen, *given, max_new_tokens=12, logits_processor=[Greatest(3)])) == told(free)
@@ -339,12 +339,12 @@ def test_soft_processors_shape_the_base_alone():
 def test_processors_that_nudging_cannot_go_by_are_refused():
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 1, 0)
-    with pytest.raises(ValueError, match="`exponential_decay_length_penalty`.*only the nudging model ends.*max_new"):
+    with pytest.raises(ValueError, match=r"`exponential_decay_length_penalty`.*only the nudging model ends.*max_new"):
         nudge(chosen, *given, max_new_tokens=6, exponential_decay_length_penalty=(4, 1.2))
-    with pytest.raises(ValueError, match="`exponential_decay_length_penalty`"):
+    with pytest.raises(ValueError, match=r"`exponential_decay_length_penalty`"):
         nudge(chosen, *given, max_new_tokens=6, logits_processor=[ExponentialDecayLengthPenalty((2, 1.1), 2, 1)])
     guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, chosen.base)
-    with pytest.raises(ValueError, match="UnbatchedClassifierFreeGuidance.*logits_processor"):
+    with pytest.raises(ValueError, match=r"UnbatchedClassifierFreeGuidance.*logits_processor"):
         nudge(chosen, *given, max_new_tokens=6, logits_processor=[guidance])
 
 

@@ -13,7 +13,7 @@ from running import inputs_of, nudge
 from scripted import ScriptedLM
 from test_constraints import DRAFTS, KINDS, Forbid, in_every_way, random_rule, told
 from tiny import Pair, pair, prompts
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import nudging_hf
@@ -133,15 +133,15 @@ def gpt2_pair(kind: str, seed: int, base_positions: int = 0, nudging_positions: 
     return Pair(base, nudging, chosen.tokenizer, chosen.nudging_tokenizer)
 
 
-@pytest.mark.parametrize("threshold", [0.2, 0.7, 1.01])
+@pytest.mark.parametrize("threshold", [0.4, 1.01])
 @pytest.mark.parametrize(("base_positions", "nudging_positions"), [(64, 0), (0, 64), (64, 72)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_ends_at_the_last_position_of_either_model(kind, base_positions, nudging_positions, threshold):
     seed = 0 if kind == "shared" else 4
     chosen = gpt2_pair(kind, seed, base_positions, nudging_positions)
-    given = prompts(chosen, 3, seed)
+    given = prompts(chosen, 2, seed)
     settings = {"max_new_tokens": 100, "nudge_threshold": threshold}
-    settings |= {"num_nudging_tokens": 40} if threshold == 0.7 else {}
+    settings |= {"num_nudging_tokens": 40} if threshold == 0.4 else {}
     answers = in_every_way(chosen, *given, **settings)
     for prompt, nudging_prompt, answer in zip(*given, answers, strict=True):
         expected = oracle.decode(
@@ -168,7 +168,7 @@ def test_max_length_may_be_the_last_position(kind):
     plain = chosen.base.generate(torch.tensor(given[0]), max_length=64, do_sample=False, eos_token_id=-1)
     assert plain.shape[1] == 64
     for drafts in DRAFTS:
-        [result] = nudge(chosen, *given, max_length=64, num_draft_tokens=drafts, min_new_tokens=60)
+        [result] = nudge(chosen, *given, max_length=64, num_draft_tokens=drafts, min_length=64)
         assert (len(given[0][0]) + len(result.ids), result.reason) == (64, "length")
 
 
@@ -252,9 +252,8 @@ def test_one_vocabulary_may_have_rows_for_more_tokens_in_either_model(more):
     chosen = pair("llama", 1 if more == "base" else 0, "shared")
     size = len(chosen.tokenizer)
     if more == "base":
-        base = with_rows(chosen.base, size + 40)
-        base.lm_head.weight.data[size:] = base.lm_head.weight.data[30:70]
-        base.lm_head.weight.data[30:70] *= 0.9
+        base = with_rows(chosen.base, 2 * size - 100)
+        base.lm_head.weight.data[size:] = base.lm_head.weight.data[100:size] * 1.1
         wider = Pair(base, chosen.nudging_model, chosen.tokenizer, chosen.tokenizer)
     else:
         nudging = with_rows(chosen.nudging_model, size + 40)
@@ -269,7 +268,7 @@ def test_one_vocabulary_may_have_rows_for_more_tokens_in_either_model(more):
 
 def test_a_nudging_word_that_the_base_has_no_row_for_is_not_taken():
     chosen = pair("llama", 0, "two")
-    given = prompts(chosen, 2, 0)
+    given = [[5], [6]], prompts(chosen, 2, 0)[1]
     free = nudge(chosen, *given, max_new_tokens=24, nudge_threshold=0.9)
     nudged = {token for r in free for token, mine in zip(r.ids, r.nudged, strict=True) if mine}
     rows = sorted(nudged)[-2]
@@ -323,7 +322,7 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_whose_and_where(whose
     settings = {"max_new_tokens": 30, "min_new_tokens": 30, "nudge_gate": gate, "do_sample": samples}
     settings["remove_invalid_values"] = samples
     said = set()
-    for drafts in DRAFTS:
+    for drafts in (0, 4):
         torch.manual_seed(1)
         with pytest.raises(ValueError, match=rf"{whose}'s logits are NaN.* at token \d+ of .* row 0.*dtype") as error:
             nudge(bad, *given, nudge_threshold=0.4, num_draft_tokens=drafts, **settings)
@@ -356,7 +355,13 @@ def test_processors_that_leave_no_token_are_an_error(kind, samples, value):
     processor = Broken(len(given[0][0]) + 3, value)
     with pytest.raises(ValueError, match=r"base's logits processors .* at token [4-9] of .*`logits_processor`"):
         nudge(
-            chosen, *given, max_new_tokens=30, nudge_threshold=0, logits_processor=[processor], do_sample=samples
+            chosen,
+            *given,
+            max_new_tokens=30,
+            min_new_tokens=9,
+            nudge_threshold=0,
+            logits_processor=[processor],
+            do_sample=samples,
         )
     size = len(chosen.nudging_tokenizer)
     with (
@@ -457,7 +462,7 @@ def test_no_mixture_of_settings_makes_drafts_or_neighbours_matter(kind, seed):
             "takeover_on_agreement": draw.random() < 0.7,
         }
         if draw.random() < 0.4:
-            settings["min_new_tokens"] = draw.choice([1, 8])
+            settings["min_new_tokens"] = min(settings["max_new_tokens"], draw.choice([1, 8]))
         if draw.random() < 0.5:
             settings["stop_strings"] = [text[i : i + draw.randint(1, 3)] or "aa" for i in (2, 9)]
         if draw.random() < 0.5:
@@ -483,4 +488,8 @@ def test_a_finish_reason_is_a_function_of_the_ids(kind):
         [free, _] = nudge(chosen, *given, max_new_tokens=2)
         text = last + chosen.tokenizer.decode(free.ids)
         for stop in ("aa", text[-1:] or "a", text[len(last) - 1 : len(last) + 1] or "a"):
+            try:
+                StopStringCriteria(chosen.tokenizer, [stop])
+            except ValueError:  # No token holds any of it.
+                continue
             in_every_way(chosen, *given, max_new_tokens=draw.choice([1, 1, 2]), stop_strings=[stop])
