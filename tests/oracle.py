@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +28,8 @@ class Answer:
         ids: The answer in the base's tokens, with the end mark where the nudging model ended it and there was room.
         nudged: For each of `ids`, whether the nudging model wrote it; False on the end mark.
         reason: "eos": the nudging model ended it; "length": `max_new_tokens` did; "stuck": the base, asked to go on
-            where a lookahead had no tokens in its vocabulary, would have emitted EOS.
+            where a lookahead had no tokens that it could take, would have emitted EOS; "stop_token": a token of
+            `stop_tokens` did.
         top1: The base's top-1 probability by position in `ids`, wherever the base was asked.
         events: How often each rule fired, by name.
     """
@@ -163,6 +165,10 @@ def next_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids])).logits[0, -1].float()
 
 
+class _Stop(Exception):
+    """The answer has ended with the token that was just accepted; says why."""
+
+
 @dataclass
 class _Decoder:
     base: PreTrainedModel
@@ -178,6 +184,10 @@ class _Decoder:
     min_new_tokens: int
     gate: str
     target: float | None
+    forbidden: Callable[[list[int]], Collection[int]] | None
+    stop_tokens: Collection[int]
+    base_positions: float
+    nudging_positions: float
 
     def __post_init__(self) -> None:
         # Two tokenizers with equal vocabularies speak one vocabulary, whatever their names.
@@ -190,8 +200,11 @@ class _Decoder:
 
     def run(self) -> Answer:
         phase = self.nudging_round if self.max_new_tokens > 0 else self.out_of_room
-        while phase is not None:
-            phase = phase()
+        try:
+            while phase is not None:
+                phase = phase()
+        except _Stop as stop:
+            self.answer.reason = str(stop)
         return self.answer
 
     def out_of_room(self) -> None:
@@ -203,17 +216,26 @@ class _Decoder:
         answer.saw("round")
         if inside_character(self.tokenizer, answer.ids):
             answer.saw("round inside a character")
-        draft, ended = self.lookahead()  # rule 1
-        words = self.words(draft)  # rule 3
+        if not self.one_vocabulary and self.only_end_is_allowed():
+            draft, ended = [], True
+        else:
+            draft, ended = self.lookahead()  # rule 1
+        words = self.words(draft) if draft else []  # rule 3
+        if not self.one_vocabulary:
+            words, ended = self.takeable(words, ended)
         if ended:  # rule 2: all the text before EOS is accepted and the answer is finished
             answer.saw("termination")
             while words:
                 if not self.accept_word(self.take_word(words)):
                     return self.out_of_room
-            if not self.accept(eos_ids(self.base)[0], nudged=False):
+            if len(answer.ids) == self.max_new_tokens:
                 return self.out_of_room
+            answer.ids.append(eos_ids(self.base)[0])
+            answer.nudged.append(False)
             answer.reason = "eos"
             return None
+        if not words:  # nothing of this lookahead is allowed
+            return self.go_on_unsure
         word = self.take_word(words)
         if self.ids_of(word) == []:  # nothing of this lookahead can be said in the base's vocabulary
             return self.go_on_unsure
@@ -283,6 +305,8 @@ class _Decoder:
         self.answer.top1[len(self.answer.ids)] = p.max().item()
         if len(self.answer.ids) < self.min_new_tokens:
             logits[eos_ids(self.base)] = -torch.inf
+        logits[list(self.forbidden_after(self.answer.ids))] = -torch.inf
+        assert logits.max() > -torch.inf
         token = logits.argmax().item()
         would_end = token in eos_ids(self.base)
         return token, self.is_confident(p, token) and not would_end, would_end  # EOS is never confident
@@ -323,8 +347,11 @@ class _Decoder:
         context, draft = self.nudging_context(), []
         ends = eos_ids(self.nudging_model)
         suppressed = sorted(control_ids(self.nudging_tokenizer) - set(ends))  # of its control tokens only EOS is drawn
-        for i in range(self.num_nudging_tokens + 3):
-            if i >= self.num_nudging_tokens:
+        # No more is written than the answer can take, beyond 32, nor than the nudging model can read.
+        room = min(self.max_new_tokens, self.base_positions - len(self.prompt_ids)) - len(self.answer.ids)
+        length = min(self.num_nudging_tokens, max(32, room))
+        for i in range(int(min(length + 3, self.nudging_positions - len(context)))):
+            if i >= length:
                 # An only word that ends inside a character is drawn on until the character is whole.
                 if len(self.words(draft)) > 1 or not inside_character(self.nudging_tokenizer, draft):
                     break
@@ -333,11 +360,56 @@ class _Decoder:
             logits[suppressed] = -torch.inf
             if len(self.answer.ids) + len(draft) < self.min_new_tokens:
                 logits[ends] = -torch.inf
+            if self.one_vocabulary and self.forbidden is not None:
+                forbidden = self.forbidden_after(self.answer.ids + draft)
+                may_end = not set(eos_ids(self.base)) <= set(forbidden) and logits[ends].max() > -torch.inf
+                at_end = logits[ends].clone()
+                logits[list(forbidden)] = -torch.inf
+                logits[ends] = at_end if may_end else -torch.inf
+                if logits.max() == -torch.inf:
+                    self.answer.saw("nothing that the nudging model may write")
+                    break
             token = logits.argmax().item()
             if token in ends:
                 return draft, True
             draft.append(token)
+            if self.one_vocabulary and self.forbidden is not None and token in self.stop_tokens:
+                break
         return draft, False
+
+    # What is forbidden -----------------------------------------------------------------------------------------------
+
+    def forbidden_after(self, ids: list[int]) -> Collection[int]:
+        return self.forbidden(ids) if self.forbidden is not None else ()
+
+    def only_end_is_allowed(self) -> bool:
+        vocabulary = range(self.base.get_output_embeddings().out_features)
+        return set(vocabulary) - set(self.forbidden_after(self.answer.ids)) <= set(eos_ids(self.base))
+
+    def takeable(self, words: list[str], ended: bool) -> tuple[list[str], bool]:
+        """Two vocabularies: words up to the first forbidden one, which is set aside; none if it is the first."""
+        whole, ids = [], list(self.answer.ids)
+        words = list(words)
+        while words:
+            word, before = words.pop(0), self.answer.ids
+            self.answer.ids = ids  # as if what stands before the word were accepted
+            while words and self.ids_of(word) == []:
+                word += words.pop(0)
+            new = self.ids_of(word)
+            self.answer.ids = before
+            set_aside = not words and whole and not ended
+            for token in [] if set_aside else new:
+                if token in self.forbidden_after(ids):
+                    self.answer.saw("forbidden word")
+                    return ([*whole, word] if whole else []), False
+                ids = [*ids, token]
+                if token in self.stop_tokens:
+                    return [*whole, word, *words], ended
+            whole.append(word)
+        if ended and set(eos_ids(self.base)) <= set(self.forbidden_after(ids)):
+            self.answer.saw("forbidden end")
+            ended = False
+        return whole, ended
 
     def nudging_context(self) -> list[int]:
         """The nudging model's context: a function of its prompt and the answer's text (one vocabulary: ids)."""
@@ -389,6 +461,12 @@ class _Decoder:
             return False
         self.answer.ids.append(token)
         self.answer.nudged.append(nudged)
+        if token in self.stop_tokens:
+            raise _Stop("stop_token")
+        if len(self.prompt_ids) + len(self.answer.ids) >= self.base_positions:
+            raise _Stop("length")
+        if len(self.nudging_context()) >= self.nudging_positions:
+            raise _Stop("length")
         return True
 
 
@@ -407,6 +485,10 @@ def decode(
     min_new_tokens: int = 0,
     gate: str = "top1",
     target: float | None = None,
+    forbidden: Callable[[list[int]], Collection[int]] | None = None,
+    stop_tokens: Collection[int] = (),
+    base_positions: float = math.inf,
+    nudging_positions: float = math.inf,
 ) -> Answer:
     """Decodes one answer greedily by nudging, recomputing everything at each step.
 
@@ -424,6 +506,9 @@ def decode(
         min_new_tokens: The fewest base tokens before either model may end the answer; one vocabulary only.
         gate: What is compared with the threshold, and how.
         target: The share of words that a top-1 threshold which sets itself aims at; `threshold` is left aside then.
+        forbidden: Takes the answer's ids so far, and gives the base's ids that nobody may write next.
+        stop_tokens: The base's ids with any of which the answer ends.
+        base_positions, nudging_positions: How many tokens each model can read.
     """
     return _Decoder(
         base,
@@ -439,4 +524,8 @@ def decode(
         min_new_tokens,
         gate,
         target,
+        forbidden,
+        stop_tokens,
+        base_positions,
+        nudging_positions,
     ).run()

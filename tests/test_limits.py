@@ -1,0 +1,495 @@
+"""Where answers end and where they cannot go on: stop tokens, last positions, rows of a model, logits, exceptions."""
+
+import contextlib
+import copy
+import itertools
+import random
+import time
+
+import oracle
+import pytest
+import torch
+from running import inputs_of, nudge
+from scripted import ScriptedLM
+from test_constraints import DRAFTS, KINDS, Forbid, in_every_way, random_rule, told
+from tiny import Pair, pair, prompts
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import nudging_hf
+from nudging_hf.host import greatest_length
+
+
+@contextlib.contextmanager
+def changed(target, **values):
+    """Attributes set for a while."""
+    before = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
+# EOS -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_token_of_the_call_ends_an_answer_whoever_writes_it(kind):
+    """As in an answer that is cut at the first one, in the middle of a lookahead too."""
+    by = set()
+    for seed in range(6):
+        chosen = pair("llama", seed, kind)
+        given = prompts(chosen, 1, seed)
+        settings = {"max_new_tokens": 30, "nudge_threshold": 0.5}
+        [free] = nudge(chosen, *given, **settings)
+        eos = chosen.base.generation_config.eos_token_id
+        for place in (3, 8):
+            if place >= len(free.ids) - 1 or free.ids[place] in (eos, *free.ids[:place]):
+                continue
+            stop = free.ids[place]
+            [(ids, nudged, reason)] = in_every_way(chosen, *given, eos_token_id=stop, **settings)
+            assert (ids, nudged, reason) == (free.ids[: place + 1], free.nudged[: place + 1], "stop_token")
+            by.add(nudged[-1])
+            listed = {"generation_config": GenerationConfig(eos_token_id=[eos, stop], max_new_tokens=30)}
+            assert told(nudge(chosen, *given, nudge_threshold=0.5, **listed)) == [(ids, nudged, reason)]
+            called = {key: value for key, value in inputs_of(chosen, *given).items() if key != "tokenizer"}
+            through = chosen.base.generate(
+                **called,
+                base_tokenizer=chosen.tokenizer,
+                custom_generate=nudging_hf.generate,
+                eos_token_id=stop,
+                **settings,
+            )
+            assert through[0, len(given[0][0]) :].tolist() == ids
+    assert by == {False, True}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_new_tokens_holds_back_a_stop_token(kind):
+    chosen = pair("llama", 0, kind)
+    given = prompts(chosen, 1, 0)
+    [free] = nudge(chosen, *given, max_new_tokens=30, nudge_threshold=0.6)
+    stops = sorted(set(free.ids[:8]) - {chosen.base.generation_config.eos_token_id})
+    settings = {"max_new_tokens": 30, "min_new_tokens": 12, "nudge_threshold": 0.6, "eos_token_id": stops}
+    [(ids, _, _)] = in_every_way(chosen, *given, **settings)
+    assert len(ids) >= 12 and set(ids[:12]).isdisjoint(stops)
+
+
+def test_a_stop_token_that_is_the_nudging_models_eos_ends_the_answer_with_itself():
+    chosen = pair("llama", 0, "shared")
+    pad = chosen.tokenizer.pad_token_id
+    found = 0
+    with changed(chosen.nudging_model.generation_config, eos_token_id=[chosen.tokenizer.eos_token_id, pad]):
+        for seed in range(8):
+            given = prompts(chosen, 1, seed)
+            settings = {"max_new_tokens": 12, "nudge_threshold": 0.9}
+            with changed(
+                chosen.nudging_model.generation_config, sequence_bias=[[[pad], 9.0]], repetition_penalty=None
+            ):
+                [free] = nudge(chosen, *given, **settings)
+                [(ids, nudged, reason)] = in_every_way(chosen, *given, eos_token_id=pad, **settings)
+            if free.reason == "eos" and reason == "stop_token":
+                found += 1
+                assert ids == [*free.ids[:-1], pad] and nudged[-1]
+    assert found
+
+
+def test_the_nudging_model_ends_by_its_tokenizers_eos_too():
+    """A generation config that names another one, padding say, does not keep it from ending."""
+    chosen = pair("llama", 0, "shared")
+    ended = 0
+    for seed in range(6):
+        given = prompts(chosen, 2, seed)
+        expected = told(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
+        with changed(chosen.nudging_model.generation_config, eos_token_id=chosen.tokenizer.bos_token_id):
+            results = told(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
+        ended += sum(reason == "eos" for _, _, reason in results)
+        assert [r for r in results if r[2] == "eos"] == [r for r in expected if r in results and r[2] == "eos"]
+    assert ended
+
+
+# Last positions ------------------------------------------------------------------------------------------------------
+
+
+def of_positions(model, positions: int):
+    """A GPT-2 that is cut to its first positions."""
+    small = copy.deepcopy(model)
+    for name in ("n_positions", "max_position_embeddings"):
+        if hasattr(small.config, name):
+            setattr(small.config, name, positions)
+    table = torch.nn.Embedding(positions, model.config.n_embd, dtype=torch.float64)
+    table.weight.data = model.transformer.wpe.weight.data[:positions].clone()
+    small.transformer.wpe = table.requires_grad_(False)
+    return small
+
+
+def gpt2_pair(kind: str, seed: int, base_positions: int = 0, nudging_positions: int = 0) -> Pair:
+    chosen = pair("gpt2", seed, kind)  # Of even seeds, both are GPT-2s.
+    base = of_positions(chosen.base, base_positions) if base_positions else chosen.base
+    nudging = of_positions(chosen.nudging_model, nudging_positions) if nudging_positions else chosen.nudging_model
+    return Pair(base, nudging, chosen.tokenizer, chosen.nudging_tokenizer)
+
+
+@pytest.mark.parametrize("threshold", [0.4, 1.01])
+@pytest.mark.parametrize(("base_positions", "nudging_positions"), [(64, 0), (0, 64), (64, 72)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_ends_at_the_last_position_of_either_model(kind, base_positions, nudging_positions, threshold):
+    seed = 0 if kind == "shared" else 4
+    chosen = gpt2_pair(kind, seed, base_positions, nudging_positions)
+    given = prompts(chosen, 2, seed)
+    settings = {"max_new_tokens": 100, "nudge_threshold": threshold}
+    settings |= {"num_nudging_tokens": 40} if threshold == 0.4 else {}
+    answers = in_every_way(chosen, *given, **settings)
+    for prompt, nudging_prompt, answer in zip(*given, answers, strict=True):
+        expected = oracle.decode(
+            chosen.base,
+            chosen.nudging_model,
+            chosen.tokenizer,
+            chosen.nudging_tokenizer,
+            prompt,
+            nudging_prompt,
+            threshold=threshold,
+            base_positions=base_positions or 1024,
+            nudging_positions=nudging_positions or 1024,
+            **{name: value for name, value in settings.items() if name != "nudge_threshold"},
+        )
+        assert answer == (expected.ids, expected.nudged, expected.reason)
+        if not nudging_positions:
+            assert len(prompt) + len(answer[0]) <= 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_max_length_may_be_the_last_position(kind):
+    chosen = gpt2_pair(kind, 0 if kind == "shared" else 4, base_positions=64)
+    given = prompts(chosen, 1, 2)
+    plain = chosen.base.generate(torch.tensor(given[0]), max_length=64, do_sample=False, eos_token_id=-1)
+    assert plain.shape[1] == 64
+    for drafts in DRAFTS:
+        [result] = nudge(chosen, *given, max_length=64, num_draft_tokens=drafts, min_length=64)
+        assert (len(given[0][0]) + len(result.ids), result.reason) == (64, "length")
+
+
+def test_positions_are_told_by_what_a_model_has():
+    assert greatest_length(pair("gpt2", 0, "shared").base) == 1024
+    assert greatest_length(of_positions(pair("gpt2", 0, "shared").base, 64)) == 64
+    assert greatest_length(pair("llama", 0, "shared").base) is None
+    from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
+
+    opt = OPTConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2,
+        max_position_embeddings=40, word_embed_proj_dim=16,
+    )  # fmt: skip
+    assert greatest_length(OPTForCausalLM(opt)) == 40
+    assert greatest_length(BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))) is None
+
+
+def test_a_prompt_that_fills_a_context_is_refused():
+    chosen = gpt2_pair("shared", 0, base_positions=16)
+    with pytest.raises(ValueError, match="base's prompt in row 0 has 16 tokens, and the model has 16 positions"):
+        nudge(chosen, [[5] * 16], [[5]], max_new_tokens=4)
+    chosen = gpt2_pair("shared", 0, nudging_positions=16)
+    with pytest.raises(ValueError, match="nudging model's prompt in row 1 has 20 tokens"):
+        nudge(chosen, [[5], [5]], [[5], [5] * 20], max_new_tokens=4)
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def with_rows(model, rows: int):
+    """The model with so many rows in its embeddings and its head; further ones are like the first word's."""
+    changed_model = copy.deepcopy(model)
+    have = len(model.lm_head.weight)
+    places = [*range(min(rows, have)), *[40] * max(0, rows - have)]
+    for module in (changed_model.get_input_embeddings(), changed_model.lm_head):
+        module.weight.data = module.weight.data[places].clone()
+    changed_model.get_input_embeddings().num_embeddings = rows
+    changed_model.lm_head.out_features = changed_model.config.vocab_size = rows
+    return changed_model
+
+
+def test_a_nudging_tokenizer_may_have_a_token_more_than_its_model():
+    for kind in KINDS:
+        chosen = pair("llama", 0, kind)
+        given = prompts(chosen, 2, 0)
+        expected = told(nudge(chosen, *given, max_new_tokens=20))
+        longer = copy.deepcopy(chosen.nudging_tokenizer)
+        longer.add_special_tokens({"pad_token": "[PAD]"})
+        padded = Pair(chosen.base, chosen.nudging_model, chosen.tokenizer, longer)
+        assert told(nudge(padded, *given, max_new_tokens=20)) == expected
+        longer = copy.deepcopy(longer)
+        longer.add_special_tokens({"eos_token": "[END]"})
+        with changed(chosen.nudging_model.generation_config, eos_token_id=None):
+            ended = Pair(chosen.base, chosen.nudging_model, chosen.tokenizer, longer)
+            with pytest.raises(ValueError, match=r"no EOS token.*an id below \d+, which it can write"):
+                nudge(ended, *given, max_new_tokens=4)
+
+
+def test_a_base_may_be_padded_by_a_token_that_it_has_no_row_for():
+    chosen = pair("llama", 0, "shared")
+    given = prompts(chosen, 3, 0)
+    settings = {"max_new_tokens": 20, "repetition_penalty": 1.2}
+    expected = told(nudge(chosen, *given, **settings))
+    longer = copy.deepcopy(chosen.tokenizer)
+    longer.add_special_tokens({"pad_token": "[PAD]"})
+    padded = Pair(chosen.base, chosen.nudging_model, longer, longer)
+    assert told(nudge(padded, *given, pad_token_id=longer.pad_token_id, **settings)) == expected
+
+
+def test_a_prompt_with_an_id_that_a_model_has_no_row_for_is_refused():
+    chosen = pair("llama", 0, "shared")
+    size = len(chosen.tokenizer)
+    for base_prompt, nudging_prompt, whose in [([5, size], [5], "base"), ([5], [5, size + 3], "nudging model")]:
+        with pytest.raises(ValueError, match=rf"{whose}'s prompt in row 0 holds the id .*resize_token_embeddings"):
+            nudge(chosen, [base_prompt], [nudging_prompt], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("more", ["base", "nudging model"])
+def test_one_vocabulary_may_have_rows_for_more_tokens_in_either_model(more):
+    """Rows beyond the tokenizer, as where both models pad their embeddings differently; some of them are drawn."""
+    chosen = pair("llama", 1 if more == "base" else 0, "shared")
+    size = len(chosen.tokenizer)
+    if more == "base":
+        base = with_rows(chosen.base, 2 * size - 100)
+        base.lm_head.weight.data[size:] = base.lm_head.weight.data[100:size] * 1.1
+        wider = Pair(base, chosen.nudging_model, chosen.tokenizer, chosen.tokenizer)
+    else:
+        nudging = with_rows(chosen.nudging_model, size + 40)
+        nudging.lm_head.weight.data[size:] = nudging.lm_head.weight.data[30:70] * 1.1
+        wider = Pair(chosen.base, nudging, chosen.tokenizer, chosen.tokenizer)
+    drawn = 0
+    for seed in range(3):
+        answers = in_every_way(wider, *prompts(chosen, 2, seed), max_new_tokens=24, nudge_threshold=0.3)
+        drawn += sum(token >= size for ids, _, _ in answers for token in ids)
+    assert drawn > 0 if more == "base" else drawn == 0
+
+
+def test_a_nudging_word_that_the_base_has_no_row_for_is_not_taken():
+    chosen = pair("llama", 0, "two")
+    given = [[5], [6]], prompts(chosen, 2, 0)[1]
+    free = nudge(chosen, *given, max_new_tokens=24, nudge_threshold=0.9)
+    nudged = {token for r in free for token, mine in zip(r.ids, r.nudged, strict=True) if mine}
+    rows = sorted(nudged)[-2]
+    small = Pair(with_rows(chosen.base, rows), chosen.nudging_model, chosen.tokenizer, chosen.nudging_tokenizer)
+    answers = in_every_way(small, *given, max_new_tokens=24, nudge_threshold=0.9)
+    assert all(token < rows for ids, _, _ in answers for token in ids)
+    assert any(any(nudged) for _, nudged, _ in answers)
+
+
+# Logits that are no numbers ------------------------------------------------------------------------------------------
+
+
+class Broken(LogitsProcessor):
+    """Sets all scores from a length on."""
+
+    def __init__(self, length: int, value: float):
+        self.length = length
+        self.value = value
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, self.value) if input_ids.shape[1] >= self.length else scores
+
+
+def broken(model, value: float, after: int, tokens: slice = slice(None)):
+    """The model, whose logits of some tokens are a value from so many ids on."""
+    bad = copy.deepcopy(model)
+    forward = bad.forward
+
+    def breaking(input_ids, position_ids=None, **kwargs):
+        output = forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        keep = output.logits.shape[1]
+        late = position_ids[:, -keep:] >= after
+        output.logits[..., tokens] = output.logits[..., tokens].masked_fill(late[..., None], value)
+        return output
+
+    breaking.__signature__ = __import__("inspect").signature(forward)
+    bad.forward = breaking
+    return bad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("gate", ["top1", "rejection"])
+@pytest.mark.parametrize("whose", ["base", "nudging model"])
+def test_logits_that_are_no_numbers_are_an_error_that_says_whose_and_where(whose, gate, samples, value):
+    chosen = pair("llama", 0, "shared")
+    given = ([[5, 40, 41]], [[5, 40, 41]])
+    models = {"base": chosen.base, "nudging model": chosen.nudging_model}
+    models[whose] = broken(models[whose], value, after=3 + 6)
+    bad = Pair(models["base"], models["nudging model"], chosen.tokenizer, chosen.tokenizer)
+    settings = {"max_new_tokens": 30, "min_new_tokens": 30, "nudge_gate": gate, "do_sample": samples}
+    settings["remove_invalid_values"] = samples
+    said = set()
+    for drafts in (0, 4):
+        torch.manual_seed(1)
+        with pytest.raises(ValueError, match=rf"{whose}'s logits are NaN.* at token \d+ of .* row 0.*dtype") as error:
+            nudge(bad, *given, nudge_threshold=0.4, num_draft_tokens=drafts, **settings)
+        said.add(str(error.value))
+    assert len(said) == 1
+
+
+def test_single_tokens_may_have_no_chance_at_all():
+    """Some models give −inf to the rows that pad their vocabulary."""
+    chosen = pair("llama", 0, "shared")
+    given = prompts(chosen, 2, 0)
+    minus = float("-inf")
+    masked = Pair(
+        broken(chosen.base, minus, 0, slice(-30, None)),
+        broken(chosen.nudging_model, minus, 0, slice(-30, None)),
+        chosen.tokenizer,
+        chosen.tokenizer,
+    )
+    for gate in ("top1", "entropy", "margin", "rejection", "kad"):
+        for ids, _, _ in in_every_way(masked, *given, max_new_tokens=12, nudge_gate=gate):
+            assert max(ids) < len(chosen.tokenizer) - 30
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
+def test_processors_that_leave_no_token_are_an_error(kind, samples, value):
+    chosen = pair("llama", 0, kind)
+    given = prompts(chosen, 1, 0)
+    processor = Broken(len(given[0][0]) + 3, value)
+    with pytest.raises(ValueError, match=r"base's logits processors .* at token [4-9] of .*`logits_processor`"):
+        nudge(
+            chosen,
+            *given,
+            max_new_tokens=30,
+            min_new_tokens=9,
+            nudge_threshold=0,
+            logits_processor=[processor],
+            do_sample=samples,
+        )
+    size = len(chosen.nudging_tokenizer)
+    with (
+        changed(chosen.nudging_model.generation_config, suppress_tokens=list(range(size)), do_sample=samples),
+        pytest.raises(ValueError, match=r"nudging model's logits processors forbid.*token 1 .*generation_config"),
+    ):
+        nudge(chosen, *given, max_new_tokens=30, do_sample=samples)
+
+
+@pytest.mark.parametrize("where", ["criterion", "processor", "streamer", "allowed"])
+def test_a_stop_iteration_of_the_callers_own_reaches_the_caller(where):
+    chosen = pair("llama", 0, "shared")
+    inputs = inputs_of(chosen, *prompts(chosen, 1, 0))
+
+    def stop(*args, **kwargs):
+        raise StopIteration("mine")
+
+    given = {
+        "criterion": {"stopping_criteria": [type("Mine", (StoppingCriteria,), {"__call__": stop})()]},
+        "processor": {"logits_processor": [type("Mine", (LogitsProcessor,), {"__call__": stop})()]},
+        "streamer": {"streamer": type("S", (BaseStreamer,), {"put": lambda s, v: None, "end": stop})()},
+        "allowed": {"prefix_allowed_tokens_fn": stop},
+    }[where]
+    if where == "streamer":
+        given["streamer"].put_marked = stop
+    with pytest.raises(StopIteration, match="mine"):
+        nudging_hf.generate(chosen.base, **inputs, max_new_tokens=8, **given)
+
+
+# Lookaheads, times and reasons ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_lookahead_is_not_written_for_a_short_answer(kind):
+    chosen = pair("llama", 2, kind)
+    given = prompts(chosen, 1, 0)
+    output = nudging_hf.generate(
+        chosen.base,
+        **inputs_of(chosen, *given),
+        max_new_tokens=3,
+        min_new_tokens=3,
+        num_nudging_tokens=3000,
+        num_draft_tokens=0,
+        nudge_threshold=1.01,
+        return_dict_in_generate=True,
+    )
+    assert output.nudging_forward_passes <= 3 * 36
+    answers = in_every_way(chosen, *given, max_new_tokens=60, num_nudging_tokens=50, nudge_threshold=0.7)
+    [prompt], [nudging_prompt] = given
+    expected = oracle.decode(
+        chosen.base, chosen.nudging_model, chosen.tokenizer, chosen.nudging_tokenizer, prompt, nudging_prompt,
+        threshold=0.7, max_new_tokens=60, num_nudging_tokens=50,
+    )  # fmt: skip
+    assert answers == [(expected.ids, expected.nudged, expected.reason)]
+
+
+def test_max_time_ends_an_answer_within_a_lookahead():
+    chosen = pair("llama", 0, "shared")
+    tokenizer = chosen.tokenizer
+
+    def says(ids):
+        time.sleep(0.01)
+        return 40, 0.9
+
+    slow = ScriptedLM(tokenizer, says)
+    inputs = inputs_of(Pair(chosen.base, slow, tokenizer, tokenizer), [[5]], [[5]])
+    begun = time.monotonic()
+    output = nudging_hf.generate(
+        chosen.base, **inputs, max_new_tokens=4000, num_nudging_tokens=4000, max_time=0.3, use_cache=False,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert output.finish_reasons == ["time"] and time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(6))
+def test_no_mixture_of_settings_makes_drafts_or_neighbours_matter(kind, seed):
+    """Thresholds, gates, lengths, stop strings and tokens, constraints and last positions at once."""
+    draw = random.Random(f"{kind} {seed}")
+    arch = draw.choice(["llama", "qwen3", "gpt2"])
+    chosen = pair(arch, draw.randrange(0, 12, 2), kind)
+    if arch == "gpt2" and draw.random() < 0.7:
+        sizes = [draw.choice([0, 56, 70]) for _ in range(2)]
+        chosen = Pair(
+            *[of_positions(m, n) if n else m for m, n in zip((chosen.base, chosen.nudging_model), sizes, strict=True)],
+            chosen.tokenizer,
+            chosen.nudging_tokenizer,
+        )
+    given = prompts(chosen, draw.choice([1, 2, 3]), draw.randrange(100))
+    [free, *_] = nudge(chosen, *given, max_new_tokens=20)
+    text = chosen.tokenizer.decode(free.ids)
+    for _ in range(3):
+        settings = {
+            "max_new_tokens": draw.choice([1, 2, 5, 20, 40]),
+            "nudge_threshold": draw.choice([0, 0.3, 0.6, 1.01]),
+            "nudge_gate": draw.choice(["top1", "top1", "rejection", "kad"]),
+            "num_nudging_tokens": draw.choice([2, 16, 40]),
+            "takeover_on_agreement": draw.random() < 0.7,
+        }
+        if draw.random() < 0.4:
+            settings["min_new_tokens"] = min(settings["max_new_tokens"], draw.choice([1, 8]))
+        if draw.random() < 0.5:
+            settings["stop_strings"] = [text[i : i + draw.randint(1, 3)] or "aa" for i in (2, 9)]
+        if draw.random() < 0.5:
+            settings["eos_token_id"] = draw.sample(free.ids, min(2, len(free.ids)))
+        if draw.random() < 0.5:
+            settings["suppress_tokens"] = draw.sample(range(5, 200), 20)
+        if draw.random() < 0.5:
+            settings["bad_words_ids"] = [list(each) for each in itertools.pairwise(free.ids[:8])] or [[9]]
+        if draw.random() < 0.3:
+            rule = random_rule(chosen.tokenizer.eos_token_id, len(chosen.tokenizer), seed, (0.02, 0.2))
+            settings["logits_processor"] = [Forbid(max(map(len, given[0])), rule)]
+        in_every_way(chosen, *given, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finish_reason_is_a_function_of_the_ids(kind):
+    """Short answers with stop strings that begin in the prompt, are one token, or end with the budget."""
+    draw = random.Random(kind)
+    for seed in range(8):
+        chosen = pair("llama", seed, kind)
+        given = prompts(chosen, 2, seed)
+        last = chosen.tokenizer.decode(given[0][0][-1:])
+        [free, _] = nudge(chosen, *given, max_new_tokens=2)
+        text = last + chosen.tokenizer.decode(free.ids)
+        for stop in ("aa", text[-1:] or "a", text[len(last) - 1 : len(last) + 1] or "a"):
+            try:
+                StopStringCriteria(chosen.tokenizer, [stop])
+            except ValueError:  # No token holds any of it.
+                continue
+            in_every_way(chosen, *given, max_new_tokens=draw.choice([1, 1, 2]), stop_strings=[stop])
