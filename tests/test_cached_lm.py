@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from architectures import tiny
 from tiny import pair
 from transformers import GenerationConfig
 
@@ -186,3 +187,82 @@ def test_most_passes_copy_nothing(monkeypatch):
         texts = texts_that_grow_and_turn_back(draw, texts)
         alone.read({0: Reading(list(texts[0]), 1)})
     assert len(copies) == before
+
+
+# States, indexes, positions by the cache ---------------------------------------------------------------------------
+
+# With a state: beside attention layers, within them, alone, and where a pass goes on from it by one token alone. With
+# an index. With positions that are counted by the cache.
+KINDS = ["qwen3_next", "falcon_h1", "lfm2", "mamba", "jamba", "mamba2", "zamba2", "deepseek_v32", "bart", "bloom"]
+
+
+def assert_alike(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """But for the rounding of layers that compute in float32 whatever the model's dtype."""
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_model_of_another_kind_reads_is_as_if_read_alone(kind):
+    model = tiny(kind, seed=0)
+    draw = random.Random(kind)
+    lm = cached_lm.cached_lm(model, rows=4)
+    texts = [[draw.randrange(5, 300) for _ in range(n)] for n in (3, 17, 9, 17)]
+    there = {0, 1, 2, 3}
+    for step in range(8):
+        if step == 6:
+            lm.release(1)
+            there.remove(1)
+        reading = [row for row in sorted(there) if draw.random() < 0.7] or [min(there)]
+        keeps = {row: draw.randint(1, min(4, len(texts[row]))) for row in reading}
+        settled = {row: max(1, len(texts[row]) - draw.choice([0, 2, 12])) for row in reading}
+        logits = lm.read({row: Reading(list(texts[row]), keeps[row], settled[row]) for row in reading})
+        assert set(logits) == set(reading)
+        for row in reading:
+            assert_alike(logits[row], alone(model, texts[row], keeps[row]))
+        texts = texts_that_grow_and_turn_back(draw, texts)
+
+
+@torch.no_grad()
+def test_a_rejected_draft_costs_a_model_with_a_state_no_further_pass():
+    """What was accepted is read again in the pass that reads the next draft."""
+    model = tiny("qwen3_next", seed=0)
+    lm = CachedLM(model, rows=1)
+    text = list(range(5, 15))
+    lm.read({0: Reading(text, 1, len(text))})
+    text = [*text, 49]
+    for accepted in (0, 2, 1):
+        passes, fed, unread = lm.forward_passes, lm.tokens_fed, lm.unread(0, text)
+        draft = [40, 41, 42]
+        logits = lm.read({0: Reading([*text, *draft], 4, len(text))})
+        assert_alike(logits[0], alone(model, [*text, *draft], 4))
+        assert lm.forward_passes == passes + 1 and lm.tokens_fed == fed + unread + len(draft)
+        text = [*text, *draft[:accepted], 50 + accepted]
+
+
+@torch.no_grad()
+def test_many_accepted_tokens_are_read_by_a_model_with_a_state_once_more_at_most():
+    """They have a pass of their own: drafts that are rejected again and again do not make passes ever wider."""
+    model = tiny("qwen3_next", seed=0)
+    lm = CachedLM(model, rows=1)
+    text, widest, passes = list(range(5, 15)), 0, 0
+    for step in range(60):
+        fed, before = lm.tokens_fed, lm.forward_passes
+        lm.read({0: Reading([*text, 300, 301, 302], 4, len(text))})
+        if step:
+            widest, passes = max(widest, lm.tokens_fed - fed), passes + lm.forward_passes - before
+        text = [*text, 20 + step]
+    assert widest <= 2 + 16 + 3 + 1
+    assert passes <= 59 * 1.1
+
+
+@torch.no_grad()
+def test_few_states_are_kept():
+    model = tiny("qwen3_next", seed=0)
+    lm = CachedLM(model, rows=3)
+    draw = random.Random(0)
+    texts = [[draw.randrange(5, 300) for _ in range(9)] for _ in range(3)]
+    for _ in range(12):
+        lm.read({row: Reading(list(text), 1, len(text) - 1) for row, text in enumerate(texts)})
+        texts = texts_that_grow_and_turn_back(draw, texts)
+        assert all(len(saved) <= 2 for saved in lm._slots._saved)

@@ -313,3 +313,19 @@ def test_a_call_that_fails_gives_its_policy_back():
     with pytest.raises(KeyboardInterrupt), borrowed_draft_length(base, nudging_model, 1) as policy:
         raise KeyboardInterrupt
     assert lent(base, nudging_model, 1) is policy
+
+
+def test_what_is_read_again_makes_drafts_shorter():
+    """Where each token of a pass costs time, a rejected draft costs a base with a state a second reading."""
+    policy = DraftLength()
+    policy.choose([Written([], True)])
+    for tokens in (1, 2, 4, 8, 16, 32, 64):
+        for _ in range(40):
+            policy.observe_pass(tokens, 0.9 + 0.1 * tokens)
+    policy.guesses.observe_pass(1, 0.01, 1.0)
+    for _ in range(400):
+        policy.acceptance.observe([0.9] * 8, 5)
+    policy.choose([Written([], True)])
+    plain = policy.choose([Written([0.9] * 12, True)]).read
+    again = policy.choose([Written([0.9] * 12, True)], unread=0).read
+    assert 0 < again < plain

@@ -237,13 +237,18 @@ def _decode(
     refuse_prompts_without_room(prompts, model, "base", "tokenizer", set() if not more else placeholder_ids(model))
     refuse_prompts_without_room(given, call.nudging_model, "nudging model", "nudging_tokenizer")
     voices = _voices(call, model, generation_config, nudging_model_config, input_ids.shape[1])
-    stop_tokens = [token for token in eos_token_ids(generation_config) if token not in own_eos_token_ids(model)]
+    ends = eos_token_ids(generation_config)
+    stop_tokens = [token for token in ends if token not in voices.base_eos]
     shown = input_ids
     if pad is not None and pad >= (input_rows(model) or math.inf):
         # Nothing reads padding but the processors, and they have a score for each id that they are shown.
         first = torch.tensor([[ids[0]] for ids in prompts], device=input_ids.device)
         shown = torch.where(input_ids == pad, first, input_ids)
     base_processors = [processors_of_row(logits_processor, i, batch) for i in range(batch)]
+    if voices.min_new_tokens and (missed := [token for token in voices.base_eos if token not in ends]):
+        # transformers holds back the call's EOS alone; before the fewest tokens, the base's own must not come either.
+        for processors in base_processors:
+            processors.insert(0, _not_before(voices.min_new_tokens, missed, input_ids))
     constraints = _constraints(call, base_processors, shown, output_rows(model), voices, stop_tokens)
     nudging_ids = [torch.tensor([ids], device=input_device(call.nudging_model)) for ids in given]
     seeds = shared_by_ranks(model, new_seeds(batch)) if generation_config.do_sample else [0] * batch
@@ -359,6 +364,13 @@ def _stand_in(voices: Voices) -> int:
     return voices.nudging_eos[0]
 
 
+def _not_before(min_new_tokens: int, tokens: list[int], prompts: torch.Tensor) -> MinNewTokensLengthLogitsProcessor:
+    """Forbids tokens before an answer has so many."""
+    return MinNewTokensLengthLogitsProcessor(
+        prompts.shape[1], min_new_tokens, torch.tensor(tokens, device=prompts.device), device=str(prompts.device)
+    )
+
+
 def _constraints(
     call: NudgingCall,
     base_processors: list[LogitsProcessorList],
@@ -372,12 +384,7 @@ def _constraints(
     for i, processors in enumerate(base_processors):
         hard = hard_processors(processors)
         if voices.min_new_tokens and stop_tokens and call.answer_class is TwoVocabularies:
-            too_early = torch.tensor(stop_tokens, device=prompts.device)
-            hard.append(
-                MinNewTokensLengthLogitsProcessor(
-                    prompts.shape[1], voices.min_new_tokens, too_early, device=str(prompts.device)
-                )
-            )
+            hard.append(_not_before(voices.min_new_tokens, stop_tokens, prompts))
         ends = voices.base_eos or stop_tokens
         constraint = Constraint(hard, prompts[i : i + 1], vocab_size, ends, stop_tokens)
         constraints.append(constraint if hard else None)
