@@ -7,7 +7,7 @@ been saved (the host's linear-attention layers); or both (`RoomyHybridLayer`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,14 +96,15 @@ class RoomyIndexedLayer(RoomyLayer, DynamicIndexedLayer):
     """A `RoomyLayer` with the keys of an index of what to attend to (DeepSeek-V3.2), which roll back as keys do."""
 
     indexer_keys: torch.Tensor
+    indexer_position_ids: torch.Tensor | None  # From transformers 5.23 on.
 
     def __init__(self) -> None:
         DynamicIndexedLayer.__init__(self)
 
     def crop(self, tokens_to_remove: int) -> None:
         RoomyLayer.crop(self, tokens_to_remove)
-        if self.is_indexer_initialized and tokens_to_remove:
-            self.indexer_keys = self.indexer_keys[:, :tokens_to_remove]
+        if tokens_to_remove:
+            self._change(lambda kept: kept[:, :, :tokens_to_remove])
 
     def take_in(self, part: Any, taken: Sequence[torch.Tensor], row: int, rows: int, slots: int) -> None:
         super().take_in(part, taken, row, rows, slots)
@@ -111,14 +112,25 @@ class RoomyIndexedLayer(RoomyLayer, DynamicIndexedLayer):
             self.lazy_initialization_indexer(part.indexer_keys)
             self.indexer_keys = part.indexer_keys.new_zeros(rows, slots, part.indexer_keys.shape[2])
         _put_rows(self.indexer_keys[:, None], part.indexer_keys[:, None], taken, row, slots)
+        if (positions := getattr(part, "indexer_position_ids", None)) is not None:
+            if self.indexer_position_ids is None:
+                self.indexer_position_ids = positions.new_zeros(len(positions), rows, slots)
+            _put_rows(_slots_third(self.indexer_position_ids), _slots_third(positions), taken, row, slots)
 
     def drop(self, row: int) -> None:
         super().drop(row)
-        self.indexer_keys = _dropped(self.indexer_keys, row)
+        self._change(lambda kept: _dropped(kept, row))
 
     def move(self, source: torch.Tensor) -> None:
         super().move(source)
-        self.indexer_keys = take_slots(self.indexer_keys[:, None], source)[:, 0]
+        self._change(lambda kept: take_slots(kept, source))
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Changes what belongs to the index, as tensors of shape (rows, 1 or a position's dimensions, slots, size)."""
+        if self.is_indexer_initialized:
+            self.indexer_keys = change(self.indexer_keys[:, None])[:, 0]
+        if getattr(self, "indexer_position_ids", None) is not None:
+            self.indexer_position_ids = change(_slots_third(self.indexer_position_ids))[..., 0].transpose(0, 1)
 
 
 class RoomyHybridLayer(RoomyLayer, LinearAttentionAndFullAttentionLayer):
@@ -233,6 +245,11 @@ def take_slots(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     source = source.to(states.device, non_blocking=True).repeat_interleave(heads, dim=0)
     flat = (begins[:, None] + source).flatten()
     return states.reshape(-1, size).index_select(0, flat).view(rows, heads, -1, size)
+
+
+def _slots_third(positions: torch.Tensor) -> torch.Tensor:
+    """Positions of shape (dimensions, rows, slots) as (rows, dimensions, slots, 1), in the same memory."""
+    return positions.transpose(0, 1)[..., None]
 
 
 def _put_rows(room: torch.Tensor, states: torch.Tensor, taken: Sequence[torch.Tensor], row: int, slots: int) -> None:

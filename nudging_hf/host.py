@@ -136,7 +136,13 @@ def arguments_of_pipeline(pipeline: Any, generate_kwargs: Mapping[str, Any], **o
     """What a text-generation pipeline gives `generate`, of its own and of what a call gives it, and `overrides`."""
     if hasattr(pipeline, "_prepare_generate_kwargs"):  # From transformers 5.20 on.
         return pipeline._prepare_generate_kwargs(dict(generate_kwargs), **overrides)
-    return {"generation_config": pipeline.generation_config, **generate_kwargs, **overrides}
+    config = copy.deepcopy(pipeline.generation_config)
+    defaults = pipeline._default_generation_config
+    for name in ("max_new_tokens", "do_sample"):  # Up to 5.16 a pipeline's default goes before what the model says.
+        own = getattr(pipeline.model.generation_config, name)
+        if own is not None and getattr(config, name) == getattr(defaults, name):
+            setattr(config, name, own)
+    return {"generation_config": config, **generate_kwargs, **overrides}
 
 
 # Where a patched `generate` keeps the one that it replaced.
@@ -316,6 +322,14 @@ def config_layers(model: Any) -> list[Any]:
 def takes_common_cache(model: Any) -> bool:
     """Whether the model takes the cache that models have in common, and none of a class of its own (RWKV, XLNet)."""
     return cache_argument(model) is not None and model._supports_default_dynamic_cache()
+
+
+def has_attention_layers_alone(model: Any) -> bool:
+    """Whether the model names no layers of another kind, which keep more than keys and values, wherever that is."""
+    config = model.config.get_text_config(decoder=True)
+    names = ("layer_types", "layers_block_type", "block_types")
+    kinds = {kind for name in names for kind in getattr(config, name, None) or ()}
+    return not model._is_stateful and all("attention" in kind and "linear" not in kind for kind in kinds)
 
 
 def takes_static_cache(model: Any) -> bool:

@@ -416,6 +416,7 @@ SPLIT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # Of older versions, which take it to be on "meta".
 @pytest.mark.parametrize("which", ["base", "nudging_model"])
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
 def test_offloaded_weights_give_the_same_ids(reference, how, which, tmp_path):

@@ -17,6 +17,7 @@ from .cache_layers import can_roll_back, keeps_index, keeps_state, new_cache
 from .host import (
     accepted_arguments,
     cache_argument,
+    has_attention_layers_alone,
     has_rotary_positions,
     input_device,
     takes_common_cache,
@@ -27,6 +28,9 @@ from .host import (
 # model's dtype. Where something is wrong, they differ by more in any dtype.
 _ROUNDING = {torch.float64: 1e-4, torch.float32: 2e-3}
 _COARSE_ROUNDING = 5e-2
+
+# What a forward pass raises for shapes, dtypes or arguments that it cannot take.
+_MISFITS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 class Rows(Enum):
@@ -63,6 +67,9 @@ def has_common_cache(model: Any) -> bool:
 
 def reading_mode(model: Any) -> ReadingMode:
     """How the model is to be read where it has a cache."""
+    if model.training:  # Dropout tells nothing of a model: the safest is assumed.
+        rows = Rows.TOGETHER if "position_ids" in accepted_arguments(model) else Rows.ALONE
+        return ReadingMode(rows, single_tokens=True)
     if model not in _FOUND:
         _FOUND[model] = _find(model)
     return _FOUND[model]
@@ -71,26 +78,29 @@ def reading_mode(model: Any) -> ReadingMode:
 @torch.no_grad()
 def _find(model: Any) -> ReadingMode:
     takes_positions = "position_ids" in accepted_arguments(model)
-    if not has_common_cache(model) or not (keeps_state(model) or keeps_index(model)):
-        if has_rotary_positions(model) and takes_positions:
+    if has_rotary_positions(model) and takes_positions:
+        if not has_common_cache(model) or (has_attention_layers_alone(model) and not keeps_index(model)):
             return ReadingMode()
-    trial = _Trial(model)
+    try:
+        trial = _Trial(model)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except _MISFITS:
+        return ReadingMode(is_causal=False)
     if not (trial.is_read_as_ids() and trial.is_causal()):
         return ReadingMode(is_causal=False)
     if not has_common_cache(model):
         return ReadingMode()
-    if keeps_index(model):
-        # What an index picks among equals depends on the slots in which they stand.
-        return ReadingMode(Rows.ALONE)
+    # What an index picks among equals depends on the slots in which they stand.
+    rows = Rows.ALONE if keeps_index(model) else Rows.TOGETHER
     if keeps_state(model):
-        if not trial.goes_on_from(3, by_one=True):
-            return ReadingMode(trouble="it does not go on from the state in its cache as it does without a cache")
-        return ReadingMode(single_tokens=not trial.goes_on_from(3, by_one=False))
-    if trial.goes_on_behind_padding():
+        if trial.goes_on_from(3, by_one=True):
+            return ReadingMode(rows, single_tokens=not trial.goes_on_from(3, by_one=False))
+    elif rows is Rows.TOGETHER and trial.goes_on_behind_padding():
         return ReadingMode()
-    if trial.goes_on_from(3, by_one=False):
+    elif trial.goes_on_from(3, by_one=False):
         return ReadingMode(Rows.ALONE)
-    return ReadingMode(trouble="it does not go on from its cache as it does without a cache")
+    return ReadingMode(trouble="it does not go on from what is in it as it does without a cache")
 
 
 class _Trial:
@@ -111,7 +121,7 @@ class _Trial:
             try:
                 if not self._is_expected(self.model(**inputs).logits[:, -1].float()):
                     return False
-            except (RuntimeError, TypeError):  # Masks of a dtype of their own.
+            except _MISFITS:
                 return False
         return True
 
@@ -124,26 +134,28 @@ class _Trial:
     def goes_on_from(self, first: int, by_one: bool) -> bool:
         """Whether after so many tokens a cache, and no other, holds all that the next ones need."""
         cache = new_cache(self.model)
-        self._read(self.ids[:, :first], cache)
-        self._read(self.ids.flip(1)[:, :first], new_cache(self.model))  # What is kept outside of the cache is lost.
+        width = 1 if by_one else self.ids.shape[1] - first
         try:
-            width = 1 if by_one else self.ids.shape[1] - first
+            self._read(self.ids[:, :first], cache)
+            self._read(
+                self.ids.flip(1)[:, :first], new_cache(self.model)
+            )  # What is kept outside of the cache is lost.
             for start in range(first, self.ids.shape[1], width):
                 found = self._read(self.ids[:, start : start + width], cache, start)
-        except (IndexError, RuntimeError):  # Shapes that do not fit.
+        except _MISFITS:
             return False
         return self._is_expected(found)
 
     def goes_on_behind_padding(self) -> bool:
         """Whether it is the same where slots that are masked stand before the first token."""
         cache = new_cache(self.model)
-        self._read(self.ids[:, :3], cache)
-        for layer in cache.layers:
-            layer.move(torch.tensor([[0, 0, 0, 1, 2]]))
         mask = torch.tensor([[0, 0] + [1] * self.ids.shape[1]], device=self.ids.device)
         try:
+            self._read(self.ids[:, :3], cache)
+            for layer in cache.layers:
+                layer.move(torch.tensor([[0, 0, 0, 1, 2]]))
             return self._is_expected(self._read(self.ids[:, 3:], cache, 3, attention_mask=mask))
-        except (IndexError, RuntimeError, TypeError):  # Shapes that do not fit, or no such argument.
+        except _MISFITS:
             return False
 
     def _read(self, ids: torch.Tensor, cache: Any = None, start: int = 0, **more: Any) -> torch.Tensor:
