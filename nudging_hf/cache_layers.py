@@ -129,8 +129,8 @@ class RoomyIndexedLayer(RoomyLayer, DynamicIndexedLayer):
         """Changes what belongs to the index, as tensors of shape (rows, 1 or a position's dimensions, slots, size)."""
         if self.is_indexer_initialized:
             self.indexer_keys = change(self.indexer_keys[:, None])[:, 0]
-        if getattr(self, "indexer_position_ids", None) is not None:
-            self.indexer_position_ids = change(_slots_third(self.indexer_position_ids))[..., 0].transpose(0, 1)
+        if (positions := getattr(self, "indexer_position_ids", None)) is not None:
+            self.indexer_position_ids = change(_slots_third(positions))[..., 0].transpose(0, 1)
 
 
 class RoomyHybridLayer(RoomyLayer, LinearAttentionAndFullAttentionLayer):
