@@ -319,6 +319,11 @@ def config_layers(model: Any) -> list[Any]:
     return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
 
 
+def index_goes_on() -> bool:
+    """Whether a pass over several tokens goes on from an index of what to attend to: up to 5.16 it does not."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) > (5, 16)
+
+
 def takes_common_cache(model: Any) -> bool:
     """Whether the model takes the cache that models have in common, and none of a class of its own (RWKV, XLNet)."""
     return cache_argument(model) is not None and model._supports_default_dynamic_cache()

@@ -5,6 +5,8 @@ import time
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from running import inputs_of, nudge
 from tiny import pair, prompts
 from transformers import (
@@ -550,8 +552,8 @@ def _mamba(size):
 
 
 def _deepseek(size):
-    """With an index of what to attend to, which is kept in the cache."""
-    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 16}
+    """With an index of what to attend to, which is kept in the cache. Few heads would make many scores equal."""
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_n_heads": 16, "index_head_dim": 16}
     config = DeepseekV32Config(
         vocab_size=size,
         hidden_size=32,
@@ -574,6 +576,9 @@ def _deepseek(size):
 def test_a_base_that_keeps_more_than_keys_and_values_is_cached_too(shared, inputs, base):
     torch.manual_seed(0)
     model = base(len(shared.tokenizer)).double().eval()
+    if base is _deepseek and Version(transformers.__version__) < Version("5.17"):
+        refused(model, inputs, "use_cache=False")  # There a pass over several tokens does not go on from an index.
+        return
     answer = nudging_hf.generate(model, **inputs, max_new_tokens=6, use_cache=False)
     for drafts in (0, 4):
         cached = nudging_hf.generate(model, **inputs, max_new_tokens=6, num_draft_tokens=drafts)

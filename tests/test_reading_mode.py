@@ -9,7 +9,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 import nudging_hf
 from nudging_hf import reading_mode
-from nudging_hf.host import cache_argument
+from nudging_hf.host import cache_argument, index_goes_on
 from nudging_hf.reading_mode import ReadingMode, Rows
 
 
@@ -25,9 +25,19 @@ def test_rows_share_a_cache_where_what_is_masked_changes_nothing(kind):
     assert reading_mode.reading_mode(tiny(kind, seed=0)) == ReadingMode()
 
 
-@pytest.mark.parametrize("kind", ["bart", "marian", "trocr", "deepseek_v32"])
+@pytest.mark.parametrize("kind", ["bart", "marian", "trocr"])
 def test_rows_have_caches_of_their_own_where_positions_are_counted_by_the_cache(kind):
     assert reading_mode.reading_mode(tiny(kind, seed=0)) == ReadingMode(Rows.ALONE)
+
+
+def test_rows_have_caches_of_their_own_where_an_index_picks_what_is_attended_to():
+    """Among equals it picks by the slots in which they stand."""
+    model = tiny("deepseek_v32", seed=0)
+    if reading_mode.has_common_cache(model):
+        assert reading_mode.reading_mode(model) == ReadingMode(Rows.ALONE)
+    else:
+        assert not index_goes_on()
+        refused(model, "use_cache=False")
 
 
 @pytest.mark.parametrize("kind", ["jamba", "mamba", "falcon_mamba"])

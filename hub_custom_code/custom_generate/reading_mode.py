@@ -19,6 +19,7 @@ from .host import (
     cache_argument,
     has_attention_layers_alone,
     has_rotary_positions,
+    index_goes_on,
     input_device,
     takes_common_cache,
     uncached_inputs,
@@ -62,7 +63,7 @@ _FOUND: WeakKeyDictionary[Any, ReadingMode] = WeakKeyDictionary()
 
 def has_common_cache(model: Any) -> bool:
     """Whether the model takes a cache whose rows can be rolled back."""
-    return takes_common_cache(model) and can_roll_back(model)
+    return takes_common_cache(model) and can_roll_back(model) and (index_goes_on() or not keeps_index(model))
 
 
 def reading_mode(model: Any) -> ReadingMode:
