@@ -19,7 +19,7 @@ HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-hosts demo eval-demo bench hub format clean
+.PHONY: help venv test test-slow test-hosts demo eval-demo bench hub format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ test: $(STAMP) ## ruff, mypy and the tests, in some minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy nudging_hf
 	$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## the tests that `make test` leaves out: every architecture of transformers, in some minutes
+	$(BIN)/python -m pytest -m slow
 
 test-hosts: $(HOSTS:%=test-host-%) ## the tests that touch transformers, on each of HOSTS in an environment of its own
 

@@ -16,6 +16,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 LENGTHS = {"max_new_tokens": 14, "num_nudging_tokens": 8}
 
+# Each is read in a way of its own: states, indexes, shared keys and values, positions by the cache, no cache, refused.
+OF_THEIR_OWN_KIND = set(
+    "bart bloom deepseek_v32 falcon_h1 gemma3n_text gemma4_text gpt_neo jamba lfm2 mamba mamba2 minimax nemotron_h "
+    "openai-gpt qwen3_5_text qwen3_next qwen4_exp_text roberta roformer xlnet zamba2".split()
+)
+
+
+def of_both_kinds(every: int) -> list[Any]:
+    """All types. Those that are not of a kind of their own are slow tests, but for some of them."""
+    return [
+        pytest.param(name, marks=() if name in OF_THEIR_OWN_KIND or i % every == 0 else pytest.mark.slow)
+        for i, name in enumerate(MODEL_TYPES)
+    ]
+
+
 Answers = list[tuple[list[int], list[bool], str]]
 
 
@@ -111,7 +126,7 @@ def test_every_architecture_is_tried_or_left_out_for_a_reason():
     assert all(LEFT_OUT.values())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", of_both_kinds(every=4))
 def test_the_laws_hold_for_a_base_or_it_is_refused(model_type):
     base = tiny(model_type, seed=1)
     threshold = random.Random(model_type).choice([0.3, 0.6])
@@ -121,21 +136,7 @@ def test_the_laws_hold_for_a_base_or_it_is_refused(model_type):
     check_zero(chosen, prompt, nudging_prompt)
 
 
-# A nudging model is read by the same code as a base: every fourth type is tried, and those of a kind of their own.
-OF_THEIR_OWN_KIND = {
-    "bart",
-    "deepseek_v32",
-    "falcon_h1",
-    "jamba",
-    "lfm2",
-    "mamba",
-    "openai-gpt",
-    "qwen3_next",
-    "xlnet",
-}
-
-
-@pytest.mark.parametrize("model_type", sorted({*MODEL_TYPES[::4], *OF_THEIR_OWN_KIND.intersection(MODEL_TYPES)}))
+@pytest.mark.parametrize("model_type", of_both_kinds(every=8))
 def test_the_laws_hold_for_a_nudging_model_or_it_is_refused(model_type):
     nudging_model = tiny(model_type, seed=2)
     threshold = random.Random(model_type).choice([0.3, 0.6])
