@@ -17,6 +17,7 @@ from widen import hand_to_onednn, widened
 import nudging_hf
 from nudging_hf import baselines
 from nudging_hf.demo import LM, MAX_NEW_TOKENS, Question
+from nudging_hf.host import CACHE
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 BASE, LARGE = "base", "large-aligned"
@@ -229,9 +230,7 @@ def stepping_both(lms: LMs, work: Work) -> list[list[int]]:
     nudges = True
     while len(answer) < work.lengths[0]:
         logits = {
-            name: model(input_ids=fed[name], past_key_values=caches[name], use_cache=True, logits_to_keep=1).logits[
-                0, -1
-            ]
+            name: model(input_ids=fed[name], **{CACHE: caches[name]}, use_cache=True, logits_to_keep=1).logits[0, -1]
             for name, model in models.items()
         }
         top1, token = logits["base"].float().softmax(dim=-1).max(dim=-1)

@@ -24,6 +24,7 @@ from tables import rate_against
 from transformers import DynamicCache
 
 import nudging_hf
+from nudging_hf.host import CACHE
 
 MOST_MEMORY = 1.05  # Of weights and caches.
 _FEW_TOKENS = 8
@@ -138,7 +139,7 @@ def pass_seconds(model: Any, rows: int, width: int, context: int, repeats: int) 
     positions = torch.arange(context, context + width, device=device).expand(rows, -1)
 
     def one_pass() -> None:
-        model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, position_ids=positions, **{CACHE: cache}, use_cache=True)
 
     found = []
     for _ in range(repeats + 2):
@@ -203,7 +204,7 @@ def stepping_both(call: Call) -> torch.Tensor:
     ids, fed = call.ids, call.ids
     for step in range(call.new_tokens):
         base, nudging = (
-            model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            model(input_ids=fed, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
             for model, cache in zip(models, caches, strict=True)
         )
         top1, token = base.float().softmax(dim=-1).max(dim=-1)

@@ -38,6 +38,7 @@ from transformers import DynamicCache
 from widen import with_noise
 
 from nudging_hf.demo import LM, MAX_NEW_TOKENS, Question
+from nudging_hf.host import CACHE
 from nudging_hf.journal import digest
 
 Key = dict[str, Any]
@@ -252,7 +253,7 @@ def timed_pass(model: Any, cache: DynamicCache, rows: int, width: int, context: 
     ids = torch.randint(2, model.config.vocab_size, (rows, width))
     positions = torch.arange(context, context + width).expand(rows, -1)
     start = time.perf_counter()
-    model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, position_ids=positions, **{CACHE: cache}, use_cache=True)
     took = time.perf_counter() - start
     cache.crop(-width)
     return took

@@ -18,7 +18,7 @@ class NudgingOutput(GenerateDecoderOnlyOutput):
     """The usual output of `generate`, and who wrote what.
 
     `scores` and `logits` are the base's at each new token, whoever wrote it; `attentions`, `hidden_states` and
-    `past_key_values` are `None`.
+    the cache (`cache`, `past_key_values` before transformers 5.24) are `None`.
 
     Args:
         nudged_mask (`torch.BoolTensor` of shape `(batch_size, new_tokens)`):
