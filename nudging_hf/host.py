@@ -310,7 +310,10 @@ def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:
     if (model.tp_size or 1) == 1:
         return numbers
     shared = torch.tensor(numbers, device=model.device)
-    torch.distributed.broadcast(shared, group=model._mesh_manager.get_mesh("tp").get_group(), group_src=0)
+    manager = getattr(model, "_mesh_manager", None)
+    mesh = model._device_mesh if manager is None else manager.get_mesh("tp")  # 5.12 has no manager.
+    group = mesh.get_group()
+    torch.distributed.broadcast(shared, src=torch.distributed.get_global_rank(group, 0), group=group)
     return shared.tolist()
 
 

@@ -4,13 +4,15 @@ import random
 
 import pytest
 import torch
+import transformers
 from architectures import tiny
+from packaging.version import Version
 from tiny import pair
 from transformers import GenerationConfig
 
 from nudging_hf import cache_layers, cached_lm
 from nudging_hf.cached_lm import CachedLM, Reading, Static
-from nudging_hf.reading_mode import has_common_cache
+from nudging_hf.reading_mode import has_common_cache, reading_mode
 
 TAKE = cache_layers.take_slots
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
@@ -195,6 +197,7 @@ def test_most_passes_copy_nothing(monkeypatch):
 # With a state: beside attention layers, within them, alone, and where a pass goes on from it by one token alone. With
 # an index. With positions that are counted by the cache.
 KINDS = ["qwen3_next", "falcon_h1", "lfm2", "mamba", "jamba", "mamba2", "zamba2", "deepseek_v32", "bart", "bloom"]
+REFUSED_ON_OLDER_VERSIONS = {"deepseek_v32", "zamba2"}
 
 
 def assert_alike(logits: torch.Tensor, expected: torch.Tensor) -> None:
@@ -206,7 +209,8 @@ def assert_alike(logits: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_model_of_another_kind_reads_is_as_if_read_alone(kind):
     model = tiny(kind, seed=0)
-    if not has_common_cache(model):
+    if not has_common_cache(model) or reading_mode(model).trouble is not None:
+        assert kind in REFUSED_ON_OLDER_VERSIONS and Version(transformers.__version__) < Version("5.17")
         pytest.skip("refused on this version of transformers")
     draw = random.Random(kind)
     lm = cached_lm.cached_lm(model, rows=4)
