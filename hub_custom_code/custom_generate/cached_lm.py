@@ -410,7 +410,8 @@ class CachedLM:
 class SeparateRows:
     """Texts of several rows, each with a cache of its own. To its callers it is a `CachedLM`.
 
-    Args: those of a [`CachedLM`].
+    Args:
+        model, rows: as of a [`CachedLM`].
     """
 
     kind_of_cache = "separate"
