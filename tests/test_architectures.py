@@ -18,8 +18,8 @@ LENGTHS = {"max_new_tokens": 14, "num_nudging_tokens": 8}
 
 # Each is read in a way of its own: states, indexes, shared keys and values, positions by the cache, no cache, refused.
 OF_THEIR_OWN_KIND = set(
-    "bart bloom deepseek_v32 falcon_h1 gemma3n_text gemma4_text gpt_neo jamba lfm2 mamba mamba2 minimax nemotron_h "
-    "openai-gpt qwen3_5_text qwen3_next qwen4_exp_text roberta roformer xlnet zamba2".split()
+    "bart bloom deepseek_v32 deepseek_v4 falcon_h1 gemma3n_text gemma4_text gpt_neo jamba lfm2 mamba mamba2 minimax "
+    "nemotron_h openai-gpt qwen3_5_text qwen3_next qwen4_exp_text roberta roformer rwkv xlnet zamba2".split()
 )
 
 

@@ -15,6 +15,7 @@ LAYERS = [
     {"bridge", "cache_layers"},
     {"slots", "reading_mode"},
     {"stateful_slots", "refusals"},
+    {"copied_slots"},
     {"cached_lm", "prompts", "named_model", "threshold", "journal"},
     {"decoding"},
     {"output"},
@@ -31,7 +32,7 @@ LAYERS = [
     {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}
-CARRIED = [module for modules in LAYERS[:9] for module in sorted(modules)]
+CARRIED = [module for modules in LAYERS[:10] for module in sorted(modules)]
 
 
 def name_of(path: Path) -> str:

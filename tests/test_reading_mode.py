@@ -8,7 +8,7 @@ from tiny import Pair, byte_bpe, pair, prompts
 from transformers import BertConfig, BertLMHeadModel
 
 import nudging_hf
-from nudging_hf import reading_mode
+from nudging_hf import reading_mode, refusals
 from nudging_hf.host import cache_argument, index_goes_on
 from nudging_hf.reading_mode import ReadingMode, Rows
 
@@ -33,10 +33,9 @@ def test_rows_have_caches_of_their_own_where_positions_are_counted_by_the_cache(
 def test_rows_have_caches_of_their_own_where_an_index_picks_what_is_attended_to():
     """Among equals it picks by the slots in which they stand."""
     model = tiny("deepseek_v32", seed=0)
-    if reading_mode.has_common_cache(model):
+    if index_goes_on():
         assert reading_mode.reading_mode(model) == ReadingMode(Rows.ALONE)
     else:
-        assert not index_goes_on()
         refused(model, "use_cache=False")
 
 
@@ -49,10 +48,9 @@ def test_a_state_that_is_kept_outside_of_the_cache_is_found_out():
     assert reading_mode.reading_mode(tiny("recurrent_gemma", seed=0)).trouble is not None
 
 
-@pytest.mark.parametrize("kind", ["openai-gpt", "rwkv"])
-def test_a_model_that_takes_no_cache_reads_the_whole_text(kind):
+def test_a_model_that_takes_no_cache_reads_the_whole_text():
     """As if `use_cache=False` was said."""
-    base = tiny(kind, seed=0)
+    base = tiny("openai-gpt", seed=0)
     assert cache_argument(base) is None
     chosen = Pair(base, pair("llama", 0, "shared").nudging_model, byte_bpe(), byte_bpe())
     inputs = inputs_of(chosen, *prompts(chosen, 3, 0))
@@ -86,11 +84,25 @@ def test_a_static_cache_that_would_be_read_wrongly_is_refused(kind):
     refused(tiny(kind, seed=0), "leave out `cache_implementation='static'`", cache_implementation="static")
 
 
-@pytest.mark.parametrize("kind", ["minimax", "recurrent_gemma", "deepseek_v4", "xlstm"])
-def test_a_cache_of_its_own_kind_is_refused_with_the_mend(kind):
+@pytest.mark.parametrize("kind", ["minimax", "deepseek_v4", "xlstm", "rwkv"])
+def test_a_row_has_a_cache_of_its_own_where_that_is_of_the_models_own_kind(kind):
     if kind not in MODEL_TYPES:
         pytest.skip("not in this version of transformers")
-    refused(tiny(kind, seed=0), "use_cache=False")
+    model = tiny(kind, seed=0)
+    assert not reading_mode.has_common_cache(model)
+    assert reading_mode.reading_mode(model) == ReadingMode(Rows.ALONE, single_tokens=kind == "minimax")
+
+
+def test_a_cache_that_a_model_does_not_go_on_from_is_refused_with_the_mend():
+    refused(tiny("recurrent_gemma", seed=0), "use_cache=False")
+
+
+def test_images_are_not_read_into_a_cache_of_the_models_own_kind(monkeypatch):
+    base = pair("llama", 0, "shared").base
+    monkeypatch.setattr(refusals, "reads_more_than_text", lambda model: True)
+    monkeypatch.setattr(refusals, "has_common_cache", lambda model: False)
+    with pytest.raises(ValueError, match="a kind of its own, and `pixel_values`"):
+        refusals.refuse_what_the_base_cannot_read(base, ["pixel_values"], use_cache=True, is_static=False)
 
 
 def test_a_model_in_training_is_not_tried():

@@ -13,15 +13,17 @@ import torch
 from transformers import GenerationConfig
 
 from .cache_layers import keeps_state, new_cache
+from .copied_slots import CopiedSlots
 from .host import (
     accepted_arguments,
     cache_argument,
+    cache_of,
     compiled_call,
     first_inputs,
     input_device,
     tells_distances_by_positions,
 )
-from .reading_mode import Rows, reading_mode
+from .reading_mode import Rows, has_common_cache, reading_mode
 from .slots import Slots, StaticSlots, borrow_static_slots, give_back_static_slots, most_slots
 from .stateful_slots import StatefulSlots
 
@@ -116,7 +118,8 @@ class CachedLM:
         self._rows = list(range(rows))  # In the order of the cache's batch dimension.
         self._fed: dict[int, list[int]] = {row: [] for row in self._rows}
         self._keeps_holes = prompts is None and tells_distances_by_positions(model)
-        self.keeps_state = self.use_cache and keeps_state(model)
+        self._copies_cache = self.use_cache and not has_common_cache(model)
+        self.keeps_state = self._copies_cache or (self.use_cache and keeps_state(model))
         self._slots: Slots | None = None  # Before the first pass, and after the last row.
         self._static = static
         self._compiled_model: Any = None  # If passes are compiled.
@@ -366,8 +369,11 @@ class CachedLM:
             inputs[str(self._cache_argument)] = slots.cache
             if (mask := slots.mask(width)) is not None:
                 inputs["attention_mask"] = mask.to(device, non_blocking=True).long()
-        logits = call(**inputs, use_cache=self.use_cache).logits
+        output = call(**inputs, use_cache=self.use_cache)
+        logits = output.logits
         if slots is not None:
+            if isinstance(slots, CopiedSlots):
+                slots.cache = cache_of(output)
             slots.add(lengths, width)
         if call is not self.model:
             logits = logits.clone()  # The next call may write where this one has written.
@@ -376,6 +382,9 @@ class CachedLM:
         return logits.to(device)
 
     def _empty_slots(self, rows: int, keeps_holes: bool) -> Slots:
+        if self._copies_cache:
+            assert rows == 1, "rows share no cache of a model's own kind"
+            return CopiedSlots()
         kind = StatefulSlots if self.keeps_state else Slots
         return kind(rows, keeps_holes, lambda: new_cache(self.model))
 
@@ -455,10 +464,10 @@ def cached_lm(
     model: Any, rows: int, use_cache: bool = True, prompts: Prompts | None = None, static: Static | None = None
 ) -> CachedLM | SeparateRows:
     """A [`CachedLM`] with these arguments, or where the rows of a model may not share a cache its like."""
-    lm = CachedLM(model, rows, use_cache, prompts, static)
-    if lm.use_cache and prompts is None and reading_mode(model).rows is Rows.ALONE:
+    use_cache = use_cache and cache_argument(model) is not None
+    if use_cache and prompts is None and reading_mode(model).rows is Rows.ALONE:
         return SeparateRows(model, rows)
-    return lm
+    return CachedLM(model, rows, use_cache, prompts, static)
 
 
 def _of_like_length(lengths: Mapping[int, int], most: int, exactly: bool) -> list[list[int]]:

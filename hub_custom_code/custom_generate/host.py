@@ -25,9 +25,9 @@ from transformers.generation import (
 _logger = logging.getLogger(__name__)
 _COMPILING = threading.Lock()
 
-# What a cache is called: by `generate` and most models from 5.24 on, by most models before, and by some of those with
-# a recurrent state before. Models with code of their own keep the name that they have.
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# What a cache is called: by `generate` and most models from 5.24 on, by most models before, by some of those with a
+# recurrent state before, and by RWKV. Models with code of their own keep the name that they have.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 # What `generate` of this version calls it.
 CACHE = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -43,6 +43,12 @@ def cache_argument(model: Any) -> str | None:
     """The name by which the model's forward pass is given its cache; `None` where it takes none."""
     accepted = accepted_arguments(model)
     return next((name for name in CACHE_NAMES if name in accepted), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward pass returns; `None` where it returns none."""
+    there = list(output)  # A look-up by an older name would be answered, with a warning.
+    return next((output[name] for name in CACHE_NAMES if name in there), None)
 
 
 # The lowest and the newest minor version of transformers that the tests have been run with.

@@ -7,6 +7,7 @@ is tried once for each model, in a few passes over a few tokens, and compared wi
 
 from __future__ import annotations
 
+import copy
 from enum import Enum
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from .cache_layers import can_roll_back, keeps_index, keeps_state, new_cache
 from .host import (
     accepted_arguments,
     cache_argument,
+    cache_of,
     has_attention_layers_alone,
     has_rotary_positions,
     index_goes_on,
@@ -62,14 +64,15 @@ _FOUND: WeakKeyDictionary[Any, ReadingMode] = WeakKeyDictionary()
 
 
 def has_common_cache(model: Any) -> bool:
-    """Whether the model takes a cache whose rows can be rolled back."""
-    return takes_common_cache(model) and can_roll_back(model) and (index_goes_on() or not keeps_index(model))
+    """Whether the model takes a cache whose rows can be rolled back; one of another kind is copied whole."""
+    return takes_common_cache(model) and can_roll_back(model)
 
 
 def reading_mode(model: Any) -> ReadingMode:
     """How the model is to be read where it has a cache."""
     if model.training:  # Dropout tells nothing of a model: the safest is assumed.
-        rows = Rows.TOGETHER if "position_ids" in accepted_arguments(model) else Rows.ALONE
+        can_share = "position_ids" in accepted_arguments(model) and has_common_cache(model)
+        rows = Rows.TOGETHER if can_share else Rows.ALONE
         return ReadingMode(rows, single_tokens=True)
     if model not in _FOUND:
         _FOUND[model] = _find(model)
@@ -78,9 +81,9 @@ def reading_mode(model: Any) -> ReadingMode:
 
 @torch.no_grad()
 def _find(model: Any) -> ReadingMode:
-    takes_positions = "position_ids" in accepted_arguments(model)
-    if has_rotary_positions(model) and takes_positions:
-        if not has_common_cache(model) or (has_attention_layers_alone(model) and not keeps_index(model)):
+    is_common = has_common_cache(model)
+    if has_rotary_positions(model) and "position_ids" in accepted_arguments(model):
+        if is_common and has_attention_layers_alone(model) and not keeps_index(model):
             return ReadingMode()
     try:
         trial = _Trial(model)
@@ -90,11 +93,13 @@ def _find(model: Any) -> ReadingMode:
         return ReadingMode(is_causal=False)
     if not (trial.is_read_as_ids() and trial.is_causal()):
         return ReadingMode(is_causal=False)
-    if not has_common_cache(model):
+    if cache_argument(model) is None:
         return ReadingMode()
+    if keeps_index(model) and not index_goes_on():
+        return ReadingMode(trouble="in this version of transformers its index goes wrong, which a later one mends")
     # What an index picks among equals depends on the slots in which they stand.
-    rows = Rows.ALONE if keeps_index(model) else Rows.TOGETHER
-    if keeps_state(model):
+    rows = Rows.ALONE if keeps_index(model) or not is_common else Rows.TOGETHER
+    if keeps_state(model) or not is_common:
         if trial.goes_on_from(3, by_one=True):
             return ReadingMode(rows, single_tokens=not trial.goes_on_from(3, by_one=False))
     elif rows is Rows.TOGETHER and trial.goes_on_behind_padding():
@@ -111,7 +116,7 @@ class _Trial:
         self.model = model
         rows = model.get_input_embeddings().num_embeddings
         self.ids = torch.tensor([[rows * share // 16 for share in (3, 7, 5, 2, 8, 4)]], device=input_device(model))
-        self.expected = self._read(self.ids)
+        self.expected = self.model(**self._inputs(self.ids), use_cache=False).logits[:, -1].float()
 
     def is_read_as_ids(self) -> bool:
         """Whether it says the same where it is given ids alone, and where it is given what `generate` gives it.
@@ -134,15 +139,16 @@ class _Trial:
 
     def goes_on_from(self, first: int, by_one: bool) -> bool:
         """Whether after so many tokens a cache, and no other, holds all that the next ones need."""
-        cache = new_cache(self.model)
         width = 1 if by_one else self.ids.shape[1] - first
         try:
-            self._read(self.ids[:, :first], cache)
-            self._read(
-                self.ids.flip(1)[:, :first], new_cache(self.model)
-            )  # What is kept outside of the cache is lost.
+            _, begun = self._read(self.ids[:, :first], self._new_cache())
+            cache = begun
+            if not has_common_cache(self.model):
+                cache = copy.deepcopy(begun)
+                self._read(self.ids.flip(1)[:, :1], begun, first)  # What changes the cache leaves the copy as it is.
+            self._read(self.ids.flip(1)[:, :first], self._new_cache())  # What is kept outside of the cache is lost.
             for start in range(first, self.ids.shape[1], width):
-                found = self._read(self.ids[:, start : start + width], cache, start)
+                found, cache = self._read(self.ids[:, start : start + width], cache, start)
         except _MISFITS:
             return False
         return self._is_expected(found)
@@ -155,15 +161,19 @@ class _Trial:
             self._read(self.ids[:, :3], cache)
             for layer in cache.layers:
                 layer.move(torch.tensor([[0, 0, 0, 1, 2]]))
-            return self._is_expected(self._read(self.ids[:, 3:], cache, 3, attention_mask=mask))
+            return self._is_expected(self._read(self.ids[:, 3:], cache, 3, attention_mask=mask)[0])
         except _MISFITS:
             return False
 
-    def _read(self, ids: torch.Tensor, cache: Any = None, start: int = 0, **more: Any) -> torch.Tensor:
-        if cache is not None:
-            more[str(cache_argument(self.model))] = cache
-        inputs = self._inputs(ids, start)
-        return self.model(**inputs, **more, use_cache=cache is not None).logits[:, -1].float()
+    def _new_cache(self) -> Any:
+        """An empty one; `None` where the model makes one of its own kind."""
+        return new_cache(self.model) if has_common_cache(self.model) else None
+
+    def _read(self, ids: torch.Tensor, cache: Any, start: int = 0, **more: Any) -> tuple[torch.Tensor, Any]:
+        """What it says after the last of these ids, and the cache that the next pass is to be given."""
+        more[str(cache_argument(self.model))] = cache
+        output = self.model(**self._inputs(ids, start), **more, use_cache=True)
+        return output.logits[:, -1].float(), cache if has_common_cache(self.model) else cache_of(output)
 
     def _inputs(self, ids: torch.Tensor, start: int = 0) -> dict[str, torch.Tensor]:
         inputs = {"input_ids": ids}

@@ -105,13 +105,11 @@ def refuse_a_cache_of_its_own(model: Any, whose: str, is_static: bool = False) -
     if cache_argument(model) is None:
         return
     name = type(model).__name__
-    uncached = "give another model, or `use_cache=False`, with which each pass reads the whole text"
-    if not has_common_cache(model):
-        raise ValueError(
-            f"The {whose}, {name}, keeps a cache of its own kind, which cannot be rolled back: {uncached}."
-        )
     if (trouble := reading_mode(model).trouble) is not None:
-        raise ValueError(f"The cache of the {whose}, {name}, cannot be used, for {trouble}: {uncached}.")
+        raise ValueError(
+            f"The cache of the {whose}, {name}, cannot be used, for {trouble}: give another model, or "
+            "`use_cache=False`, with which each pass reads the whole text."
+        )
     if is_static and (keeps_state(model) or reading_mode(model).rows is Rows.ALONE or not takes_static_cache(model)):
         raise ValueError(
             f"The {whose}, {name}, cannot be read over a cache of a fixed size: leave out "
@@ -127,6 +125,11 @@ def refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: boo
     if overrides_generate(model):
         raise ValueError(
             f"The base, {name}, reads {given} by a `generate` of its own, which nudging does not go through: "
+            "give its language model and text alone."
+        )
+    if not has_common_cache(model):
+        raise ValueError(
+            f"The base, {name}, keeps a cache of a kind of its own, and {given} would be read into it by padded rows: "
             "give its language model and text alone."
         )
     if not use_cache:

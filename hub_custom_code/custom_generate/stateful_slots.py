@@ -9,7 +9,7 @@ row reads as many tokens as all others, or none, and then its state is put back 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache
@@ -18,12 +18,12 @@ from .cache_layers import RoomyLayer, States, take_in_states
 from .slots import Slots
 
 
-class _Saved(NamedTuple):
-    """A row's state after so many of its tokens: what stands at `place` of `states`."""
+class Saved(NamedTuple):
+    """A row's state after so many of its tokens: what stands at `place` of `states`, or a copy of a whole cache."""
 
     length: int
-    states: list[torch.Tensor]
-    place: int
+    states: Any
+    place: int = 0
 
 
 class StatefulSlots(Slots):
@@ -31,7 +31,7 @@ class StatefulSlots(Slots):
 
     def __init__(self, rows: int, keeps_holes: bool, new_cache: Callable[[], Cache]):
         super().__init__(rows, keeps_holes, new_cache)
-        self._saved: list[list[_Saved]] = [[] for _ in range(rows)]  # The last two of each row.
+        self._saved: list[list[Saved]] = [[] for _ in range(rows)]  # The last two of each row.
         self._idle: list[int] = []  # Rows that do not read in this pass, and their states before it.
         self._idle_states: list[torch.Tensor] = []
 
@@ -60,7 +60,7 @@ class StatefulSlots(Slots):
         if fresh:
             kept = states.saved(fresh)
             for place, row in enumerate(fresh):
-                self._saved[row] = [*self._saved[row][-1:], _Saved(self.lengths[row], kept, place)]
+                self._saved[row] = [*self._saved[row][-1:], Saved(self.lengths[row], kept, place)]
 
     def add(self, lengths: Sequence[int], width: int, padded_left: bool = False) -> None:
         super().add(lengths, width, padded_left)
