@@ -31,7 +31,7 @@ from .calibration import Prompt
 from .chats import REASONING_TEMPLATE, chat_inputs, padded, plain_prompt
 from .gate import top1_probabilities
 from .generate import generate
-from .host import eos_token_ids, input_device, own_generation_config, plain_generate
+from .host import end_tokens, input_device, plain_generate
 from .provenance import count_nudged_words, pieces_of
 
 BINS = tuple(i / 10 for i in range(11))  # The paper's: tenths of the base's top-1 probability; 1 is in the last.
@@ -100,7 +100,7 @@ class Reader:
         self.model = model
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
-        self.eos = set(eos_token_ids(own_generation_config(model, do_sample=False)))
+        self.eos = set(end_tokens(model, tokenizer))
         self._chat = chat and bool(tokenizer.chat_template)
         self._base_template = base_template
 
@@ -137,6 +137,7 @@ class Reader:
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            eos_token_id=sorted(self.eos) or None,
             pad_token_id=self.pad_token_id,
         )
         answers = []

@@ -22,9 +22,8 @@ from .cached_lm import CachedLM, Reading, SeparateRows, cached_lm
 from .chats import padded
 from .generate import loaded_vocabulary, take_over_stop_strings
 from .host import (
-    eos_token_ids,
+    end_tokens,
     merged_generation_config,
-    own_generation_config,
     plain_generate,
     token_by_token,
     without_wrapper,
@@ -413,7 +412,7 @@ def _eos_of(nudging: _Voice, base: Any) -> list[int]:
     Raises:
         ValueError: where the base can write none of them.
     """
-    ends = eos_token_ids(own_generation_config(nudging.model, do_sample=False))
+    ends = end_tokens(nudging.model, nudging.vocabulary.tokenizer)
     rows = base.get_input_embeddings().num_embeddings
     if ends and min(ends) >= rows:
         raise ValueError(

@@ -191,6 +191,15 @@ def own_eos_token_ids(model: Any) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens with which a model ends an answer: the EOS ids of its generation config and its tokenizer's.
+
+    Chat models often end by a token that only one of the two names. Ids that the model has no score for are left out.
+    """
+    named, rows = [*own_eos_token_ids(model), tokenizer.eos_token_id], output_rows(model)
+    return list(dict.fromkeys(token for token in named if token is not None and 0 <= token < rows))
+
+
 def own_processors(model: Any, generation_config: GenerationConfig, input_ids: torch.Tensor) -> LogitsProcessorList:
     """The logits processors that a prepared config asks for, after a prompt of shape (1, prompt_length).
 

@@ -8,6 +8,7 @@ from running import inputs_of, padded
 from tiny import byte_bpe, pair, prompts, relative, tiny_model
 from transformers import RepetitionPenaltyLogitsProcessor, T5Config, T5ForConditionalGeneration, TextStreamer
 
+from nudging_hf import baselines
 from nudging_hf.baselines import (
     EXAMPLES,
     PREAMBLE,
@@ -236,6 +237,22 @@ def test_the_nudging_models_eos_ends_an_answer_too(name):
 
 
 @BOTH
+def test_the_eos_of_the_nudging_tokenizer_ends_an_answer_where_the_config_names_another(name):
+    case = Case(name)
+    configs = case.pair.nudging_model.generation_config, case.pair.base.generation_config
+    expected = case.call(max_new_tokens=80)
+    assert any(row[-1] in case.eos for row in expected)
+    eos = configs[0].eos_token_id
+    for config in configs:
+        config.eos_token_id = case.pad
+    try:
+        assert case.call(max_new_tokens=80) == expected
+    finally:
+        for config in configs:
+            config.eos_token_id = eos
+
+
+@BOTH
 def test_left_out_prompts_are_those_of_nudging(name):
     case = Case(name)
     tokenizer, inputs = case.pair.tokenizer, inputs_of(case.pair, case.prompts, case.nudging_prompts)
@@ -422,12 +439,7 @@ def test_an_encoder_decoder_model_is_refused():
         ensemble(case.pair.base, **inputs)
 
 
-def test_a_nudging_model_whose_end_the_base_cannot_write_is_refused():
-    case = Case("ensemble")
-    config = case.pair.nudging_model.generation_config
-    eos, config.eos_token_id = config.eos_token_id, 10_000
-    try:
-        with pytest.raises(ValueError, match=r"nudging_model\.generation_config\.eos_token_id"):
-            case.call()
-    finally:
-        config.eos_token_id = eos
+def test_a_nudging_model_whose_end_the_base_cannot_write_is_refused(monkeypatch):
+    monkeypatch.setattr(baselines, "end_tokens", lambda model, tokenizer: [10_000])
+    with pytest.raises(ValueError, match=r"nudging_model\.generation_config\.eos_token_id"):
+        Case("ensemble").call()

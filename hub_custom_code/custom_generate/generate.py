@@ -34,6 +34,7 @@ from .host import (
     CACHE_NAMES,
     arguments_of_caller,
     check_version,
+    end_tokens,
     eos_token_ids,
     greatest_length,
     input_device,
@@ -393,10 +394,8 @@ def _constraints(
 
 def _voices(call: NudgingCall, base: Any, generation_config: Any, nudging_config: Any, prompt_length: int) -> Voices:
     tokenizer, model = call.nudging_vocabulary.tokenizer, call.nudging_model
-    # Chat models often end by another token than their config names, or than their tokenizer does.
-    named = [*eos_token_ids(nudging_config), tokenizer.eos_token_id]
     nudging_rows = output_rows(model)
-    nudging_eos = list(dict.fromkeys(token for token in named if token is not None and 0 <= token < nudging_rows))
+    nudging_eos = end_tokens(model, tokenizer)
     if not nudging_eos:
         raise ValueError(
             "The nudging model has no EOS token, and only it ends an answer: set "
