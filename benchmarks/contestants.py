@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from widen import hand_to_onednn, widened
 
 import nudging_hf
-from nudging_hf import baselines
-from nudging_hf.demo import LM, MAX_NEW_TOKENS, Question
-from nudging_hf.host import CACHE
+from nudging_hf.core.transformers_private import CACHE
+from nudging_hf.study import baselines
+from nudging_hf.study.demo import LM, MAX_NEW_TOKENS, Question
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 BASE, LARGE = "base", "large-aligned"

@@ -28,7 +28,8 @@ import transformers
 from transformers import AutoTokenizer
 
 import nudging_hf
-from nudging_hf.bridge import TwoVocabularies, Vocabulary
+from nudging_hf.core.answer import TwoVocabularies
+from nudging_hf.core.vocabulary import Vocabulary
 
 MINI = Path(__file__).parents[1] / "examples" / "mini" / "models"
 LOOKAHEAD = 16  # Tokens of the nudging model, as by default.

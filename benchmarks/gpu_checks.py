@@ -13,7 +13,7 @@ import torch
 from contestants import ADAPTIVE, BASE, MINI, OWN, SHARED, Work, dev_questions, nudged_output
 from meters import CallMeter, graphs_compiled, synchronisations
 
-from nudging_hf.demo import LM
+from nudging_hf.study.demo import LM
 
 VOCABULARIES = {SHARED: "one vocabulary", OWN: "two vocabularies"}
 DRAFTS = (0, 4, ADAPTIVE)

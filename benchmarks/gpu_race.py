@@ -24,7 +24,7 @@ from tables import rate_against
 from transformers import DynamicCache
 
 import nudging_hf
-from nudging_hf.host import CACHE
+from nudging_hf.core.transformers_private import CACHE
 
 MOST_MEMORY = 1.05  # Of weights and caches.
 _FEW_TOKENS = 8

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from nudging_hf.gate import Top1Recorder
+from nudging_hf.core.gate import Top1Recorder
 
 EOS, PAD, WORDS = 0, 1, 2  # From the third id on, each token is a word.
 SURE, UNSURE = (0.85, 0.995), (0.15, 0.5)  # Between which top-1 probabilities are drawn.

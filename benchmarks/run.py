@@ -29,7 +29,7 @@ from scenarios import Find, Key, Row, Size, Unit, agreement, hopeless, long_text
 from tqdm import tqdm
 
 import nudging_hf
-from nudging_hf.journal import Journal, digest
+from nudging_hf.study.journal import Journal, digest
 
 logger = logging.getLogger(__name__)
 

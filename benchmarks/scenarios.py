@@ -37,9 +37,9 @@ from meters import Meter, PeakMemory, Stopwatch, cache_bytes, weight_bytes, weig
 from transformers import DynamicCache
 from widen import with_noise
 
-from nudging_hf.demo import LM, MAX_NEW_TOKENS, Question
-from nudging_hf.host import CACHE
-from nudging_hf.journal import digest
+from nudging_hf.core.transformers_private import CACHE
+from nudging_hf.study.demo import LM, MAX_NEW_TOKENS, Question
+from nudging_hf.study.journal import digest
 
 Key = dict[str, Any]
 Row = dict[str, Any]

@@ -3,16 +3,16 @@
 Source: Fei, Razeghi, Singh, "Nudging: Inference-time Alignment of LLMs via Guided Decoding" (arXiv 2410.09300).
 """
 
-from . import baselines
-from .calibration import calibrate
 from .chats import INSTRUCTION_TEMPLATE, REASONING_TEMPLATE, chat_inputs, plain_prompt
-from .config import NudgingConfig
-from .gate import StopWhenUnsure, Top1Recorder
-from .generate import generate
-from .output import NudgingOutput
+from .core.config import NudgingConfig
+from .core.gate import StopWhenUnsure, Top1Recorder
+from .core.generate import generate
+from .core.output import NudgingOutput
 from .provenance import Span, spans_of
 from .registration import register, unregister
 from .streaming import MarkingStreamer
+from .study import baselines
+from .study.calibration import calibrate
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
-from .prompts import TemplateRefusal, templated_ids
+from .core.prompts import TemplateRefusal, templated_ids
 
 # The plain prompts of the nudging paper (arXiv 2410.09300).
 REASONING_TEMPLATE = "{system}\nQuestion: {user}\n"

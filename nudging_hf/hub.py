@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import json
 import logging
@@ -18,7 +17,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .chats import REASONING_TEMPLATE, turn_template
-from .config import NudgingConfig
+from .core.config import NudgingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ CODE, NUDGING_MODEL = "custom_generate", "nudging_model"
 # transformers reads `name op version`, and only the first clause of a line.
 REQUIREMENTS = ("torch>=2.4", "transformers>=5.12")
 
-_PACKAGE = Path(__file__).parent
+_CORE = Path(__file__).parent / "core"
 _NOT_KEPT = ("_from_model_config", "transformers_version")
 # Fields that act on sampling or on beams alone, with the values with which they change nothing there either.
 _OF_SAMPLING = {
@@ -47,15 +46,8 @@ _NOT_UPLOADED = ("*.pyc", "*.DS_Store", *DEFAULT_IGNORE_PATTERNS)
 
 
 def carried_modules() -> list[Path]:
-    """The package's files that a Hub folder carries: generate.py and all that it imports, directly or not."""
-    found = [_PACKAGE / "generate.py"]
-    for path in found:  # It grows on the way.
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                sibling = _PACKAGE / f"{node.module}.py"
-                if sibling not in found:
-                    found.append(sibling)
-    return sorted(found)
+    """The package's files that a Hub folder carries: the modules of `nudging_hf.core`."""
+    return sorted(_CORE.glob("[!_]*.py"))
 
 
 def write_code(folder: str | os.PathLike[str]) -> Path:

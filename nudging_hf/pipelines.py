@@ -13,9 +13,9 @@ from transformers import GenerationConfig, TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat
 
 from .chats import REASONING_TEMPLATE, chat_inputs, refuse_half_characters, turn_template
-from .generate import generate, loaded_vocabulary
-from .host import arguments_of_pipeline
-from .named_model import named_nudging_model
+from .core.generate import generate, loaded_vocabulary
+from .core.named_model import named_nudging_model
+from .core.transformers_private import arguments_of_pipeline
 from .provenance import Piece, Span, spans
 
 _PROMPTS = ("input_ids", "attention_mask", "nudging_input_ids", "nudging_attention_mask")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from .bridge import Vocabulary
+from .core.vocabulary import Vocabulary
 
 
 class Piece(NamedTuple):

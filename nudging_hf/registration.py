@@ -9,8 +9,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .generate import generate
-from .host import ORIGINAL
+from .core.generate import generate
+from .core.transformers_private import ORIGINAL
 from .pipelines import NudgedTextGenerationPipeline
 
 TASK = "nudged-text-generation"

@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from nudging_hf.bridge import Vocabulary
+from nudging_hf.core.vocabulary import Vocabulary
 
 Says = Callable[[list[int]], tuple[int, float]]
 

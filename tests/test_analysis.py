@@ -7,12 +7,13 @@ import pytest
 import tiny
 import torch
 
-from nudging_hf import analysis, cli, report
-from nudging_hf.analysis import Analysis, Answer, Positions, Reader, Unit, Verdict, agree, tables
-from nudging_hf.calibration import Prompt
+from nudging_hf import cli
 from nudging_hf.chats import messages_of
 from nudging_hf.cli.analyze import spread
-from nudging_hf.demo import LM
+from nudging_hf.study import analysis, report
+from nudging_hf.study.analysis import Analysis, Answer, Positions, Reader, Unit, Verdict, agree, tables
+from nudging_hf.study.calibration import Prompt
+from nudging_hf.study.demo import LM
 
 PROMPTS = [Prompt(messages_of(text), prompt=text) for text in ("One word, and another one.", "What is it?", "The")]
 LENGTH = 12

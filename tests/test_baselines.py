@@ -8,8 +8,8 @@ from running import inputs_of, padded
 from tiny import byte_bpe, pair, prompts, relative, tiny_model
 from transformers import RepetitionPenaltyLogitsProcessor, T5Config, T5ForConditionalGeneration, TextStreamer
 
-from nudging_hf import baselines
-from nudging_hf.baselines import (
+from nudging_hf.study import baselines
+from nudging_hf.study.baselines import (
     EXAMPLES,
     PREAMBLE,
     STOP_STRING,

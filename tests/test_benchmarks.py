@@ -18,7 +18,7 @@ from contestants import ADAPTIVE, BASE, CONTESTANTS, OWN, SHARED, Work
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from widen import shares, widened, with_noise
 
-from nudging_hf.demo import LM
+from nudging_hf.study.demo import LM
 
 
 @pytest.fixture(scope="module")

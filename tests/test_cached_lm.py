@@ -10,9 +10,9 @@ from packaging.version import Version
 from tiny import pair
 from transformers import GenerationConfig, PreTrainedModel
 
-from nudging_hf import cache_layers, cached_lm
-from nudging_hf.cached_lm import CachedLM, Reading, Static
-from nudging_hf.reading_mode import reading_mode
+from nudging_hf.core import cache_layers, cached_lm
+from nudging_hf.core.cached_lm import CachedLM, Reading, Static
+from nudging_hf.core.reading_mode import reading_mode
 
 TAKE = cache_layers.take_slots
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]

@@ -12,8 +12,10 @@ import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import nudging_hf
-from nudging_hf import NudgingConfig, cli, report, spans_of
-from nudging_hf.calibration import (
+from nudging_hf import NudgingConfig, cli, spans_of
+from nudging_hf.chats import messages_of
+from nudging_hf.study import report
+from nudging_hf.study.calibration import (
     Calibration,
     Point,
     Prompt,
@@ -24,7 +26,6 @@ from nudging_hf.calibration import (
     search_by_nudge_rate,
     search_by_score,
 )
-from nudging_hf.chats import messages_of
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 QUESTIONS = ["What is the name of the thing?", "Where is the dog?", "How many trees were there?"]

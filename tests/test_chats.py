@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nudging_hf
-from nudging_hf import chat_inputs, plain_prompt, prompts
+from nudging_hf import chat_inputs, plain_prompt
 from nudging_hf.chats import messages_of
-from nudging_hf.prompts import templated_ids
+from nudging_hf.core import prompts
+from nudging_hf.core.prompts import templated_ids
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Why?"}

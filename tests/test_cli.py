@@ -12,9 +12,10 @@ import tiny
 import torch
 
 import nudging_hf
-from nudging_hf import calibration, cli, demo
+from nudging_hf import cli
 from nudging_hf.chats import messages_of
 from nudging_hf.provenance import Piece
+from nudging_hf.study import calibration, demo
 
 PROMPT = "What is the name of the thing?"
 QUESTIONS = [

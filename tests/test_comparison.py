@@ -9,10 +9,12 @@ import tiny
 import torch
 
 import nudging_hf
-from nudging_hf import NudgingConfig, baselines, cli, comparison
-from nudging_hf.analysis import Reader
+from nudging_hf import NudgingConfig, cli
 from nudging_hf.chats import messages_of
-from nudging_hf.comparison import (
+from nudging_hf.provenance import Piece, count_nudged_words, pieces_of
+from nudging_hf.study import baselines, comparison
+from nudging_hf.study.analysis import Reader
+from nudging_hf.study.comparison import (
     Contestant,
     Models,
     Question,
@@ -27,8 +29,7 @@ from nudging_hf.comparison import (
     take_turn,
     tasks_of,
 )
-from nudging_hf.journal import Journal
-from nudging_hf.provenance import Piece, count_nudged_words, pieces_of
+from nudging_hf.study.journal import Journal
 
 LENGTH = 8
 ROWS = [

@@ -8,7 +8,7 @@ from running import nudge
 from tiny import pair, prompts
 from transformers import CompileConfig, GenerationConfig
 
-from nudging_hf import slots
+from nudging_hf.core import kv_cache
 
 
 class CountingBackend:
@@ -64,7 +64,7 @@ def test_nothing_is_compiled_where_that_is_turned_off():
 @pytest.mark.parametrize("kind", ["shared", "two"])
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"stop_strings": ["e"]}], ids=str)
 def test_calls_in_and_out_of_inference_mode_leave_nothing_that_the_other_cannot_use(kind, settings):
-    slots._IDLE.clear()
+    kv_cache._IDLE.clear()
     chosen = pair("llama", 2, kind)
     asked = prompts(chosen, 2, 0)
     answers = []
@@ -92,14 +92,14 @@ def test_a_call_that_fails_leaves_nothing_half_full(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(GenerationConfig(), "max_cache_len"), reason="from transformers 5.24 on")
 def test_a_static_cache_has_room_for_what_is_announced():
-    slots._IDLE.clear()
+    kv_cache._IDLE.clear()
     chosen = pair("llama", 0, "shared")
     asked, settings = prompts(chosen, 1, 0), {"max_new_tokens": 4, "cache_implementation": "static"}
     expected = nudge(chosen, *asked, **settings)
     assert nudge(chosen, *asked, **settings, max_cache_len=3000) == expected
     for model in (chosen.base, chosen.nudging_model):
-        [kept] = slots._IDLE[model]
+        [kept] = kv_cache._IDLE[model]
         assert kept.capacity >= 3000
-    kept_keys = slots._IDLE[chosen.base][0].cache.layers[0].keys
+    kept_keys = kv_cache._IDLE[chosen.base][0].cache.layers[0].keys
     assert nudge(chosen, *asked, **{**settings, "max_new_tokens": 300}, min_new_tokens=300)
-    assert slots._IDLE[chosen.base][0].cache.layers[0].keys is kept_keys  # Nothing had to be compiled anew.
+    assert kv_cache._IDLE[chosen.base][0].cache.layers[0].keys is kept_keys  # Nothing had to be compiled anew.

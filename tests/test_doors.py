@@ -17,8 +17,9 @@ from transformers import (
 )
 
 import nudging_hf
-from nudging_hf import host, hub
-from nudging_hf.refusals import REFUSED
+from nudging_hf import hub
+from nudging_hf.core import transformers_private
+from nudging_hf.core.validation import REFUSED
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "examples" / "mini" / "models"
@@ -150,18 +151,18 @@ def test_every_argument_of_generate_is_heeded_or_refused_or_harmless():
 
 def _filled(base, ids):
     cache = DynamicCache()
-    base(ids, **{host.CACHE: cache})
+    base(ids, **{transformers_private.CACHE: cache})
     return cache
 
 
 # Fields that older versions do not have, and names of a cache that this one's `generate` does not have.
 _OF_LATER_VERSIONS = {"assistant_ensemble_weight", "speculation_type", "use_mtp"}
-_OF_OTHER_VERSIONS = set(host.CACHE_NAMES) - {host.CACHE} | _OF_LATER_VERSIONS
+_OF_OTHER_VERSIONS = set(transformers_private.CACHE_NAMES) - {transformers_private.CACHE} | _OF_LATER_VERSIONS
 ONE = torch.ones(1, 1, dtype=torch.long)
 # What is given: a value, or what makes one of the base.
 REFUSALS = {
-    "a filled cache": {host.CACHE: lambda base: _filled(base, ONE)},
-    "an empty cache": {host.CACHE: lambda base: DynamicCache()},
+    "a filled cache": {transformers_private.CACHE: lambda base: _filled(base, ONE)},
+    "an empty cache": {transformers_private.CACHE: lambda base: DynamicCache()},
     "custom_generate": {"custom_generate": lambda base: base},
     "constraints": {"constraints": [1]},
     "penalty_alpha": {"penalty_alpha": 0.5, "top_k": 4},

@@ -5,8 +5,8 @@ import torch
 from tiny import pair, prompts
 
 from nudging_hf import StopWhenUnsure, Top1Recorder
-from nudging_hf.config import DEFAULT_THRESHOLDS
-from nudging_hf.gate import GATES, top1_probabilities
+from nudging_hf.core.config import DEFAULT_THRESHOLDS
+from nudging_hf.core.gate import GATES, top1_probabilities
 
 
 def test_top1_is_the_greatest_probability_in_float32():

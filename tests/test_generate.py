@@ -25,7 +25,8 @@ from transformers import (
 )
 
 import nudging_hf
-from nudging_hf import NudgingConfig, NudgingOutput, host
+from nudging_hf import NudgingConfig, NudgingOutput
+from nudging_hf.core import transformers_private
 
 
 @pytest.fixture
@@ -533,16 +534,16 @@ def test_ranks_that_wait_for_each_other_are_refused(shared, inputs, monkeypatch)
 
 def test_a_version_that_was_not_tried_is_told_of_once_and_an_old_one_is_refused(caplog):
     for version in ("5.12.0", "5.24.0", "5.24.3", "5.12.1.dev0"):
-        host.check_version.cache_clear()
-        host.check_version(version)
+        transformers_private.check_version.cache_clear()
+        transformers_private.check_version(version)
     assert not caplog.records
     for _ in range(2):
-        host.check_version("6.0.0.dev0")
+        transformers_private.check_version("6.0.0.dev0")
     assert [record.getMessage() for record in caplog.records] == [
         "Nudging was tried with transformers 5.12 to 5.24, and not with 6.0.0.dev0, which is installed."
     ]
     with pytest.raises(ImportError, match=r"transformers 5\.12 to 5\.24, and 5\.11\.2 is too old"):
-        host.check_version("5.11.2")
+        transformers_private.check_version("5.11.2")
 
 
 def _mamba(size):

@@ -22,8 +22,8 @@ from gpu_race import ALONE, COMPILED, FIELD, FULL, TINY, Call
 from markov import EOS, PAD, UNSURE, WORDS, MarkovPair, word_tokenizer
 from meters import CallMeter, graphs_compiled, synchronisations
 
-from nudging_hf.bridge import Vocabulary
-from nudging_hf.gate import top1_probabilities
+from nudging_hf.core.gate import top1_probabilities
+from nudging_hf.core.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
 

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import nudging_hf
-from nudging_hf import NudgingConfig, cli, hub, named_model, plain_prompt
+from nudging_hf import NudgingConfig, cli, hub, plain_prompt
+from nudging_hf.core import named_model
 
 FOLDER = Path(__file__).parents[1] / "hub_custom_code"
 QUESTIONS = ["What is the name of the thing?", "Take 12 apples and 7 pears."]

@@ -6,7 +6,7 @@ import logging
 import pytest
 import tiny
 
-from nudging_hf.journal import Journal, digest, model_setup
+from nudging_hf.study.journal import Journal, digest, model_setup
 
 SETUP = {"base": "b", "knobs": [1, 2], "large": None}
 ROWS = [{"n": 1, "text": "\u00e9\u2028\n"}, {"n": 2, "text": ""}, {"n": 3, "text": "\U0001f600"}]

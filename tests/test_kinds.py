@@ -43,7 +43,7 @@ from transformers import (
 )
 
 import nudging_hf
-from nudging_hf.named_model import named_nudging_model
+from nudging_hf.core.named_model import named_nudging_model
 
 SIZES = {
     "hidden_size": 32,

@@ -11,7 +11,7 @@ from tiny import pair, prompts
 from transformers import TextIteratorStreamer
 
 import nudging_hf
-from nudging_hf.drafting import GuessLength
+from nudging_hf.core.drafting import GuessLength
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
 THRESHOLDS = [0, 0.2, 0.4, 0.7, 1.01]

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, St
 from transformers.generation.streamers import BaseStreamer
 
 import nudging_hf
-from nudging_hf.host import greatest_length
+from nudging_hf.core.transformers_private import greatest_length
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ import pytest
 import tiny
 
 import nudging_hf
-from nudging_hf import cli, demo
+from nudging_hf import cli
 from nudging_hf.chats import messages_of
+from nudging_hf.study import demo
 
 pytest.importorskip("lm_eval")
 
@@ -49,7 +50,7 @@ metric_list:
 """
 
 SCORE = """\
-from nudging_hf.demo import Question
+from nudging_hf.study.demo import Question
 
 
 def score(doc, results):

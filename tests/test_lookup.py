@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nudging_hf.lookup import guess
+from nudging_hf.core.prompt_lookup import guess
 
 IDS = st.lists(st.integers(0, 4), max_size=40)
 

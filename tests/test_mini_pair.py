@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from nudging_hf import demo
+from nudging_hf.study import demo
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 MODELS = ("base", "nudging", "nudging-shared", "nudging-shared-unaligned", "large-aligned")

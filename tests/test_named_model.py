@@ -10,7 +10,7 @@ from running import inputs_of
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import nudging_hf
-from nudging_hf import named_model
+from nudging_hf.core import named_model
 
 
 @pytest.fixture

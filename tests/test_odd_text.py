@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scripted import ScriptedLM, writer_of
 
 import nudging_hf
-from nudging_hf.bridge import Vocabulary, ends_inside_character, to_text
+from nudging_hf.core.answer import ends_inside_character
+from nudging_hf.core.vocabulary import Vocabulary, to_text
 
 LOSSLESS = ["byte_bpe", "other_byte_bpe", "metaspace_bpe", "unigram"]
 TEXTS = {

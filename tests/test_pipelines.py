@@ -14,7 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import nudging_hf
 from nudging_hf import MarkingStreamer, chat_inputs, hub, spans_of
-from nudging_hf.host import arguments_of_pipeline
+from nudging_hf.core.transformers_private import arguments_of_pipeline
 from nudging_hf.pipelines import NudgedTextGenerationPipeline, _spans_as_decoded
 
 TASK = "nudged-text-generation"

@@ -11,7 +11,7 @@ from running import inputs_of
 from tiny import pair, prompts
 
 import nudging_hf
-from nudging_hf.bridge import Vocabulary, to_text
+from nudging_hf.core.vocabulary import Vocabulary, to_text
 from nudging_hf.provenance import Piece, PieceReader, count_nudged_words, pieces_of, spans, spans_of
 
 PIECES = st.lists(st.builds(Piece, st.text(alphabet="ab \n\u00e9\u3000", max_size=4), st.booleans()))

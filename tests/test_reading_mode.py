@@ -10,9 +10,9 @@ from tiny import Pair, byte_bpe, pair, prompts
 from transformers import BertConfig, BertLMHeadModel
 
 import nudging_hf
-from nudging_hf import reading_mode, refusals
-from nudging_hf.host import cache_argument, index_goes_on
-from nudging_hf.reading_mode import ReadingMode, Rows
+from nudging_hf.core import reading_mode, validation
+from nudging_hf.core.reading_mode import ReadingMode, Rows
+from nudging_hf.core.transformers_private import cache_argument, index_goes_on
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "olmo2"])
@@ -104,10 +104,10 @@ def test_a_cache_that_a_model_does_not_go_on_from_is_refused_with_the_mend():
 
 def test_images_are_not_read_into_a_cache_of_the_models_own_kind(monkeypatch):
     base = pair("llama", 0, "shared").base
-    monkeypatch.setattr(refusals, "reads_more_than_text", lambda model: True)
-    monkeypatch.setattr(refusals, "has_common_cache", lambda model: False)
+    monkeypatch.setattr(validation, "reads_more_than_text", lambda model: True)
+    monkeypatch.setattr(validation, "has_common_cache", lambda model: False)
     with pytest.raises(ValueError, match="a kind of its own, and `pixel_values`"):
-        refusals.refuse_what_the_base_cannot_read(base, ["pixel_values"], use_cache=True, is_static=False)
+        validation.refuse_what_the_base_cannot_read(base, ["pixel_values"], use_cache=True, is_static=False)
 
 
 def test_a_model_in_training_is_not_tried():

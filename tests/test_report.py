@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nudging_hf import report
-from nudging_hf.analysis import Answer, Positions, Unit, tables
-from nudging_hf.calibration import Prompt
 from nudging_hf.chats import messages_of
+from nudging_hf.study import report
+from nudging_hf.study.analysis import Answer, Positions, Unit, tables
+from nudging_hf.study.calibration import Prompt
 
 ABOUT = {"base": "<b>base</b> & co", "prompts": "some"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nudging_hf.rounds import Accept, Lookahead, Question, Verdict, Word, rounds
+from nudging_hf.core.rounds import Accept, Lookahead, Question, Verdict, Word, rounds
 
 EOS = "</s>"
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import nudging_hf
-from nudging_hf.choosing import choose, mix
-from nudging_hf.decoding import NudgedDecoder, _Seen
+from nudging_hf.core.decoding import NudgedDecoder, _Seen
+from nudging_hf.core.sampling import choose, mix
 
 VOCABULARY = ["<eos>", "<pad>", " a", " b", " c", " d", "e", "f"]
 ROWS, ROUNDS, LENGTH = 500, 2, 4

@@ -11,7 +11,7 @@ from running import inputs_of
 from transformers import GenerationMixin
 
 import nudging_hf
-from nudging_hf import named_model, slots
+from nudging_hf.core import kv_cache, named_model
 
 THREADS = 8
 WAYS = [
@@ -115,15 +115,15 @@ def test_threads_borrow_slots_of_their_own():
 
     def borrowed(_):
         meet.wait()
-        return slots.borrow_static_slots(model, 3, False, 64)
+        return kv_cache.borrow_static_slots(model, 3, False, 64)
 
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(20):
             found = list(pool.map(borrowed, range(THREADS)))
             assert len(set(map(id, found))) == THREADS
             for each in found:
-                slots.give_back_static_slots(model, each)
-            assert sum(len(each.lengths) == 3 for each in slots._IDLE[model]) == 1
+                kv_cache.give_back_static_slots(model, each)
+            assert sum(len(each.lengths) == 3 for each in kv_cache._IDLE[model]) == 1
 
 
 def test_threads_register_once():

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from nudging_hf import NudgingConfig
-from nudging_hf.threshold import FixedThreshold, OnlineThreshold, threshold_of
+from nudging_hf.core.threshold import FixedThreshold, OnlineThreshold, threshold_of
 
 
 def test_gamma_is_inclusive():

@@ -14,10 +14,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .. import __version__, analysis, calibration, demo, report
+from .. import __version__
 from ..chats import REASONING_TEMPLATE, turn_template
-from ..config import NudgingConfig
-from ..journal import Journal, digest
+from ..core.config import NudgingConfig
+from ..study import analysis, calibration, demo, report
+from ..study.journal import Journal, digest
 from .arguments import add_base_template, add_models, load_model, load_pair, loading_bars, positive
 
 _DESCRIPTION = (

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ..generate import generate
-from ..output import NudgingOutput
+from ..core.generate import generate
+from ..core.output import NudgingOutput
 from ..provenance import Piece, count_nudged_words, pieces_of
 from ..streaming import MarkingStreamer
 from ..terminal import CLOSING, OPENING, Ink, is_coloured

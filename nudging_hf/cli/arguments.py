@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..chats import chat_inputs
-from ..config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
+from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
 
 
 def first_line(error: BaseException) -> str:

@@ -11,10 +11,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .. import __version__, calibration, report
+from .. import __version__
 from ..chats import REASONING_TEMPLATE, turn_template
-from ..config import NudgingConfig
-from ..gate import GATES
+from ..core.config import NudgingConfig
+from ..core.gate import GATES
+from ..study import calibration, report
 from .arguments import add_base_template, add_models, load_pair, positive
 
 _DESCRIPTION = (

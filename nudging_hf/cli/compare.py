@@ -15,12 +15,13 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .. import __version__, comparison
-from ..analysis import Reader
+from .. import __version__
 from ..chats import REASONING_TEMPLATE, turn_template
-from ..config import NudgingConfig
-from ..gate import GATES
-from ..journal import Journal, digest, model_setup
+from ..core.config import NudgingConfig
+from ..core.gate import GATES
+from ..study import comparison
+from ..study.analysis import Reader
+from ..study.journal import Journal, digest, model_setup
 from .arguments import add_base_template, add_models, load_model, load_pair, loading_bars, positive, threshold_or_auto
 
 _DESCRIPTION = (

@@ -14,8 +14,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .. import __version__, comparison, demo
-from ..config import NudgingConfig
+from .. import __version__
+from ..core.config import NudgingConfig
+from ..study import comparison, demo
 from ..terminal import Ink
 from .arguments import add_color, add_threshold, count, loading_bars, positive
 

@@ -15,9 +15,9 @@ except ImportError as error:
     raise ImportError("This needs inspect-ai: pip install 'nudging-hf[inspect-ai]'.") from error
 
 from ..chats import REASONING_TEMPLATE, chat_inputs, turn_template
-from ..config import NudgingConfig
-from ..generate import generate
-from ..named_model import named_nudging_model
+from ..core.config import NudgingConfig
+from ..core.generate import generate
+from ..core.named_model import named_nudging_model
 from ..provenance import count_nudged_words, pieces_of
 
 # Of all models together: they share torch's random numbers, which a seed sets.

@@ -25,9 +25,9 @@ except ImportError as error:
     raise ImportError("This needs lm-evaluation-harness: pip install 'nudging-hf[lm-eval]'.") from error
 
 from ..chats import chat_inputs, plain_prompt, turn_template
-from ..config import NudgingConfig
-from ..generate import generate, loaded_vocabulary
-from ..named_model import named_nudging_model
+from ..core.config import NudgingConfig
+from ..core.generate import generate, loaded_vocabulary
+from ..core.named_model import named_nudging_model
 from ..provenance import count_nudged_words, pieces_of
 
 NAME = "nudging_hf"

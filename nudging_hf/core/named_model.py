@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .host import input_device
+from .transformers_private import input_device
 
 
 class _Named:

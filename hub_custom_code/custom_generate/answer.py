@@ -16,8 +16,7 @@ from itertools import accumulate, islice, pairwise
 from typing import Any
 
 from .rounds import Word
-from .vocabulary import Vocabulary as Vocabulary
-from .vocabulary import to_text as to_text
+from .vocabulary import Vocabulary, to_text
 
 SPACE = b" "
 _WORD_END = re.compile(rb"(?<=\S) (?=\S)")

@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .bridge import OneVocabulary, Vocabulary, answer_class
+from ..chats import REASONING_TEMPLATE, chat_inputs, padded, plain_prompt
+from ..core.answer import OneVocabulary, answer_class
+from ..core.gate import top1_probabilities
+from ..core.generate import generate
+from ..core.transformers_private import end_tokens, input_device, plain_generate
+from ..core.vocabulary import Vocabulary
+from ..provenance import count_nudged_words, pieces_of
 from .calibration import Prompt
-from .chats import REASONING_TEMPLATE, chat_inputs, padded, plain_prompt
-from .gate import top1_probabilities
-from .generate import generate
-from .host import end_tokens, input_device, plain_generate
-from .provenance import count_nudged_words, pieces_of
 
 BINS = tuple(i / 10 for i in range(11))  # The paper's: tenths of the base's top-1 probability; 1 is in the last.
 THRESHOLDS = tuple(i / 20 for i in range(1, 21))  # At which it is counted what a threshold would catch.

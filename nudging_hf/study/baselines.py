@@ -17,20 +17,21 @@ import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMode
 
-from .bridge import OneVocabulary, Vocabulary, answer_class
-from .cached_lm import CachedLM, Reading, SeparateRows, cached_lm
-from .chats import padded
-from .generate import loaded_vocabulary, take_over_stop_strings
-from .host import (
+from ..chats import padded
+from ..core.answer import OneVocabulary, answer_class
+from ..core.cached_lm import CachedLM, Reading, SeparateRows, cached_lm
+from ..core.generate import loaded_vocabulary, take_over_stop_strings
+from ..core.named_model import named_nudging_model
+from ..core.prompts import nudging_prompts, unpadded
+from ..core.transformers_private import (
     end_tokens,
     merged_generation_config,
     plain_generate,
     token_by_token,
     without_wrapper,
 )
-from .named_model import named_nudging_model
-from .prompts import nudging_prompts, unpadded
-from .refusals import refuse_a_cache_of_its_own
+from ..core.validation import refuse_a_cache_of_its_own
+from ..core.vocabulary import Vocabulary
 
 # What in-context alignment puts before a question; in the manner of URIAL (arXiv 2312.01552), the words our own.
 PREAMBLE = """\

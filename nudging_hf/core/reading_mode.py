@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .cache_layers import can_roll_back, keeps_index, keeps_state, new_cache
-from .host import (
+from .transformers_private import (
     accepted_arguments,
     cache_argument,
     cache_of,

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from .chats import (
+from ..chats import (
     REASONING_TEMPLATE,
     Message,
     chat_inputs,
@@ -27,12 +27,12 @@ from .chats import (
     plain_prompt,
     refuse_half_characters,
 )
-from .config import NudgingConfig
-from .gate import GATES
-from .generate import generate
-from .host import input_device
+from ..core.config import NudgingConfig
+from ..core.gate import GATES
+from ..core.generate import generate
+from ..core.transformers_private import input_device
+from ..provenance import count_nudged_words, pieces_of
 from .journal import Journal, digest, model_setup
-from .provenance import count_nudged_words, pieces_of
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..core.config import NudgingConfig
+from ..provenance import Piece, count_nudged_words, spans
+from ..streaming import MarkingStreamer
 from . import comparison
 from .analysis import Reader
 from .comparison import counted_passes, write_alone, write_nudged
-from .config import NudgingConfig
-from .provenance import Piece, count_nudged_words, spans
-from .streaming import MarkingStreamer
 
 MAX_NEW_TOKENS = 220  # Half as many again as the longest right answer of examples/mini, in tokens.
 
@@ -101,7 +101,7 @@ def find_pair() -> Path:
     Raises:
         FileNotFoundError: where there is neither.
     """
-    for start in (Path(), Path(__file__).parents[1]):
+    for start in (Path(), Path(__file__).parents[2]):
         if (start / "examples" / "mini" / "heldout.jsonl").exists():
             return start / "examples" / "mini"
     raise FileNotFoundError("No examples/mini here: run from a checkout of the project, or name a folder by --pair.")

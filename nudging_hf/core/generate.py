@@ -19,18 +19,18 @@ import torch
 from transformers import AutoTokenizer, GenerationMixin, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 from transformers.generation import MinNewTokensLengthLogitsProcessor, StoppingCriteriaList, StopStringCriteria
 
-from .bridge import OneVocabulary, TwoVocabularies, Vocabulary, answer_class
+from .answer import OneVocabulary, TwoVocabularies, answer_class
 from .cached_lm import Prompts, Static, cached_lm
-from .choosing import new_seeds
 from .config import NudgingConfig
-from .constraints import (
-    Constraint,
-    hard_processors,
-    refuse_processors_of_base,
-    refuse_processors_of_nudging_model,
-)
+from .constraints import Constraint, hard_processors, refuse_processors_of_base, refuse_processors_of_nudging_model
 from .decoding import Limits, NudgedDecoder, Row, Voices
-from .host import (
+from .named_model import named_nudging_model
+from .output import NudgingOutput, nudging_output, padded_sequences
+from .prompts import nudging_prompts, unpadded
+from .rounds import rounds
+from .sampling import new_seeds
+from .threshold import threshold_of
+from .transformers_private import (
     CACHE_NAMES,
     arguments_of_caller,
     check_version,
@@ -52,17 +52,13 @@ from .host import (
     shared_by_ranks,
     without_wrapper,
 )
-from .named_model import named_nudging_model
-from .output import NudgingOutput, nudging_output, padded_sequences
-from .prompts import nudging_prompts, unpadded
-from .refusals import (
+from .validation import (
     refuse_streamer_of_several_rows,
     refuse_what_is_no_language_model,
     refuse_what_nudging_cannot_do,
     refuse_what_the_base_cannot_read,
 )
-from .rounds import rounds
-from .threshold import threshold_of
+from .vocabulary import Vocabulary
 
 # Where a Hub folder's own `generate` is called, transformers hands on how it was to be reached.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .stateful_slots import Saved, StatefulSlots
+from .state_cache import Saved, StatefulSlots
 
 
 class CopiedSlots(StatefulSlots):

@@ -19,14 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..core.answer import OneVocabulary, answer_class
+from ..core.config import NudgingConfig
+from ..core.generate import generate
+from ..provenance import Piece, count_nudged_words, pieces_of
 from .analysis import Reader
 from .baselines import STOP_STRING, ensemble, in_context, proxy_tuning
-from .bridge import OneVocabulary, answer_class
 from .calibration import Prompt, read_lines, read_prompts
-from .config import NudgingConfig
-from .generate import generate
 from .journal import Journal
-from .provenance import Piece, count_nudged_words, pieces_of
 
 BASE, NUDGING, NUDGED, ENSEMBLE, PROXY, IN_CONTEXT, ALIGNED = (
     "base alone",

@@ -13,8 +13,11 @@ import torch
 from transformers import GenerationConfig
 
 from .cache_layers import keeps_state, new_cache
-from .copied_slots import CopiedSlots
-from .host import (
+from .copied_cache import CopiedSlots
+from .kv_cache import Slots, StaticSlots, borrow_static_slots, give_back_static_slots, most_slots
+from .reading_mode import Rows, has_common_cache, reading_mode
+from .state_cache import StatefulSlots
+from .transformers_private import (
     accepted_arguments,
     cache_argument,
     cache_of,
@@ -23,9 +26,6 @@ from .host import (
     input_device,
     tells_distances_by_positions,
 )
-from .reading_mode import Rows, has_common_cache, reading_mode
-from .slots import Slots, StaticSlots, borrow_static_slots, give_back_static_slots, most_slots
-from .stateful_slots import StatefulSlots
 
 _MOST_UNREAD = 16  # Accepted tokens that are read again together with a draft; more are read in a pass of their own.
 _MOST_LOGITS = 64  # Columns of a pass with logits, beyond which a pass is worth saving them.

@@ -8,7 +8,8 @@ from typing import Any
 from transformers.generation import GenerationMode
 
 from .cache_layers import keeps_state
-from .host import (
+from .reading_mode import Rows, has_common_cache, reading_mode
+from .transformers_private import (
     CACHE_NAMES,
     cache_argument,
     has_no_weights,
@@ -17,7 +18,6 @@ from .host import (
     takes_static_cache,
     waits_for_other_ranks,
 )
-from .reading_mode import Rows, has_common_cache, reading_mode
 
 
 def refuse_what_is_no_language_model(model: Any, whose: str, argument: str) -> None:

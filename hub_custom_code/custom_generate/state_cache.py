@@ -15,7 +15,7 @@ import torch
 from transformers import Cache
 
 from .cache_layers import RoomyLayer, States, take_in_states
-from .slots import Slots
+from .kv_cache import Slots
 
 
 class Saved(NamedTuple):

@@ -36,17 +36,18 @@ from transformers.generation import (
 )
 from transformers.utils import logging
 
-from .bridge import OneVocabulary, TwoVocabularies, to_text
+from .answer import OneVocabulary, TwoVocabularies
 from .cached_lm import CachedLM, Reading, SeparateRows, common_prefix
-from .choosing import Positions, best_scores, choose, joined, mix, processed_scores
 from .config import ADAPTIVE, NudgingConfig
 from .constraints import Constraint
 from .drafting import MOST, DraftLength, Plan, Written, borrowed_draft_length
 from .gate import GATES, top1_probabilities
-from .host import shared_by_ranks
-from .lookup import guess
+from .prompt_lookup import guess
 from .rounds import Accept, Lookahead, Question, Reply, Step, Verdict, Word
+from .sampling import Positions, best_scores, choose, joined, mix, processed_scores
 from .threshold import FixedThreshold, OnlineThreshold
+from .transformers_private import shared_by_ranks
+from .vocabulary import to_text
 
 _USUAL_WIDTH = MOST + 16  # Tokens that a row is fed in a pass which reads no prompt, at the most.
 _CHARACTER_BYTES = 4  # Of UTF-8, at the most.

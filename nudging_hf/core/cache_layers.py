@@ -21,7 +21,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from .host import config_layers, set_states, states_of
+from .transformers_private import config_layers, set_states, states_of
 
 _ROOM, _LEAST_ROOM = 1 / 16, 16  # For further slots: a share of those that are taken, and besides.
 

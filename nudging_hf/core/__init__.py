@@ -1,0 +1,1 @@
+"""Nudged decoding: what a Hub folder carries, byte for byte. Its modules import torch, transformers and each other."""
