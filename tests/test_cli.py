@@ -537,7 +537,7 @@ def test_a_missing_pair_is_an_error_that_names_the_argument(capsys, tmp_path, mo
     code, _, err = run(capsys, "demo", "--pair", tmp_path)
     assert code == 2 and "--pair" in err and str(tmp_path) in err
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "nudging_hf" / "demo.py"))
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "nudging_hf" / "study" / "demo.py"))
     code, _, err = run(capsys, "demo")
     assert code == 2 and "--pair" in err
 
@@ -546,7 +546,7 @@ def test_the_pair_is_found_here_or_beside_the_package(tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "here"):
         (folder / "examples" / "mini").mkdir(parents=True)
         (folder / "examples" / "mini" / "heldout.jsonl").touch()
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "nudging_hf" / "demo.py"))
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "nudging_hf" / "study" / "demo.py"))
     monkeypatch.chdir(tmp_path / "here")
     assert demo.find_pair().resolve() == tmp_path / "here" / "examples" / "mini"
     (tmp_path / "here" / "examples" / "mini" / "heldout.jsonl").unlink()
