@@ -13,5 +13,5 @@ def _repeatable():
 @pytest.fixture
 def drafts_of_four(monkeypatch):
     """Adaptive drafts and guesses are of four tokens: how many passes there are depends on no clock."""
-    monkeypatch.setattr(DraftLength, "choose", lambda self, rows, steps_are_free, unread: Plan(4, 4))
+    monkeypatch.setattr(DraftLength, "choose", lambda self, rows, steps_are_free, reread: Plan(4, 4))
     monkeypatch.setattr(GuessLength, "choose", lambda self, rows: 4)

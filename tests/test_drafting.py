@@ -11,14 +11,14 @@ from tiny import pair, prompts
 
 import nudging_hf
 from nudging_hf.core.drafting import (
-    MOST,
+    MAX_DRAFT_TOKENS,
     Acceptance,
+    DecayedRate,
     DraftLength,
+    DraftProgress,
     GuessLength,
     PassTime,
     Plan,
-    Share,
-    Written,
     borrowed_draft_length,
 )
 
@@ -48,7 +48,11 @@ def tokens_and_seconds(chances, pass_time, step, passes, noise=0.0, length=None,
     tokens = seconds = 0.0
     chosen = []
     while len(chosen) < passes:
-        plan = policy.choose([Written(sure, True) for sure in written]) if length is None else Plan(length, length)
+        plan = (
+            policy.choose([DraftProgress(sure, MAX_DRAFT_TOKENS) for sure in written])
+            if length is None
+            else Plan(length, length)
+        )
         if short := [row for row, sure in enumerate(written) if len(sure) < plan.write]:
             took = step * (1 + noise * draw.random())
             policy.observe_step(len(chances), took, 1, drafts=True)
@@ -74,6 +78,16 @@ def tokens_and_seconds(chances, pass_time, step, passes, noise=0.0, length=None,
     return tokens, seconds, chosen
 
 
+def progress(top1_probs):
+    """A row whose nudging model may write on."""
+    return DraftProgress(top1_probs, MAX_DRAFT_TOKENS)
+
+
+def finished(top1_probs):
+    """A row whose nudging model may write no further."""
+    return DraftProgress(top1_probs, len(top1_probs))
+
+
 ALIKE = dict.fromkeys(SURE, 0.8)  # How sure the model is tells nothing.
 RIGHT = {p: p for p in SURE}
 BOTH = {0.2: 0.1, 0.9995: 1.0}
@@ -85,7 +99,7 @@ BOTH = {0.2: 0.1, 0.9995: 1.0}
 def test_it_is_about_as_fast_as_the_best_fixed_length(pass_time, chances, noise):
     tokens, seconds, _ = tokens_and_seconds(chances, pass_time, 0.1, 400, noise)
     speeds = []
-    for length in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, MOST):
+    for length in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, MAX_DRAFT_TOKENS):
         of_length = tokens_and_seconds(chances, pass_time, 0.1, 400, noise, length)
         speeds.append(of_length[0] / of_length[1])
     assert tokens / seconds > 0.87 * max(speeds)
@@ -129,13 +143,13 @@ def timed():
     for tokens in (9, 1, 17, 33):
         policy.observe_pass(tokens, RISING(tokens))
     policy.observe_step(1, 0.05, 1, drafts=True)
-    policy.choose([Written([], True)])  # Its second pass drafts nothing, to learn what that costs.
+    policy.choose([progress([])])  # Its second pass drafts nothing, to learn what that costs.
     return policy
 
 
 def test_a_nudging_model_that_gets_better_is_found_out(timed):
     def chosen():
-        return timed.choose([Written([0.97] * 8, True)]).read
+        return timed.choose([progress([0.97] * 8)]).read
 
     for _ in range(60):
         timed.acceptance.observe([0.97] * 4, 0)
@@ -153,11 +167,11 @@ def test_lengths_that_others_chose_do_not_change_what_is_reached(timed):
         for _ in range(50):
             policy.observe_pass(17, RISING(17))
             policy.observe_accepted(tokens)
-    assert timed.choose([Written([0.9] * 20, True)]) == other.choose([Written([0.9] * 20, True)])
+    assert timed.choose([progress([0.9] * 20)]) == other.choose([progress([0.9] * 20)])
 
 
 def test_the_time_that_prompts_take_is_no_matter_of_drafts(timed):
-    rows = [Written([0.97] * 8, True)]
+    rows = [progress([0.97] * 8)]
     reads = timed.choose(rows).read
     for _ in range(20):
         timed.choose(rows)
@@ -179,7 +193,7 @@ def test_an_answer_tells_nothing_of_the_pass_that_ended_the_one_before_it(monkey
 
 
 def test_drafts_do_not_end_where_more_was_reached_than_was_reckoned(timed):
-    rows = [Written([0.97] * 20, False)]
+    rows = [finished([0.97] * 20)]
     reads = timed.choose(rows).read
     for _ in range(30):
         timed.choose(rows)
@@ -191,7 +205,7 @@ def test_drafts_do_not_end_where_more_was_reached_than_was_reckoned(timed):
 def test_an_unsure_model_is_not_drafted_as_far(timed):
     for sure, good in [(0.2, 0), (0.9995, 1)] * 40:
         timed.acceptance.observe([sure], good)
-    reads = [timed.choose([Written([0.9995] * n + [0.2] * 8, False)]).read for n in (0, 3, 8)]
+    reads = [timed.choose([finished([0.9995] * n + [0.2] * 8)]).read for n in (0, 3, 8)]
     assert reads == [0, 3, 8]
 
 
@@ -199,20 +213,20 @@ def test_what_is_written_already_costs_no_step(timed):
     slow = GuessLength()
     slow.observe_pass(1, 3.0, 1)
     timed.guesses = slow
-    assert timed.choose([Written([], True)]) == Plan(0, 0)
-    assert timed.choose([Written([0.97] * 6, True)]) == Plan(0, 6)
+    assert timed.choose([progress([])]) == Plan(0, 0)
+    assert timed.choose([progress([0.97] * 6)]) == Plan(0, 6)
 
 
 def test_a_step_that_is_made_for_others_is_free(timed):
     for _ in range(30):
         timed.acceptance.observe([0.6], 1)
         timed.acceptance.observe([0.6], 0)
-    rows = [Written([], True)]
+    rows = [progress([])]
     assert timed.choose(rows, steps_are_free=True).write > timed.choose(rows).write
 
 
 def test_a_row_that_may_not_write_on_asks_for_no_step(timed):
-    assert timed.choose([Written([0.9995] * 3, False)]) == Plan(0, 3)
+    assert timed.choose([finished([0.9995] * 3)]) == Plan(0, 3)
 
 
 def test_times_between_those_known_lie_between_them_and_an_old_one_fades():
@@ -241,16 +255,16 @@ def test_guesses_are_as_long_as_they_are_right():
         pytest.fail("Nothing was guessed any more.")
 
 
-def test_a_share_follows_what_was_seen_last():
-    share = Share(0.5)
+def test_a_rate_follows_what_was_seen_last():
+    rate = DecayedRate(0.5)
     for hit, miss in [(1, 0)] * 300:
-        share.fade(1)
-        share.observe(hit, miss)
-    assert share() > 0.97
+        rate.decay(1)
+        rate.observe(hit, miss)
+    assert rate.value > 0.97
     for hit, miss in [(0, 1)] * 300:
-        share.fade(1)
-        share.observe(hit, miss)
-    assert share() < 0.1
+        rate.decay(1)
+        rate.observe(hit, miss)
+    assert rate.value < 0.1
 
 
 def test_what_an_answer_taught_of_unsure_tokens_is_forgotten_over_those_that_follow():
@@ -294,7 +308,7 @@ def test_calls_at_the_same_time_share_no_policy_and_the_second_begins_with_what_
     base, nudging_model = Model(), Model()
     with borrowed_draft_length(base, nudging_model, 1) as first:
         vars(first).update(vars(copy.deepcopy(timed)))
-    rows = [Written([0.97] * 8, True)]
+    rows = [progress([0.97] * 8)]
     with borrowed_draft_length(base, nudging_model, 1) as again:
         assert again is first
         with borrowed_draft_length(base, nudging_model, 1) as second:
@@ -318,14 +332,14 @@ def test_a_call_that_fails_gives_its_policy_back():
 def test_what_is_read_again_makes_drafts_shorter():
     """Where each token of a pass costs time, a rejected draft costs a base with a state a second reading."""
     policy = DraftLength()
-    policy.choose([Written([], True)])
+    policy.choose([progress([])])
     for tokens in (1, 2, 4, 8, 16, 32, 64):
         for _ in range(40):
             policy.observe_pass(tokens, 0.9 + 0.1 * tokens)
     policy.guesses.observe_pass(1, 0.01, 1.0)
     for _ in range(400):
         policy.acceptance.observe([0.9] * 8, 5)
-    policy.choose([Written([], True)])
-    plain = policy.choose([Written([0.9] * 12, True)]).read
-    again = policy.choose([Written([0.9] * 12, True)], unread=0).read
+    policy.choose([progress([])])
+    plain = policy.choose([progress([0.9] * 12)]).read
+    again = policy.choose([progress([0.9] * 12)], reread=0).read
     assert 0 < again < plain

@@ -51,7 +51,7 @@ def test_a_forgotten_recorder_is_named():
 def test_scores_are_those_of_their_formulas():
     p = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.25, 0.25, 0.25, 0.25]])
     tokens = torch.tensor([1, 3])
-    scores = {name: gate.score(p, tokens).tolist() for name, gate in GATES.items()}
+    scores = {name: gate.scores(p, tokens).tolist() for name, gate in GATES.items()}
     assert scores["top1"] == pytest.approx([0.5, 0.25])
     assert scores["entropy"] == pytest.approx([-1.029653, -math.log(4)])  # 0.5 ln 2 + 0.3 ln 10/3 + 0.2 ln 5
     assert scores["margin"] == pytest.approx([0.2, 0])

@@ -16,9 +16,10 @@ CORE = [
     {"kv_cache", "reading_mode"},
     {"state_cache", "validation"},
     {"copied_cache"},
-    {"cached_lm", "prompts", "named_model", "threshold"},
-    {"decoding"},
-    {"output"},
+    {"cached_lm", "prompts", "named_model"},
+    {"row"},
+    {"limits", "token_rules", "output"},
+    {"decoding", "preparation"},
     {"generate"},
 ]
 LAYERS = [

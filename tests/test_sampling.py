@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import nudging_hf
-from nudging_hf.core.decoding import NudgedDecoder, _Seen
-from nudging_hf.core.sampling import choose, mix
+from nudging_hf.core.decoding import NudgedDecoder
+from nudging_hf.core.sampling import choose, fold_in
 
 VOCABULARY = ["<eos>", "<pad>", " a", " b", " c", " d", "e", "f"]
 ROWS, ROUNDS, LENGTH = 500, 2, 4
@@ -77,18 +77,19 @@ def test_drafted_answers_are_distributed_as_undrafted_ones():
 
 def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
     """A rule that takes a drafted token wherever the base gives it half a chance is off by more than the bound."""
-    verify = NudgedDecoder._verify
+    read = NudgedDecoder._read
 
-    def verify_too_kindly(self, rows):
-        before = {row.number: len(row.seen) for row in rows}
-        verify(self, rows)
-        for row in rows:
-            for place in range(before[row.number], len(row.read)):
-                if mix(row.seed, place) % 2:
-                    row.seen[place] = _Seen(row.read[place], row.seen[place].score, row.seen[place].top1, None, None)
+    def read_too_kindly(self, work, drafter):
+        before = {row.number: len(row.predictions) for row in work.rows}
+        read(self, work, drafter)
+        for row in work.rows:
+            said = row.predictions._said
+            for place in range(before[row.number], len(row.predictions.read)):
+                if fold_in(row.seed, place) % 2:
+                    said[place] = said[place]._replace(token=row.predictions.read[place])
 
     undrafted = sampled(0, seed=1)
-    monkeypatch.setattr(NudgedDecoder, "_verify", verify_too_kindly)
+    monkeypatch.setattr(NudgedDecoder, "_read", read_too_kindly)
     statistic, bound = chi_square(undrafted, sampled(4, seed=2))
     assert statistic > bound
 
@@ -96,7 +97,7 @@ def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
 def test_a_draw_has_the_distribution_of_its_scores():
     scores = torch.tensor([1.0, 0.0, -1.0, 2.0, float("-inf")])
     draws = 20000
-    tokens = choose(scores.expand(draws, 5), [mix(11, i) for i in range(draws)])
+    tokens = choose(scores.expand(draws, 5), [fold_in(11, i) for i in range(draws)])
     expected = scores.softmax(-1) * draws
     counts = torch.bincount(tokens, minlength=5)
     assert counts[4] == 0
@@ -112,5 +113,5 @@ def test_a_draw_belongs_to_its_key():
 
 
 def test_keys_mix_well():
-    assert len({mix(a, b) for a in range(100) for b in range(100)}) == 10000
-    assert mix(1, 2) != mix(2, 1)
+    assert len({fold_in(a, b) for a in range(100) for b in range(100)}) == 10000
+    assert fold_in(1, 2) != fold_in(2, 1)

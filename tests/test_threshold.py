@@ -5,30 +5,40 @@ import random
 import pytest
 
 from nudging_hf import NudgingConfig
-from nudging_hf.core.threshold import FixedThreshold, OnlineThreshold, threshold_of
+from nudging_hf.core.gate import GATES, Confidence, FixedCutoff, OnlineCutoff
+
+
+def online(target, highest=1.0):
+    """A top-1 gate whose cutoff follows the scores, from 0.4 on."""
+    return Confidence(GATES["top1"], OnlineCutoff(target, 0.4, highest))
 
 
 def test_gamma_is_inclusive():
-    fixed = FixedThreshold(0.5)
-    assert fixed.is_confident(0.5) and not fixed.is_confident(0.499)
+    fixed = Confidence(GATES["top1"], FixedCutoff(0.5))
+    assert fixed.decide(0.5, None) and not fixed.decide(0.499, None)
 
 
 @pytest.mark.parametrize(
     ("gate", "threshold", "below", "above"), [("top1", 0.4, 0.3, 0.5), ("entropy", 2, -2.1, -1.9)]
 )
 def test_the_cutoff_is_that_of_the_gate(gate, threshold, below, above):
-    fixed = threshold_of(NudgingConfig(nudge_gate=gate, nudge_threshold=threshold))
-    assert fixed.is_confident(above) and not fixed.is_confident(below)
+    fixed = Confidence.of_answer(NudgingConfig(nudge_gate=gate, nudge_threshold=threshold))
+    assert fixed.decide(above, None) and not fixed.decide(below, None)
+
+
+def test_rejection_is_against_the_nudging_model():
+    fixed = Confidence.of_answer(NudgingConfig(nudge_gate="rejection", nudge_threshold=0.25))
+    assert fixed.decide(0.5, 0.75) and not fixed.decide(0.5, 0.76)
 
 
 @pytest.mark.parametrize("target", [0.05, 0.1, 0.3])
 @pytest.mark.parametrize("power", [1, 8, 1 / 8])
 def test_a_long_answer_comes_to_the_target_whatever_the_scores_are(target, power):
     draw = random.Random(1).random
-    online, nudged = OnlineThreshold(target, 0.4, highest=1), []
+    confidence, nudged = online(target), []
     for _ in range(2000):
-        nudged.append(not online.is_confident(draw() ** power))
-        online.take(b"word ", nudged[-1])
+        nudged.append(not confidence.decide(draw() ** power, None))
+        confidence.observe_text(b"word ", nudged[-1])
     assert sum(nudged) / len(nudged) == pytest.approx(target, abs=0.02)
 
 
@@ -44,22 +54,22 @@ def test_a_word_is_nudged_if_some_of_it_is():
     split = [(bytes([byte]), nudged) for piece, nudged in pieces for byte in piece]
     levels = []
     for each in (pieces, split):
-        online = OnlineThreshold(0.1, 0.4, highest=1)
+        cutoff = OnlineCutoff(0.1, 0.4, highest=1)
         for piece, nudged in each:
-            online.take(piece, nudged)
-        levels.append(online._level)
+            cutoff.observe_text(piece, nudged)
+        levels.append(cutoff._level)
     assert levels == [pytest.approx(0.1 + 0.05 * (3 * 0.1 - 1))] * 2
 
 
 def test_the_first_scores_are_compared_with_a_fixed_cutoff():
-    online = OnlineThreshold(0.1, 0.4, highest=1)
-    assert [online.is_confident(score) for score in [0.39, 0.4] * 4] == [False, True] * 4
-    assert online.is_confident(0.39)  # The least of what was heard is not less than a tenth of it.
+    confidence = online(0.1)
+    assert [confidence.decide(score, None) for score in [0.39, 0.4] * 4] == [False, True] * 4
+    assert confidence.decide(0.39, None)  # The least of what was heard is not less than a tenth of it.
 
 
 def test_the_cutoff_does_not_rise_beyond_the_highest():
-    online = OnlineThreshold(0.5, 0.4, highest=0.6)
+    confidence = online(0.5, highest=0.6)
     for score in [0.7, 0.8, 0.9] * 100:
-        assert online.is_confident(score)
-        online.take(b"word ", False)
-    assert not online.is_confident(0.59)
+        assert confidence.decide(score, None)
+        confidence.observe_text(b"word ", False)
+    assert not confidence.decide(0.59, None)

@@ -25,7 +25,7 @@ class NudgingConfig:
             0 never nudges a base that has begun to write; above 1 the nudging model writes wherever it can. The paper
             takes 0.4 for Llama-2 and 0.3 for Gemma-2 and OLMo. `"auto"` takes the number that is stored with the
             model for this gate and target, as `nudging-hf calibrate` stores it; where there is none, each answer sets
-            its own as it goes (see [`~threshold.OnlineThreshold`]).
+            its own as it goes (see [`~gate.OnlineCutoff`]).
         nudge_gate (`str`, defaults to `"top1"`):
             By what it is told whether the base is confident, and so what the threshold is compared with: `"top1"`
             (the paper's), `"entropy"`, `"margin"`, `"rejection"` or `"kad"`. Formulas and sources: see the `gate`

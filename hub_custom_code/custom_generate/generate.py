@@ -7,49 +7,31 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import os
 import threading
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, LogitsProcessorList, PreTrainedModel, ProcessorMixin
-from transformers.generation import MinNewTokensLengthLogitsProcessor, StoppingCriteriaList, StopStringCriteria
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, ProcessorMixin
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
-from .answer import OneVocabulary, TwoVocabularies, answer_class
 from .cached_lm import Prompts, Static, cached_lm
 from .config import NudgingConfig
-from .constraints import Constraint, hard_processors, refuse_processors_of_base, refuse_processors_of_nudging_model
-from .decoding import Limits, NudgedDecoder, Row, Voices
+from .decoding import NudgedDecoder
+from .limits import Limits
 from .named_model import named_nudging_model
 from .output import NudgingOutput, nudging_output, padded_sequences
-from .prompts import nudging_prompts, unpadded
-from .rounds import rounds
-from .sampling import new_seeds
-from .threshold import threshold_of
+from .preparation import NudgingCall, Preparation
 from .transformers_private import (
     CACHE_NAMES,
     arguments_of_caller,
     check_version,
-    end_tokens,
-    eos_token_ids,
-    greatest_length,
-    input_device,
-    input_rows,
     is_prepared,
     merged_generation_config,
-    output_rows,
-    own_eos_token_ids,
-    own_generation_config,
-    own_processors,
     pad_token_id,
-    placeholder_ids,
     plain_generate,
-    processors_of_row,
-    shared_by_ranks,
     without_wrapper,
 )
 from .validation import (
@@ -74,23 +56,6 @@ OWN_ARGUMENTS = (
     "nudging_config",
     "base_tokenizer",
 )
-
-
-@dataclass(frozen=True)
-class NudgingCall:
-    """What a call says of nudging, checked: handed past transformers to the decoding loop."""
-
-    nudging_model: PreTrainedModel
-    vocabulary: Vocabulary
-    nudging_vocabulary: Vocabulary
-    nudging_input_ids: torch.Tensor | None
-    nudging_attention_mask: torch.Tensor | None
-    config: NudgingConfig
-    streamer: Any = None
-
-    @property
-    def answer_class(self) -> type[OneVocabulary] | type[TwoVocabularies]:
-        return _answer_class(self.vocabulary, self.nudging_vocabulary)
 
 
 @torch.no_grad()
@@ -216,71 +181,32 @@ def _decode(
     for name in CACHE_NAMES:
         model_kwargs.pop(name, None)  # Empty: `CachedLM` makes its own.
     is_static = use_cache and generation_config.cache_implementation == "static"
-    prepared = {"attention_mask", "position_ids", "logits_to_keep"}
-    more = sorted(name for name, value in model_kwargs.items() if name not in prepared and value not in (None, {}))
+    of_text = {"attention_mask", "position_ids", "logits_to_keep"}
+    more = sorted(name for name, value in model_kwargs.items() if name not in of_text and value not in (None, {}))
     if more:
         refuse_what_the_base_cannot_read(model, more, use_cache, is_static)
-    batch = input_ids.shape[0]
-    call = nudging_call
-    pad = pad_token_id(generation_config)
+    batch, pad = input_ids.shape[0], pad_token_id(generation_config)
     if batch > 1 and pad is None:
         raise ValueError(f"{batch} answers must be padded to one length: set `pad_token_id`, or the base's EOS.")
-
-    prompts = unpadded(input_ids, attention_mask)
-    given = _nudging_prompts(call, prompts, generation_config.num_return_sequences, placeholder_ids(model))
-    nudging_model_config = own_generation_config(call.nudging_model, bool(generation_config.do_sample))
-    refuse_processors_of_base(logits_processor)
-    refuse_processors_of_nudging_model(nudging_model_config)
-    refuse_prompts_without_room(prompts, model, "base", "tokenizer", set() if not more else placeholder_ids(model))
-    refuse_prompts_without_room(given, call.nudging_model, "nudging model", "nudging_tokenizer")
-    voices = _voices(call, model, generation_config, nudging_model_config, input_ids.shape[1])
-    ends = eos_token_ids(generation_config)
-    stop_tokens = [token for token in ends if token not in voices.base_eos]
-    shown = input_ids
-    if pad is not None and pad >= (input_rows(model) or math.inf):
-        # Nothing reads padding but the processors, and they have a score for each id that they are shown.
-        first = torch.tensor([[ids[0]] for ids in prompts], device=input_ids.device)
-        shown = torch.where(input_ids == pad, first, input_ids)
-    base_processors = [processors_of_row(logits_processor, i, batch) for i in range(batch)]
-    if voices.min_new_tokens and (missed := [token for token in voices.base_eos if token not in ends]):
-        # transformers holds back the call's EOS alone; before the fewest tokens, the base's own must not come either.
-        for processors in base_processors:
-            processors.insert(0, _not_before(voices.min_new_tokens, missed, input_ids))
-    constraints = _constraints(call, base_processors, shown, output_rows(model), voices, stop_tokens)
-    nudging_ids = [torch.tensor([ids], device=input_device(call.nudging_model)) for ids in given]
-    seeds = shared_by_ranks(model, new_seeds(batch)) if generation_config.do_sample else [0] * batch
-    rows = [
-        Row(
-            number=i,
-            prompt=shown[i : i + 1],
-            nudging_prompt=nudging_ids[i],
-            answer=call.answer_class(call.vocabulary, call.nudging_vocabulary, prompts[i], given[i]),
-            base_processors=base_processors[i],
-            nudging_processors=own_processors(call.nudging_model, nudging_model_config, nudging_ids[i]),
-            seed=seed,
-            threshold=threshold_of(call.config),
-            algorithm=rounds(call.config.takeover_on_agreement),
-            constraint=constraints[i],
-            base_room=_room(model, prompts[i]),
-            nudging_room=_room(call.nudging_model, given[i]),
-            nudging_rows=_nudging_rows(call, model),
-            stand_in=_stand_in(voices),
-        )
-        for i, seed in enumerate(seeds)
-    ]
+    call = nudging_call
+    prepared = Preparation(
+        model, call, input_ids, attention_mask, logits_processor, generation_config, has_placeholders=bool(more)
+    )
+    rows, rules = prepared.rows, prepared.rules
     full = generation_config.return_dict_in_generate
     scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
     longest = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
     static = Static(longest - input_ids.shape[1], generation_config) if is_static else None
-    base = cached_lm(model, batch, use_cache, Prompts(prompts, input_ids, model_kwargs) if more else None, static)
+    prompts = Prompts(prepared.prompts, input_ids, model_kwargs) if more else None
+    base = cached_lm(model, batch, use_cache, prompts, static)
     nudging = cached_lm(call.nudging_model, batch, use_cache, static=static)
     NudgedDecoder(
         base,
         nudging,
         rows,
         call.config,
-        voices,
-        Limits(stopping_criteria, voices.base_eos, stop_tokens),
+        rules,
+        Limits(stopping_criteria, rules.base_eos, rules.stop_tokens),
         streamer=call.streamer,
         record=full,
         record_logits=scores or logits,
@@ -289,129 +215,6 @@ def _decode(
         call.streamer.end()
     sequences = padded_sequences(input_ids, rows, pad)
     return nudging_output(sequences, rows, base, nudging, scores, logits) if full else sequences
-
-
-def _nudging_prompts(
-    call: NudgingCall, prompts: list[list[int]], copies: int, placeholders: set[int]
-) -> list[list[int]]:
-    """The nudging model's prompts, one a row; `copies` rows in succession, of `num_return_sequences`, share one.
-
-    Where they are made of the base's prompts, what stands there in the place of images is left out.
-    """
-    if call.nudging_input_ids is None:
-        given = nudging_prompts(
-            [[token for token in prompt if token not in placeholders] for prompt in prompts],
-            call.vocabulary.tokenizer,
-            call.nudging_vocabulary.tokenizer,
-            one_vocabulary=call.answer_class is OneVocabulary,
-        )
-    else:
-        given = unpadded(call.nudging_input_ids, call.nudging_attention_mask)
-        if len(given) * copies != len(prompts):
-            raise ValueError(
-                f"`nudging_input_ids` holds {len(given)} prompts, and the base was given {len(prompts) // copies}: "
-                "each row needs one of each."
-            )
-        given = [prompt for prompt in given for _ in range(copies)]
-    if not all(given):
-        raise ValueError("The nudging model's prompt is empty: give it at least one token in `nudging_input_ids`.")
-    return given
-
-
-def refuse_prompts_without_room(
-    prompts: list[list[int]], model: Any, whose: str, argument: str, placeholders: Collection[int] = ()
-) -> None:
-    """Raises a `ValueError` for an id that a model has no row for, and for a prompt that fills its context.
-
-    Args:
-        prompts: ids without padding.
-        whose, argument: how the error calls the model and its tokenizer.
-        placeholders: ids that are not looked up.
-    """
-    rows, most = input_rows(model) or math.inf, greatest_length(model) or math.inf
-    for number, ids in enumerate(prompts):
-        wrong = next((token for token in ids if not 0 <= token < rows and token not in placeholders), None)
-        if wrong is not None:
-            raise ValueError(
-                f"The {whose}'s prompt in row {number} holds the id {wrong}, and the model has embeddings for the ids "
-                f"from 0 to {int(rows) - 1} alone: give the model's own tokenizer as `{argument}=`, or make room for "
-                "its added tokens by `resize_token_embeddings(len(tokenizer))`."
-            )
-        if len(ids) >= most:
-            raise ValueError(
-                f"The {whose}'s prompt in row {number} has {len(ids)} tokens, and the model has {int(most)} "
-                "positions: there is no room for an answer. Give a shorter prompt, or a model with more positions."
-            )
-
-
-def _room(model: Any, prompt: list[int]) -> float:
-    """How many tokens may stand after a prompt, by the model's last position."""
-    return (greatest_length(model) or math.inf) - len(prompt)
-
-
-def _nudging_rows(call: NudgingCall, base: Any) -> float:
-    """How many ids the nudging model can read, where it may be given one that it cannot; else infinity."""
-    rows = input_rows(call.nudging_model) or math.inf
-    given = output_rows(base) if call.answer_class is OneVocabulary else len(call.nudging_vocabulary.tokenizer)
-    return rows if given > rows else math.inf
-
-
-def _stand_in(voices: Voices) -> int:
-    """What the nudging model reads for an id that it has no row for: one that it never writes as a word."""
-    return voices.nudging_eos[0]
-
-
-def _not_before(min_new_tokens: int, tokens: list[int], prompts: torch.Tensor) -> MinNewTokensLengthLogitsProcessor:
-    """Forbids tokens before an answer has so many."""
-    return MinNewTokensLengthLogitsProcessor(
-        prompts.shape[1], min_new_tokens, torch.tensor(tokens, device=prompts.device), device=str(prompts.device)
-    )
-
-
-def _constraints(
-    call: NudgingCall,
-    base_processors: list[LogitsProcessorList],
-    prompts: torch.Tensor,
-    vocab_size: int,
-    voices: Voices,
-    stop_tokens: list[int],
-) -> list[Constraint | None]:
-    """What the hard processors of each row forbid; `None` where there are none."""
-    constraints: list[Constraint | None] = []
-    for i, processors in enumerate(base_processors):
-        hard = hard_processors(processors)
-        if voices.min_new_tokens and stop_tokens and call.answer_class is TwoVocabularies:
-            hard.append(_not_before(voices.min_new_tokens, stop_tokens, prompts))
-        ends = voices.base_eos or stop_tokens
-        constraint = Constraint(hard, prompts[i : i + 1], vocab_size, ends, stop_tokens)
-        constraints.append(constraint if hard else None)
-    return constraints
-
-
-def _voices(call: NudgingCall, base: Any, generation_config: Any, nudging_config: Any, prompt_length: int) -> Voices:
-    tokenizer, model = call.nudging_vocabulary.tokenizer, call.nudging_model
-    nudging_rows = output_rows(model)
-    nudging_eos = end_tokens(model, tokenizer)
-    if not nudging_eos:
-        raise ValueError(
-            "The nudging model has no EOS token, and only it ends an answer: set "
-            f"`nudging_model.generation_config.eos_token_id` to an id below {nudging_rows}, which it can write."
-        )
-    control = sorted(i for i in call.nudging_vocabulary.control if i < nudging_rows and i not in nudging_eos)
-    fewest = max(generation_config.min_new_tokens or 0, (generation_config.min_length or 0) - prompt_length)
-    base_rows = input_rows(base) or math.inf
-    ids_for_base = nudging_rows if call.answer_class is OneVocabulary else len(call.vocabulary.tokenizer)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Voices(
-        base_eos=own_eos_token_ids(base),
-        nudging_eos=nudging_eos,
-        nudging_control=torch.tensor(control, dtype=torch.long, device=input_device(model)),
-        base_samples=bool(generation_config.do_sample),
-        nudging_samples=bool(nudging_config.do_sample),
-        min_new_tokens=fewest,
-        base_rows=base_rows if ids_for_base > base_rows else math.inf,
-        nudging_positions=positions or math.inf,
-    )
 
 
 def _find_nudging_model(
@@ -513,7 +316,6 @@ def _vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
 
 # transformers keeps what it finds out of stop strings, the last eight, for all threads, and does not lock it.
 _STOP_STRINGS = threading.Lock()
-_answer_class = lru_cache(maxsize=8)(answer_class)
 
 
 def take_over_stop_strings(arguments: dict[str, Any], model: Any, stop_strings: Any, tokenizer: Any) -> None:

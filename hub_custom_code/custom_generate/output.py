@@ -10,7 +10,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cached_lm import CachedLM, SeparateRows
-from .decoding import Row
+from .row import Prediction, Row
 
 
 @dataclass
@@ -75,12 +75,12 @@ def nudging_output(
     for i, row in enumerate(rows):
         n = len(row.answer.ids)
         mask[i, :n] = torch.tensor(row.nudged, dtype=torch.bool)
-        top1[i, :n] = torch.tensor([seen.top1 for seen in row.seen[:n]])
+        top1[i, :n] = torch.tensor([prediction.top1 for prediction in _predictions(row)])
         rates.append(sum(row.nudged) / max(1, n - row.end_marks))
     return NudgingOutput(
         sequences=sequences,
-        scores=_steps([[seen.scores for seen in row.seen] for row in rows], width) if scores else None,
-        logits=_steps([[seen.logits for seen in row.seen] for row in rows], width) if logits else None,
+        scores=_steps([[each.scores for each in _predictions(row)] for row in rows], width) if scores else None,
+        logits=_steps([[each.logits for each in _predictions(row)] for row in rows], width) if logits else None,
         nudged_mask=mask,
         base_top1_probs=top1,
         nudge_rate=torch.tensor(rates, device=device),
@@ -92,7 +92,12 @@ def nudging_output(
     )
 
 
+def _predictions(row: Row) -> list[Prediction]:
+    """What the base has said at each token of a finished answer."""
+    return [row.predictions[place] for place in range(len(row.answer.ids))]
+
+
 def _steps(rows: list[list[Any]], width: int) -> tuple[torch.Tensor, ...]:
-    """One tensor of shape (batch_size, vocab_size) for each new token; 0 behind a row's end."""
+    """One tensor of shape (batch_size, vocab_size) for each new token; 0 after a row's end."""
     nothing: Any = next((torch.zeros_like(step) for row in rows for step in row), None)
     return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]).float() for i in range(width))

@@ -53,17 +53,21 @@ class _Answer:
         self.ids.append(token)
         self.text += self.vocabulary.bytes_of(token)
 
-    def sure_of(self, draft: Sequence[int], continuation: Sequence[int], sure: Sequence[float]) -> list[float]:
-        """How sure the nudging model was of each id of a draft: of all that it wrote which begins in the id's text.
+    def draft_top1_probs(
+        self, draft: Sequence[int], continuation: Sequence[int], top1_probs: Sequence[float]
+    ) -> list[float]:
+        """The nudging model's top-1 probability at each id of a draft.
+
+        Where a draft id spells several ids of the nudging model, it is the product over those that begin in its text.
 
         Args:
-            draft: the first ids, for the base, of the continuation.
+            draft: the first ids of the continuation, in the base's vocabulary.
             continuation: ids of the nudging model.
-            sure: how sure it was of each of them, a probability.
+            top1_probs: its top-1 probability at each of them.
         """
         ends = accumulate(len(self.vocabulary.bytes_of(token)) for token in draft)
         starts = accumulate((len(self.nudging_vocabulary.bytes_of(token)) for token in continuation), initial=0)
-        begun = list(zip(starts, sure, strict=False))
+        begun = list(zip(starts, top1_probs, strict=False))
         found, place = [], 0
         for end in ends:
             probability = 1.0

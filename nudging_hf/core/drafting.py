@@ -1,26 +1,28 @@
-"""How far to draft: as far as is worth its time, by what drafts brought and passes took. It knows numbers alone.
+"""Chooses how far to draft, from what drafts have brought and what forward passes have taken. It knows numbers alone.
 
-A base pass over a draft of k tokens brings 1 + S(1) + ... + S(k) tokens, where S(i) is the chance that the first i
-are all good: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), section
-3. There each token has the same chance; here it is that of tokens of which the nudging model was as sure, as counted
-so far, for the answer rarely leaves a model that is sure (SVIP, arXiv 2411.18462, ends drafts by that).
+A base pass over a draft of k tokens brings 1 + S(1) + ... + S(k) tokens, where S(i) is the probability that the first
+i draft tokens are all accepted: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv
+2211.17192), section 3. Their model gives each token the same acceptance rate. Here a token's rate is the measured one
+of tokens at which the nudging model had about the same top-1 probability, because the answer rarely leaves a nudging
+model that is sure (SVIP, arXiv 2411.18462, ends drafts by that probability).
 
-What is maximised is tokens a second in the long run. At a pace of λ a second is worth λ tokens, so the draft is chosen
-that promises most tokens, less λ times the seconds of its pass and of the nudging model's steps that are still to be
-made for it: for a ratio of sums the optimum lies where that difference does (Dinkelbach, 1967). λ is reckoned by
-section 3.5 of Leviathan et al. from what was measured, and corrected by how much of it was reached so far, for
-lookaheads are written beside drafts, and some of them serve as drafts. Not to draft is among the choices.
+The goal is tokens per second in the long run. At a pace of λ tokens per second a second is worth λ tokens, so the
+chosen draft maximizes the expected tokens minus λ times the seconds of its base pass and of the nudging model's steps
+that it still needs: a ratio of sums is maximized where that difference is (Dinkelbach, 1967). λ is predicted from
+measured times and rates by section 3.5 of Leviathan et al., and is multiplied by the achieved share of earlier
+predictions, because lookaheads are written beside drafts and some of them serve as drafts. Not drafting is one of the
+choices.
 
-Chances and times that are not observed are taken for better, bit by bit, and so are tried again. What finding out
-costs is kept in an account: the tokens of a pass are worth the seconds that they would have taken one by one. Where
-drafts have taken more, by all that was saved before and a small share of the time, nothing is drafted until that share
-has made up for it. So drafts that never pay cost little more than the share.
+Rates and times that are no longer observed slowly become better, so that they are tried again. An account bounds what
+such trials cost. Each pass is credited with the seconds that its tokens would have taken one by one; when drafts have
+cost more than all earlier savings and a small share of the time, nothing is drafted until that share has made up for
+the loss. Drafts that never pay therefore cost little more than that share.
 
-Steps that must be made however far is drafted, for a nudge, are no cost of a draft: those of a single row are as many
-for each token of its answer. But of many rows one or another must write after nearly every pass, and all wait for it:
-to them such steps are a cost of each pass, which longer drafts make rarer.
+Steps that must be made for a nudge, however far is drafted, are no cost of a draft: a single row makes as many of them
+per token of its answer either way. In a batch one row or another must write after nearly every base pass while all
+rows wait, so there these steps are a cost of each pass, and longer drafts make passes rarer.
 
-What was found out about two models is kept for as long as they are. Calls that run at the same time share no policy.
+What is learned about a pair is kept for as long as both models exist. Calls that run at the same time share no policy.
 """
 
 from __future__ import annotations
@@ -28,141 +30,153 @@ from __future__ import annotations
 import copy
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, repeat
 from operator import mul
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-MOST = 48  # Tokens of a draft.
-_FIRST = 8  # Tokens of the first draft, before any pass has been timed; in the second pass there are none.
-_GUESSES = (0, 1, 2, 3, 4, 6, 8, 12, 16)
-_GUESSES_A_CHOICE = 8  # How often the same number is guessed before it is chosen anew.
+from .config import ADAPTIVE
 
-# Bins of how sure the nudging model was, by their upper ends, and what each is taken for until it is known better.
-_SURE = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 0.999)
-_FIRST_CHANCES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99, 0.995)
-_FIRST_CHANCE = 0.9
-_FIRST_WEIGHT = 2.0  # Of such a first chance, in tokens; it lasts.
-_MEMORY = 0.99  # What a token of a draft weighs after another one, of whatever bin: answers differ.
-_HOPE = 0.01  # Of a token that might have been drafted, was not, and might have been good.
+MAX_DRAFT_TOKENS = 48
+_FIRST_LENGTH = 8  # Tokens of a draft before any pass has been timed. The second pass has no draft.
+_GUESS_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+_GUESSES_PER_CHOICE = 8  # How many passes use the same guess length before it is chosen anew.
 
-_NEW = 0.15  # What a pass weighs in the mean time of such passes.
-_FADE = 0.998  # What a time that was not observed becomes with each that was: it is tried again some day.
-_OF_STEPS = 0.95  # What a step of the nudging model weighs after another one.
-# What is reached of the pace that is reckoned: at first, what that weighs in tokens, and what a pass weighs later.
-_REACHED, _REACHED_WEIGHT, _OF_PACE = 0.8, 60.0, 0.98
-# What drafts may lose, in passes that draft nothing: so much for each pass, and a credit, at first and at most.
-_STAKE, _CREDIT, _MOST_CREDIT = 0.02, 3.0, 16.0
-_LEAST_GAIN = 0.03  # Tokens a row that a further token of the draft must promise, to be thought of.
+# Acceptance rates are kept by the nudging model's top-1 probability: the upper ends of the bins, and each bin's prior.
+_BIN_ENDS = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 0.999)
+_BIN_PRIORS = (0.3, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99, 0.995)
+_RATE_PRIOR = 0.9
+_PRIOR_WEIGHT = 2.0  # A prior counts as so many tokens, for good.
+_RATE_DECAY = 0.99  # Each newer draft token, of whatever bin, multiplies the weight of an older one: answers differ.
+_OPTIMISM = 0.01  # The weight of a token that could have been drafted, was not, and might have been accepted.
+
+_NEW_PASS_WEIGHT = 0.15  # The weight of a pass in the mean time of passes of its size.
+_STALE_TIME_DECAY = 0.998  # Old timings shrink by 0.2 % for each newer one, so that untried sizes are tried again.
+_STEP_DECAY = 0.95  # Each newer step of the nudging model multiplies the weight of an older one.
+# The ratio of achieved to predicted tokens: its prior, the prior's weight in tokens, and the decay for each pass.
+_PACE_RATIO_PRIOR, _PACE_RATIO_WEIGHT, _PACE_RATIO_DECAY = 0.8, 60.0, 0.98
+# What drafts may lose, in passes without a draft: a share of each pass, the first credit, and the greatest credit.
+_STAKE, _FIRST_CREDIT, _MAX_CREDIT = 0.02, 3.0, 16.0
+_MIN_GAIN = 0.03  # Accepted tokens per row that a further draft token must promise.
 
 
-class Share:
-    """The share of tokens that were good, the last ones counting most, and few for little."""
+class DecayedRate:
+    """An exponentially decayed acceptance rate with a prior."""
 
-    def __init__(self, first: float):
-        self._first = first
-        self._hits = self._misses = 0.0
+    def __init__(self, prior: float):
+        self._prior = prior
+        self._accepted = self._rejected = 0.0
 
-    def fade(self, tokens: int) -> None:
-        """Lets all that was observed weigh less, for so many tokens follow it."""
-        weight = _MEMORY**tokens
-        self._hits *= weight
-        self._misses *= weight
+    def decay(self, tokens: int) -> None:
+        """Reduces the weight of all observations, because so many newer tokens follow."""
+        weight = _RATE_DECAY**tokens
+        self._accepted *= weight
+        self._rejected *= weight
 
-    def observe(self, hits: float, misses: float) -> None:
-        self._hits += hits
-        self._misses += misses
+    def observe(self, accepted: float, rejected: float) -> None:
+        """Adds numbers of tokens."""
+        self._accepted += accepted
+        self._rejected += rejected
 
-    def hope(self) -> None:
-        """Takes note that it might have been good, so that it is tried again some day."""
-        self._hits += _HOPE
+    def add_optimism(self) -> None:
+        """Raises the rate slightly, because an undrafted token might have been accepted."""
+        self._accepted += _OPTIMISM
 
-    def __call__(self) -> float:
-        return (self._hits + _FIRST_WEIGHT * self._first) / (self._hits + self._misses + _FIRST_WEIGHT)
+    @property
+    def value(self) -> float:
+        weight = self._accepted + self._rejected + _PRIOR_WEIGHT
+        return (self._accepted + _PRIOR_WEIGHT * self._prior) / weight
 
 
 class Acceptance:
-    """The chance that a drafted token is good, if all before it were, by how sure the nudging model was of it."""
+    """Acceptance rates of draft tokens whose predecessors are accepted, by the nudging model's top-1 probability."""
 
     def __init__(self) -> None:
-        self._of_any = Share(_FIRST_CHANCE)
-        self._bins = [Share(chance) for chance in _FIRST_CHANCES]
+        self._overall = DecayedRate(_RATE_PRIOR)
+        self._bins = [DecayedRate(prior) for prior in _BIN_PRIORS]
 
-    def observe(self, sure: Sequence[float], hits: int) -> None:
-        """Takes note of a draft.
+    def observe(self, top1_probs: Sequence[float], accepted: int) -> None:
+        """Adds a draft.
 
         Args:
-            sure: the nudging model's top-1 probability at each of its tokens.
-            hits: how many of them were good, from the first on.
+            top1_probs: the nudging model's top-1 probability at each of its tokens.
+            accepted: how many of its first tokens were accepted.
         """
-        shares = (self._of_any, *self._bins)
-        if not sure:
-            for each in shares:
-                each.hope()
+        rates = (self._overall, *self._bins)
+        if not top1_probs:
+            for rate in rates:
+                rate.add_optimism()
             return
-        for each in shares:
-            each.fade(min(hits + 1, len(sure)))
-        self._of_any.observe(hits, hits < len(sure))
-        for i, probability in enumerate(sure[: hits + 1]):
-            self._bins[bisect_right(_SURE, probability)].observe(i < hits, i == hits)
+        for rate in rates:
+            rate.decay(min(accepted + 1, len(top1_probs)))
+        self._overall.observe(accepted, accepted < len(top1_probs))
+        for i, top1 in enumerate(top1_probs[: accepted + 1]):
+            self._bin(top1).observe(i < accepted, i == accepted)
 
     @property
-    def of_any(self) -> float:
-        """The chance of a token that is not written yet."""
-        return self._of_any()
+    def overall(self) -> float:
+        """The rate of a token that the nudging model has not written yet."""
+        return self._overall.value
 
-    def is_below_hope(self, sure: float) -> bool:
-        """Whether a token is less likely to be good, now that it is written, than it was before."""
-        return self._bins[bisect_right(_SURE, sure)]() < self._of_any()
+    def is_below_average(self, top1: float) -> bool:
+        """Whether a token with this top-1 probability is accepted less often than tokens are on the whole."""
+        return self._bin(top1).value < self._overall.value
 
-    def survival(self, sure: Sequence[float]) -> list[float]:
-        """S(1), S(2), ... of a draft at whose tokens the nudging model was so sure."""
-        chances = [share() for share in self._bins]
-        return list(accumulate([chances[bisect_right(_SURE, probability)] for probability in sure], mul))
+    def survival(self, top1_probs: Sequence[float]) -> list[float]:
+        """S(1), S(2), ... of a draft with these top-1 probabilities."""
+        rates = [each.value for each in self._bins]
+        return list(accumulate([rates[bisect_right(_BIN_ENDS, top1)] for top1 in top1_probs], mul))
+
+    def _bin(self, top1: float) -> DecayedRate:
+        return self._bins[bisect_right(_BIN_ENDS, top1)]
 
 
-class _Mean(NamedTuple):
-    """Of the tokens and the seconds of passes of one size, and which of all passes was the last of them."""
+class _MeanTime(NamedTuple):
+    """The mean tokens and seconds of passes of one size, and the number of the last such pass."""
 
     tokens: float
     seconds: float
     last: int
 
 
-def _size(tokens: int) -> int:
-    """Of a pass of so many tokens: 0, 1, 2, 3, ... for 1, 2, 3 to 4, 5 to 8, ..."""
+def _size_class(tokens: int) -> int:
+    """0, 1, 2, 3, ... for passes of 1, 2, 3 to 4, 5 to 8, ... tokens."""
     return (tokens - 1).bit_length()
 
 
 class PassTime:
-    """The seconds of a model's pass, by how many tokens are fed in it, padding included.
+    """The seconds of a model's forward pass as a function of its tokens, padding included.
 
-    Means over 1, 2, 3 to 4, 5 to 8, ... tokens, and straight lines between them: a CPU takes about as long for each
-    further token, a GPU for none, and for a single one either may have a kernel of its own.
+    It holds means over passes of 1, 2, 3 to 4, 5 to 8, ... tokens and interpolates linearly between them: a CPU takes
+    about as long for each further token, a GPU takes nothing for it, and either may have a kernel of its own for a
+    single token.
     """
 
     def __init__(self) -> None:
-        self._means: dict[int, _Mean] = {}  # By the size of the number of tokens.
+        self._means: dict[int, _MeanTime] = {}
         self._observed = 0
-        self._known: list[tuple[float, float]] = []  # Tokens and seconds, in order; empty until it is asked for.
+        self._points: list[tuple[float, float]] | None = None  # Tokens and seconds, sorted: what is interpolated.
 
     def observe(self, tokens: int, seconds: float) -> None:
-        size = _size(tokens)
+        """Adds a pass."""
+        size = _size_class(tokens)
         self._observed += 1
-        mean_tokens, mean_seconds = self._faded(self._means[size]) if size in self._means else (tokens, seconds)
-        self._means[size] = _Mean(
-            mean_tokens + _NEW * (tokens - mean_tokens), mean_seconds + _NEW * (seconds - mean_seconds), self._observed
+        mean_tokens, mean_seconds = self._decayed(self._means[size]) if size in self._means else (tokens, seconds)
+        self._means[size] = _MeanTime(
+            mean_tokens + _NEW_PASS_WEIGHT * (tokens - mean_tokens),
+            mean_seconds + _NEW_PASS_WEIGHT * (seconds - mean_seconds),
+            self._observed,
         )
-        self._known.clear()
+        self._points = None
 
-    def _faded(self, mean: _Mean) -> tuple[float, float]:
-        return mean.tokens, mean.seconds * _FADE ** max(0, self._observed - mean.last - 1)
+    def _decayed(self, mean: _MeanTime) -> tuple[float, float]:
+        return mean.tokens, mean.seconds * _STALE_TIME_DECAY ** max(0, self._observed - mean.last - 1)
 
     def last(self, tokens: int) -> float:
-        """What passes of about so many tokens took when they were last observed, however long ago."""
-        mean = self._means.get(_size(tokens))
+        """The mean seconds of passes of about this size when the last of them was observed, without decay."""
+        mean = self._means.get(_size_class(tokens))
         return mean.seconds if mean else self(tokens)
 
     @property
@@ -170,226 +184,373 @@ class PassTime:
         return bool(self._means)
 
     def __call__(self, tokens: float) -> float:
-        if not self._known:
-            self._known = sorted(map(self._faded, self._means.values()))
-        known = self._known
-        place = bisect_left(known, (tokens, 0.0))
-        if place == 0 or len(known) == 1:
-            return known[0][1]
-        right = min(place, len(known) - 1)
-        (few, early), (many, late) = known[right - 1 : right + 1]
+        """The expected seconds of a pass."""
+        if self._points is None:
+            self._points = sorted(map(self._decayed, self._means.values()))
+        points = self._points
+        place = bisect_left(points, (tokens, 0.0))
+        if place == 0 or len(points) == 1:
+            return points[0][1]
+        right = min(place, len(points) - 1)
+        (few, early), (many, late) = points[right - 1 : right + 1]
         return early + max(0.0, late - early) * (tokens - few) / (many - few)
 
 
-class Written(NamedTuple):
+class DraftProgress(NamedTuple):
     """What the nudging model has written of one row's draft.
 
     Args:
-        sure: its top-1 probability at each token.
-        goes_on: whether it may write on.
+        top1_probs: its top-1 probability at each token.
+        limit: how many tokens the draft can have. It is reached where the nudging model may not write on.
     """
 
-    sure: Sequence[float]
-    goes_on: bool
+    top1_probs: Sequence[float]
+    limit: float
+
+    def is_shorter_than(self, length: int) -> bool:
+        """Whether the nudging model can and must write on for a draft of this length."""
+        return len(self.top1_probs) < min(length, self.limit)
 
 
 class Plan(NamedTuple):
-    """How far is drafted: rows with fewer tokens than `write` write on, and then the base reads `read` of each."""
+    """The nudging model writes until each row has `write` tokens, then the base reads the first `read` of each."""
 
     write: int
     read: int
 
 
 class _Costs(NamedTuple):
-    """What is reckoned with until the base has made another pass: a pace, and the seconds of a pass by draft."""
+    """The predicted pace in tokens per second, and the seconds of a base pass for each length of the draft."""
 
     pace: float
     seconds: list[float]
 
 
+class _Choice(NamedTuple):
+    """The last choice: for how many rows, at which predicted pace, and whether any token is drafted."""
+
+    rows: int
+    pace: float
+    has_draft: bool
+
+
+class _OpenPass(NamedTuple):
+    """A base pass whose tokens are not yet counted.
+
+    Args:
+        rows, pace: as in the choice that it carried out.
+        seconds: of the pass and of the steps that were made for its draft.
+        has_draft: whether there were such steps or a draft.
+    """
+
+    rows: int
+    pace: float
+    seconds: float
+    has_draft: bool
+
+
 class DraftLength:
-    """Chooses how many tokens the rows of a batch draft: one length for all, for the widest row makes the pass.
+    """Chooses how many tokens the rows of a batch draft: one length for all, because the widest row makes the pass.
 
     Attributes:
-        acceptance: what is known of drafts.
-        guesses: of the nudging model's own passes.
+        acceptance: the acceptance rates.
+        guesses: chooses how far the nudging model guesses its own text.
     """
 
     def __init__(self) -> None:
         self.acceptance = Acceptance()
         self.guesses = GuessLength()
         self._base_pass = PassTime()
-        self._has_read_alone = False
-        self._is_trial = True  # Whether the last plan was made to learn what such a pass takes.
-        self._costs: dict[tuple[int, int], _Costs] = {}  # By the number of rows, and of tokens read again.
-        self._accepted, self._reckoned = _REACHED * _REACHED_WEIGHT, _REACHED_WEIGHT  # Tokens of a row.
-        self._seconds = 0.0  # Of a pass of the base and the steps since that were made for a draft.
-        self._forced_since = 0.0  # Seconds of the steps since that were made in any case.
-        self._forced = 0.0  # The mean of that, from pass to pass.
-        self._pace = 0.0  # That was reckoned with for it; 0 where nothing was chosen.
-        self._rows = 1  # For which it was.
-        self._to_account = 0  # How many passes, by the last draft, are to be accounted for: its steps' and its own.
-        self._credit = _CREDIT  # What drafts have saved, and may lose again.
+        self._has_timed_single_tokens = False
+        self._costs: dict[tuple[int, int], _Costs] = {}  # By the numbers of rows and of tokens that are read again.
+        # Tokens per row, as they were achieved and predicted.
+        self._achieved = _PACE_RATIO_PRIOR * _PACE_RATIO_WEIGHT
+        self._predicted = _PACE_RATIO_WEIGHT
+        self._choice: _Choice | None = None
+        self._draft_seconds = 0.0  # Of steps since the last base pass that were made for a draft.
+        self._forced_seconds = 0.0  # Of all other steps since then.
+        self._mean_forced_seconds = 0.0
+        self._open_pass: _OpenPass | None = None
+        self._credit = _FIRST_CREDIT  # What drafts have saved and may lose again.
 
     def observe_pass(self, tokens: int, seconds: float, reads_prompts: bool = False) -> None:
-        """Takes note of a pass of the base in which so many tokens were fed, padding included.
+        """Adds a base pass, which carries out the last choice.
 
         Args:
-            reads_prompts: whether there were prompts among them; what such a pass takes is no matter of drafts.
+            tokens: fed in it, padding included.
+            reads_prompts: whether prompts were among the tokens. Such a pass tells nothing about drafts.
         """
         if self._base_pass.is_known:
-            self._forced += _NEW * (self._forced_since - self._forced)
-        self._forced_since = 0.0
+            self._mean_forced_seconds += _NEW_PASS_WEIGHT * (self._forced_seconds - self._mean_forced_seconds)
         self._base_pass.observe(tokens, seconds)
         self._costs.clear()
-        counts = not (self._is_trial or reads_prompts)
-        self._seconds = seconds + self._forced_by_pass(self._rows) if counts else 0.0
+        choice, self._choice = self._choice, None
+        if choice is None or reads_prompts:
+            self._open_pass = None
+        else:
+            has_draft = choice.has_draft or self._draft_seconds > 0
+            seconds += self._draft_seconds + self._forced_per_pass(choice.rows)
+            self._open_pass = _OpenPass(choice.rows, choice.pace, seconds, has_draft)
+        self._draft_seconds = self._forced_seconds = 0.0
 
     def observe_step(self, tokens: int, seconds: float, written: float, drafts: bool) -> None:
-        """Takes note of a pass of the nudging model, in which each row wrote so many tokens.
+        """Adds a pass of the nudging model.
 
         Args:
-            drafts: whether it was made for a draft alone; others are made however far is drafted.
+            tokens: fed in it, padding included.
+            written: how many tokens each row wrote.
+            drafts: whether the pass was made for drafts alone, and not for a row that had to write.
         """
         self.guesses.observe_pass(tokens, seconds, written)
-        if not drafts:
-            self._forced_since += seconds
-        elif self._seconds:
-            self._seconds += seconds
+        if drafts:
+            self._draft_seconds += seconds
+        else:
+            self._forced_seconds += seconds
 
     def observe_accepted(self, tokens: int) -> None:
-        """Takes note of how many tokens of all rows were accepted since the base has last read."""
-        if self._seconds and self._pace:
-            self._accepted = _OF_PACE * self._accepted + tokens / self._rows
-            self._reckoned = _OF_PACE * self._reckoned + self._pace * self._seconds / self._rows
-            alone = self._forced_by_pass(self._rows) + self._base_pass.last(self._rows)
-            saved = tokens / self._rows - self._seconds / alone if self._to_account else 0.0
-            self._credit = min(_MOST_CREDIT, self._credit + saved + _STAKE)
-        self._to_account = max(0, self._to_account - 1)
-        self._seconds = self._pace = 0.0
+        """Adds how many tokens all rows have accepted from the last base pass until the next one is due."""
+        if self._open_pass is None:
+            return
+        rows, pace, seconds, has_draft = self._open_pass
+        self._open_pass = None
+        self._achieved = _PACE_RATIO_DECAY * self._achieved + tokens / rows
+        self._predicted = _PACE_RATIO_DECAY * self._predicted + pace * seconds / rows
+        without_draft = self._forced_per_pass(rows) + self._base_pass.last(rows)
+        saved = tokens / rows - seconds / without_draft if has_draft else 0.0
+        self._credit = min(_MAX_CREDIT, self._credit + saved + _STAKE)
 
-    def _forced_by_pass(self, rows: int) -> float:
-        """The seconds of such steps that are thought of as a pass's own; what is left goes by the answer's tokens."""
-        return self._forced * (1 - 1 / rows)
+    def _forced_per_pass(self, rows: int) -> float:
+        """The seconds of forced steps that count as a cost of a pass; the rest goes with the tokens of the answer."""
+        return self._mean_forced_seconds * (1 - 1 / rows)
 
-    def _costs_of(self, rows: int, unread: int) -> _Costs:
-        if (rows, unread) not in self._costs:
-            forced = self._forced_by_pass(rows)
-            seconds = [forced + self._base_pass(rows * (unread + length + 1)) for length in range(MOST + 1)]
-            chance, step = self.acceptance.of_any, self.guesses.seconds_a_token
-            tokens = accumulate(accumulate(repeat(chance, MOST), mul, initial=1.0))
-            paces = [rows * n / (s + length * step) for length, (n, s) in enumerate(zip(tokens, seconds, strict=True))]
-            self._costs[rows, unread] = _Costs(max(paces), seconds)
-        return self._costs[rows, unread]
+    def _costs_of(self, rows: int, reread: int) -> _Costs:
+        if (rows, reread) not in self._costs:
+            forced = self._forced_per_pass(rows)
+            seconds = [forced + self._base_pass(rows * (reread + n + 1)) for n in range(MAX_DRAFT_TOKENS + 1)]
+            rate, step = self.acceptance.overall, self.guesses.seconds_per_token
+            tokens = accumulate(accumulate(repeat(rate, MAX_DRAFT_TOKENS), mul, initial=1.0))
+            paces = [rows * t / (s + n * step) for n, (t, s) in enumerate(zip(tokens, seconds, strict=True))]
+            self._costs[rows, reread] = _Costs(max(paces), seconds)
+        return self._costs[rows, reread]
 
-    def choose(self, rows: Sequence[Written], steps_are_free: bool = False, unread: int | None = None) -> Plan:
-        """The plan that promises most tokens, less what its seconds are worth.
+    def choose(self, rows: Sequence[DraftProgress], steps_are_free: bool = False, reread: int | None = None) -> Plan:
+        """Chooses the plan that promises most tokens, minus what its seconds are worth.
 
         Args:
             rows: of the batch.
-            steps_are_free: whether the nudging model makes a pass for other rows in any case.
-            unread: for a base with a state, how many accepted tokens its pass reads again beside the last one: those
-                that stood with a draft of which some were rejected. `None` for a base that reads nothing twice.
+            steps_are_free: whether another row forces a pass of the nudging model anyway, and drafting rides along.
+            reread: for a base with a recurrent state, how many accepted tokens its pass reads again besides the last
+                one, because they were read together with rejected ones. `None` for a base that reads no token twice.
         """
         if not self._base_pass.is_known:
-            return Plan(_FIRST, _FIRST)
-        self._is_trial = not self._has_read_alone
-        if self._is_trial:
-            self._has_read_alone = True
+            return Plan(_FIRST_LENGTH, _FIRST_LENGTH)
+        if not self._has_timed_single_tokens:
+            self._has_timed_single_tokens = True
+            self._choice = None  # This pass only learns what such a pass takes.
             return Plan(0, 0)
-        self._rows = len(rows)
-        self._pace, seconds = self._costs_of(self._rows, unread or 0)
-        if self._credit < 0:
-            return Plan(0, 0)
-        # More than was reckoned is no pace to go by: what brought it is in the chances by now, and a pace that cannot
-        # be had ends drafts that are worth their time.
-        pace = self._pace * min(1.0, self._accepted / self._reckoned)
-        step_cost = 0.0 if steps_are_free else pace * self.guesses.seconds_a_token
-        promised, best, write, plan = 0.0, -pace * seconds[0], 0, Plan(0, 0)
-        survival, read_again = 1.0, 0.0
-        for length, (gain, unwritten) in enumerate(self._gains(rows), start=1):
-            if unwritten > step_cost:
-                gain += unwritten - step_cost
-                write = length
-            if gain < _LEAST_GAIN * len(rows):
-                break
-            promised += gain
-            seconds_of_draft = seconds[length]
-            if unread is not None:
-                # Where it is this token that is rejected, those before it are read again.
-                read_again += (survival - gain / len(rows)) * (length + unread)
-                survival = gain / len(rows)
-                seconds_of_draft += self._base_pass(self._rows * (1 + read_again)) - self._base_pass(self._rows)
-            if (value := promised - pace * seconds_of_draft) > best:
-                best, plan = value, Plan(write, length)
-        if plan.read:
-            self._to_account = 2
+        pace, seconds = self._costs_of(len(rows), reread or 0)
+        plan = self._best_plan(rows, steps_are_free, reread, pace, seconds) if self._credit >= 0 else Plan(0, 0)
+        self._choice = _Choice(len(rows), pace, plan.read > 0)
         return plan
 
-    def _gains(self, rows: Sequence[Written]) -> Iterator[tuple[float, float]]:
-        """By how many tokens of all rows each further token of the draft is good: those written, and those not."""
-        of_any, written, unwritten = self.acceptance.of_any, [], []
-        for row in rows:
-            survival = self.acceptance.survival(row.sure[:MOST])
-            more = repeat(of_any if row.goes_on else 0.0, MOST - len(survival))
-            written.append(survival + [0.0] * (MOST - len(survival)))
+    def _best_plan(
+        self,
+        rows: Sequence[DraftProgress],
+        steps_are_free: bool,
+        reread: int | None,
+        pace: float,
+        seconds: Sequence[float],
+    ) -> Plan:
+        """The plan of `choose`, where drafts may be tried.
+
+        Args:
+            pace: the predicted tokens per second.
+            seconds: of a base pass, for each length of the draft.
+        """
+        # A pace that exceeded its prediction does not count: the rates have learned its cause by now, and a pace that
+        # is out of reach would end drafts that are worth their time.
+        pace *= min(1.0, self._achieved / self._predicted)
+        step_cost = 0.0 if steps_are_free else pace * self.guesses.seconds_per_token
+        expected, best, write, plan = 0.0, -pace * seconds[0], 0, Plan(0, 0)
+        survival, expected_rereads = 1.0, 0.0
+        for length, (gain, unwritten_gain) in enumerate(self._gains(rows), start=1):
+            if unwritten_gain > step_cost:
+                gain += unwritten_gain - step_cost
+                write = length
+            if gain < _MIN_GAIN * len(rows):
+                break
+            expected += gain
+            seconds_of_draft = seconds[length]
+            if reread is not None:
+                # If this token is the one that is rejected, those before it are read again.
+                expected_rereads += (survival - gain / len(rows)) * (length + reread)
+                survival = gain / len(rows)
+                seconds_of_draft += self._base_pass(len(rows) * (1 + expected_rereads)) - self._base_pass(len(rows))
+            if (value := expected - pace * seconds_of_draft) > best:
+                best, plan = value, Plan(write, length)
+        return plan
+
+    def _gains(self, rows: Sequence[DraftProgress]) -> Iterator[tuple[float, float]]:
+        """Expected accepted tokens gained by each further draft position: by written tokens, and by unwritten ones."""
+        rate, written, unwritten = self.acceptance.overall, [], []
+        for top1_probs, limit in rows:
+            survival = self.acceptance.survival(top1_probs[:MAX_DRAFT_TOKENS])
+            missing = int(max(0, min(limit, MAX_DRAFT_TOKENS) - len(survival)))
             last = survival[-1] if survival else 1.0
-            unwritten.append([0.0] * len(survival) + list(accumulate(more, mul, initial=last))[1:])
+            more = list(accumulate(repeat(rate, missing), mul, initial=last))[1:]
+            end = [0.0] * (MAX_DRAFT_TOKENS - len(survival) - missing)
+            written.append(survival + [0.0] * missing + end)
+            unwritten.append([0.0] * len(survival) + more + end)
         return zip(map(sum, zip(*written, strict=True)), map(sum, zip(*unwritten, strict=True)), strict=True)
 
 
 class GuessLength:
-    """Chooses how many tokens the nudging model reads beyond its text, which are guessed to be what it will write.
+    """Chooses how many tokens the nudging model reads beyond its text, as a guess of what it will write.
 
-    The formula of section 3 of Leviathan et al. as it stands, for guesses cost nothing: most tokens a second.
+    It uses the formula of section 3 of Leviathan et al. unchanged, because guesses cost nothing: most tokens per
+    second.
     """
 
     def __init__(self) -> None:
         self.pass_time = PassTime()
-        self._share = Share(_FIRST_CHANCE)
+        self._rate = DecayedRate(_RATE_PRIOR)
         self._chosen: dict[int, int] = {}  # By the number of rows.
-        self._asked = 0
+        self._choices = 0
         self._seconds = self._written = 0.0
 
-    def observe(self, hits: int, guessed: int) -> None:
-        """Takes note of a guess of so many tokens, of which the first `hits` were good."""
+    def observe(self, accepted: int, guessed: int) -> None:
+        """Adds a guess of so many tokens, of which the first `accepted` were right."""
         if guessed:
-            self._share.fade(min(hits + 1, guessed))
-            self._share.observe(hits, hits < guessed)
+            self._rate.decay(min(accepted + 1, guessed))
+            self._rate.observe(accepted, accepted < guessed)
 
     def observe_pass(self, tokens: int, seconds: float, written: float) -> None:
-        """Takes note of a pass in which so many tokens were fed, and so many written in each row."""
+        """Adds a pass over so many tokens, in which each row wrote so many."""
         self.pass_time.observe(tokens, seconds)
-        self._seconds = _OF_STEPS * self._seconds + seconds
-        self._written = _OF_STEPS * self._written + written
+        self._seconds = _STEP_DECAY * self._seconds + seconds
+        self._written = _STEP_DECAY * self._written + written
 
     @property
-    def seconds_a_token(self) -> float:
-        """That each row takes for a token that it writes."""
+    def seconds_per_token(self) -> float:
+        """The seconds in which each row writes a token."""
         return self._seconds / self._written if self._written else 0.0
 
     def choose(self, rows: int) -> int:
-        """How many tokens each row of a pass is to guess."""
+        """Chooses how many tokens each row of the next pass guesses."""
         if not self.pass_time.is_known:
-            return _FIRST
-        self._asked += 1
-        if self._asked % _GUESSES_A_CHOICE == 0:
+            return _FIRST_LENGTH
+        self._choices += 1
+        if self._choices % _GUESSES_PER_CHOICE == 0:
             self._chosen.clear()
         if rows not in self._chosen:
-            promised = list(accumulate(accumulate(repeat(self._share(), _GUESSES[-1]), mul, initial=1.0)))
-            self._chosen[rows] = max(_GUESSES, key=lambda n: promised[n] / self.pass_time(rows * (n + 1)))
+            expected = list(accumulate(accumulate(repeat(self._rate.value, _GUESS_LENGTHS[-1]), mul, initial=1.0)))
+            self._chosen[rows] = max(_GUESS_LENGTHS, key=lambda n: expected[n] / self.pass_time(rows * (n + 1)))
         if not self._chosen[rows]:
-            self._share.hope()
+            self._rate.add_optimism()
         return self._chosen[rows]
 
 
+class Drafter:
+    """Plans the drafts of one call and learns from their outcome.
+
+    Args:
+        num_draft_tokens: as in `NudgingConfig`: a fixed length, or `"adaptive"`.
+        policy: chooses adaptive lengths, and learns in any case.
+        synced_across_ranks: returns the first rank's numbers in all processes of tensor parallelism, whose clocks
+            differ and whose passes must not.
+    """
+
+    def __init__(
+        self, num_draft_tokens: int | str, policy: DraftLength, synced_across_ranks: Callable[[list[int]], list[int]]
+    ):
+        self._fixed = None if num_draft_tokens == ADAPTIVE else int(num_draft_tokens)
+        self._policy = policy
+        self._synced = synced_across_ranks
+        self._plan: Plan | None = None  # It stands until it is carried out or the draft disappoints.
+        self._steps_are_free = False  # Whether that was so when the plan was made.
+        self._tokens_at_pass: int | None = None  # Tokens of all answers at the last base pass, until it is judged.
+
+    @property
+    def drafts_nothing(self) -> bool:
+        return self._fixed == 0
+
+    def plan(self, rows: Sequence[DraftProgress], steps_are_free: bool, reread: Callable[[], int | None]) -> Plan:
+        """Plans how far these rows draft before the next base pass.
+
+        An earlier plan stands while some row must write on for it.
+
+        Args:
+            rows: the progress of all open rows.
+            steps_are_free: whether another row forces a pass of the nudging model anyway.
+            reread: tells how many accepted tokens the base's pass must read again; see [`DraftLength.choose`].
+        """
+        if self._fixed is not None:
+            return Plan(self._fixed, self._fixed)
+        if self._plan is not None and self._steps_are_free == steps_are_free:
+            if any(row.is_shorter_than(self._plan.write) for row in rows):
+                return self._plan
+        self._plan = Plan(*self._synced(list(self._policy.choose(rows, steps_are_free, reread()))))
+        self._steps_are_free = steps_are_free
+        return self._plan
+
+    def guess_length(self, rows: int) -> int:
+        """Chooses how many tokens the nudging model guesses in its next pass, in which so many rows take part."""
+        return 0 if self.drafts_nothing else self._synced([self._policy.guesses.choose(rows)])[0]
+
+    def wrote(self, guesses: Sequence[tuple[int, int]], least_top1: Sequence[float], has_ended: bool) -> None:
+        """Learns from a pass of the nudging model.
+
+        Args:
+            guesses: for each row, how many tokens were guessed right, and how many were guessed.
+            least_top1: for each row, the least top-1 probability among the tokens that it has written.
+            has_ended: whether it can write no further in some row.
+        """
+        for accepted, guessed in guesses:
+            self._policy.guesses.observe(accepted, guessed)
+        if has_ended or any(map(self._policy.acceptance.is_below_average, least_top1)):
+            self._plan = None  # Less was written than the plan expected.
+
+    def time_step(self, tokens: int, seconds: float, written: float, is_forced: bool) -> None:
+        """Learns what a pass of the nudging model took; see [`DraftLength.observe_step`]."""
+        self._policy.observe_step(tokens, seconds, written, drafts=not is_forced)
+
+    def time_pass(self, tokens: int, seconds: float, reads_prompts: bool) -> None:
+        """Learns what a base pass took; see [`DraftLength.observe_pass`]."""
+        self._policy.observe_pass(tokens, seconds, reads_prompts)
+
+    def read(self, answer_tokens: int) -> None:
+        """Takes note that the base reads, at so many tokens of all answers."""
+        self._plan = None
+        self._tokens_at_pass = answer_tokens
+
+    @property
+    def awaits_verification(self) -> bool:
+        """Whether the outcome of the last base pass is not learned yet."""
+        return self._tokens_at_pass is not None
+
+    def verified(self, drafts: Sequence[tuple[Sequence[float], int]], answer_tokens: int) -> None:
+        """Learns the outcome of the last base pass, when all open rows wait for the next one.
+
+        Args:
+            drafts: for each open row, the nudging model's top-1 probability at each draft token, and how many of
+                these tokens were accepted.
+            answer_tokens: how many tokens all answers have now.
+        """
+        assert self._tokens_at_pass is not None
+        if not self.drafts_nothing:
+            for top1_probs, accepted in drafts:
+                self._policy.acceptance.observe(top1_probs, accepted)
+        self._policy.observe_accepted(answer_tokens - self._tokens_at_pass)
+        self._tokens_at_pass = None
+
+
 class _Policies:
-    """Those of one pair and one way of running it: as many as calls have run at the same time."""
+    """The policies of one pair and one setting: as many as calls have run at the same time."""
 
     def __init__(self) -> None:
         self.idle: list[DraftLength] = []
-        self.known: DraftLength | None = None  # A copy of what was given back, which nobody changes.
-        self.given_back = 0
+        self.known: DraftLength | None = None  # A copy of one that was returned. Nobody changes it.
+        self.returned = 0
 
 
 _POLICIES: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, _Policies]]] = WeakKeyDictionary()
@@ -397,18 +558,18 @@ _LOCK = threading.Lock()
 
 
 @contextmanager
-def borrowed_draft_length(base: Any, nudging_model: Any, way: Hashable) -> Iterator[DraftLength]:
-    """The policy of two models and a way of running them, with all that earlier answers have told.
+def borrowed_draft_length(base: Any, nudging_model: Any, setting: Hashable) -> Iterator[DraftLength]:
+    """Lends the policy of a pair, which knows what earlier answers have taught.
 
-    It belongs to one call until that ends. A second call at the same time, in another thread, has a policy of its own,
-    which begins with what was known a while ago.
+    The policy belongs to one call until that call ends. A call that runs at the same time in another thread gets a
+    policy of its own, which starts from a recent copy.
 
     Args:
-        way: all else on which the time of a pass depends: how many rows it has, and so on.
+        setting: everything else on which the time of a pass depends, such as the number of rows.
     """
     with _LOCK:
         pairs = _POLICIES.setdefault(base, WeakKeyDictionary())
-        policies = pairs.setdefault(nudging_model, {}).setdefault(way, _Policies())
+        policies = pairs.setdefault(nudging_model, {}).setdefault(setting, _Policies())
         policy, known = policies.idle.pop() if policies.idle else None, policies.known
     if policy is None:
         policy = DraftLength() if known is None else copy.deepcopy(known)
@@ -416,7 +577,7 @@ def borrowed_draft_length(base: Any, nudging_model: Any, way: Hashable) -> Itera
         yield policy
     finally:
         with _LOCK:
-            policies.given_back += 1
-            if policies.given_back & (policies.given_back - 1) == 0:  # A power of 2: a copy takes time.
+            policies.returned += 1
+            if policies.returned & (policies.returned - 1) == 0:  # Copying takes time: only at powers of 2.
                 policies.known = copy.deepcopy(policy)
             policies.idle.append(policy)

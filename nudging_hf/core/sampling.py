@@ -126,7 +126,7 @@ def best_scores(scores: torch.Tensor, tokens: torch.Tensor, is_greedy: bool) -> 
     return scores.gather(-1, tokens[:, None])[:, 0] if is_greedy else scores.amax(dim=-1)
 
 
-def mix(key: int, value: int) -> int:
+def fold_in(key: int, value: int) -> int:
     """A key made of a key and a value, 63 bits well mixed (the finalizer of splitmix64, Steele et al. 2014)."""
     mask = (1 << 64) - 1
     x = (key * 0x9E3779B97F4A7C15 + value + 0x632BE59BD9B4E019) & mask

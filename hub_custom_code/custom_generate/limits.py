@@ -1,0 +1,70 @@
+"""What ends an answer wherever it stands, also in the middle of a word. It knows ids and clocks, never models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from .row import Row
+
+
+class Limits:
+    """The stopping criteria of a call.
+
+    Args:
+        criteria: as `generate` prepared them.
+        base_eos: the base's EOS ids. They end no answer: the base never writes one, and what the nudging model writes
+            as a word is one.
+        stop_tokens: the `eos_token_id` of the call where it is none of the base's own. It ends an answer.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, base_eos: Sequence[int], stop_tokens: Collection[int] = ()):
+        self._stop_tokens = frozenset(stop_tokens)
+        self._last_tokens: set[int] = set()
+        self._lengths: list[MaxLengthCriteria] = []
+        self._times: list[MaxTimeCriteria] = []
+        self._others: list[Any] = []
+        self._max_length: float = float("inf")
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                self._max_length = min(self._max_length, criterion.max_length)
+                self._lengths.append(criterion)
+            elif isinstance(criterion, MaxTimeCriteria):
+                self._times.append(criterion)
+            elif isinstance(criterion, EosTokenCriteria):
+                self._last_tokens |= set(criterion.eos_token_id.tolist()) - set(base_eos)
+            else:
+                self._others.append(criterion)
+
+    def time_is_up(self) -> bool:
+        """Whether `max_time` has passed."""
+        return any(time.time() - limit.initial_timestamp > limit.max_time for limit in self._times)
+
+    def reached(self, row: Row) -> str | None:
+        """Why the row ends with the token that it has just accepted, if it does: a finish reason."""
+        if row.answer.ids[-1] in self._stop_tokens:
+            return "stop_token"
+        if row.answer.ids[-1] in self._last_tokens:
+            return "stopping_criteria"
+        for criterion in self._others:
+            if criterion(row.ids(), None).all():
+                return "stop_string" if isinstance(criterion, StopStringCriteria) else "stopping_criteria"
+        if row.length >= self._max_length or row.is_full:
+            return "length"
+        for limit in self._lengths:
+            if limit.max_position_embeddings is not None and row.length > limit.max_position_embeddings:
+                limit(row.ids(), None)  # It warns once, as in plain `generate`.
+        return "time" if self.time_is_up() else None
+
+    def room(self, row: Row) -> float:
+        """How many more tokens of the base the row's answer can take."""
+        return min(self._max_length - row.length, row.base.room - len(row.answer.ids))

@@ -1,0 +1,276 @@
+"""Makes the rows of a call from what transformers has prepared. It checks prompts, and starts no forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation import MinNewTokensLengthLogitsProcessor
+
+from .answer import OneVocabulary, TwoVocabularies, answer_class
+from .config import NudgingConfig
+from .constraints import (
+    Constraint,
+    hard_processors,
+    refuse_processors_of_base,
+    refuse_processors_of_nudging_model,
+)
+from .gate import Confidence
+from .prompts import nudging_prompts, unpadded
+from .rounds import rounds
+from .row import Row, Side
+from .sampling import new_seeds
+from .token_rules import TokenRules
+from .transformers_private import (
+    end_tokens,
+    eos_token_ids,
+    greatest_length,
+    input_device,
+    input_rows,
+    output_rows,
+    own_eos_token_ids,
+    own_generation_config,
+    own_processors,
+    pad_token_id,
+    placeholder_ids,
+    processors_of_row,
+    shared_by_ranks,
+)
+from .vocabulary import Vocabulary
+
+_answer_class = lru_cache(maxsize=8)(answer_class)
+
+
+@dataclass(frozen=True)
+class NudgingCall:
+    """What a call says about nudging, checked. It is handed past transformers to the decoding loop."""
+
+    nudging_model: PreTrainedModel
+    vocabulary: Vocabulary
+    nudging_vocabulary: Vocabulary
+    nudging_input_ids: torch.Tensor | None
+    nudging_attention_mask: torch.Tensor | None
+    config: NudgingConfig
+    streamer: Any = None
+
+    @property
+    def answer_class(self) -> type[OneVocabulary] | type[TwoVocabularies]:
+        return _answer_class(self.vocabulary, self.nudging_vocabulary)
+
+    @property
+    def one_vocabulary(self) -> bool:
+        return self.answer_class is OneVocabulary
+
+
+class Preparation:
+    """A call's rows and rules.
+
+    Args:
+        model: the base.
+        call: what the call says about nudging.
+        input_ids: the base's prompts as `generate` prepared them, of shape (batch_size, prompt_length).
+        attention_mask: their mask, where they are padded.
+        logits_processor, generation_config: as `generate` prepared them.
+        has_placeholders: whether images, sounds or videos stand in the base's prompts.
+
+    Attributes:
+        prompts: the base's prompts, ids without padding.
+        rules: which tokens each model may write.
+        rows: the answers to write.
+
+    Raises:
+        ValueError: for prompts that are missing, empty or too long, or hold ids that a model cannot read, and for
+            logits processors that nudging cannot obey.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        call: NudgingCall,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        logits_processor: LogitsProcessorList,
+        generation_config: Any,
+        has_placeholders: bool,
+    ):
+        self._model, self._call, self._config = model, call, generation_config
+        self._nudging_config = own_generation_config(call.nudging_model, bool(generation_config.do_sample))
+        placeholders = placeholder_ids(model)
+        self.prompts = unpadded(input_ids, attention_mask)
+        given = self._nudging_prompts(placeholders)
+        refuse_processors_of_base(logits_processor)
+        refuse_processors_of_nudging_model(self._nudging_config)
+        refuse_prompts_without_room(
+            self.prompts, model, "base", "tokenizer", placeholders if has_placeholders else set()
+        )
+        refuse_prompts_without_room(given, call.nudging_model, "nudging model", "nudging_tokenizer")
+        self.rules = self._token_rules(input_ids.shape[1])
+        self.rows = self._rows(given, self._shown(input_ids), input_ids, logits_processor)
+
+    def _nudging_prompts(self, placeholders: set[int]) -> list[list[int]]:
+        """The nudging model's prompts, one for each row. Rows of `num_return_sequences` in succession share one.
+
+        Where they are made from the base's prompts, what stands there for images is left out.
+        """
+        call, copies = self._call, self._config.num_return_sequences
+        if call.nudging_input_ids is None:
+            given = nudging_prompts(
+                [[token for token in prompt if token not in placeholders] for prompt in self.prompts],
+                call.vocabulary.tokenizer,
+                call.nudging_vocabulary.tokenizer,
+                one_vocabulary=call.one_vocabulary,
+            )
+        else:
+            given = unpadded(call.nudging_input_ids, call.nudging_attention_mask)
+            if len(given) * copies != len(self.prompts):
+                raise ValueError(
+                    f"`nudging_input_ids` holds {len(given)} prompts, and the base was given "
+                    f"{len(self.prompts) // copies}: each row needs one of each."
+                )
+            given = [prompt for prompt in given for _ in range(copies)]
+        if not all(given):
+            raise ValueError("The nudging model's prompt is empty: give it at least one token in `nudging_input_ids`.")
+        return given
+
+    def _token_rules(self, prompt_length: int) -> TokenRules:
+        call, config = self._call, self._config
+        model, tokenizer = call.nudging_model, call.nudging_vocabulary.tokenizer
+        num_scored = output_rows(model)
+        nudging_eos = end_tokens(model, tokenizer)
+        if not nudging_eos:
+            raise ValueError(
+                "The nudging model has no EOS token, and only it ends an answer: set "
+                f"`nudging_model.generation_config.eos_token_id` to an id below {num_scored}, which it can write."
+            )
+        control = sorted(i for i in call.nudging_vocabulary.control if i < num_scored and i not in nudging_eos)
+        base_eos = own_eos_token_ids(self._model)
+        base_num_ids = input_rows(self._model) or math.inf
+        ids_for_base = num_scored if call.one_vocabulary else len(call.vocabulary.tokenizer)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return TokenRules(
+            base_eos=base_eos,
+            nudging_eos=nudging_eos,
+            nudging_control=torch.tensor(control, dtype=torch.long, device=input_device(model)),
+            stop_tokens=[token for token in eos_token_ids(config) if token not in base_eos],
+            base_samples=bool(config.do_sample),
+            nudging_samples=bool(self._nudging_config.do_sample),
+            min_new_tokens=max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length),
+            one_vocabulary=call.one_vocabulary,
+            base_num_ids=base_num_ids if ids_for_base > base_num_ids else math.inf,
+            nudging_positions=positions or math.inf,
+        )
+
+    def _shown(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The base's prompts as logits processors are shown them.
+
+        Only processors look at padding, and they have a score for each id that they are shown.
+        """
+        pad = pad_token_id(self._config)
+        if pad is None or pad < (input_rows(self._model) or math.inf):
+            return input_ids
+        first = torch.tensor([[ids[0]] for ids in self.prompts], device=input_ids.device)
+        return torch.where(input_ids == pad, first, input_ids)
+
+    def _rows(
+        self,
+        nudging_prompts: list[list[int]],
+        shown: torch.Tensor,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+    ) -> list[Row]:
+        call, batch = self._call, len(self.prompts)
+        seeds = shared_by_ranks(self._model, new_seeds(batch)) if self.rules.base_samples else [0] * batch
+        rows = []
+        for i, (prompt, nudging_prompt) in enumerate(zip(self.prompts, nudging_prompts, strict=True)):
+            processors = self._base_processors(logits_processor, i, input_ids)
+            nudging_ids = torch.tensor([nudging_prompt], device=input_device(call.nudging_model))
+            rows.append(
+                Row(
+                    number=i,
+                    answer=call.answer_class(call.vocabulary, call.nudging_vocabulary, prompt, nudging_prompt),
+                    base=Side(shown[i : i + 1], processors, _room(self._model, prompt)),
+                    nudging=Side(
+                        nudging_ids,
+                        own_processors(call.nudging_model, self._nudging_config, nudging_ids),
+                        _room(call.nudging_model, nudging_prompt),
+                        num_ids=self._nudging_num_ids(),
+                        stand_in=self.rules.nudging_eos[0],  # The nudging model never writes it as a word.
+                    ),
+                    seed=seeds[i],
+                    confidence=Confidence.of_answer(call.config),
+                    algorithm=rounds(call.config.takeover_on_agreement),
+                    constraint=self._constraint(processors, shown[i : i + 1]),
+                )
+            )
+        return rows
+
+    def _base_processors(
+        self, logits_processor: LogitsProcessorList, row: int, input_ids: torch.Tensor
+    ) -> LogitsProcessorList:
+        processors = processors_of_row(logits_processor, row, len(self.prompts))
+        fewest, ends = self.rules.min_new_tokens, eos_token_ids(self._config)
+        if fewest and (missed := [token for token in self.rules.base_eos if token not in ends]):
+            # transformers suppresses the call's EOS alone, and the base's own must not come too early either.
+            processors.insert(0, _not_before(fewest, missed, input_ids))
+        return processors
+
+    def _nudging_num_ids(self) -> float:
+        """How many ids the nudging model can read, if it may be given an id that it cannot read; else infinity."""
+        call = self._call
+        num_ids = input_rows(call.nudging_model) or math.inf
+        given = output_rows(self._model) if call.one_vocabulary else len(call.nudging_vocabulary.tokenizer)
+        return num_ids if given > num_ids else math.inf
+
+    def _constraint(self, processors: LogitsProcessorList, prompt: torch.Tensor) -> Constraint | None:
+        """What a row's hard processors forbid; `None` if there are none."""
+        rules = self.rules
+        hard = hard_processors(processors)
+        if rules.min_new_tokens and rules.stop_tokens and not rules.one_vocabulary:
+            hard.append(_not_before(rules.min_new_tokens, list(rules.stop_tokens), prompt))
+        if not hard:
+            return None
+        ends = rules.base_eos or list(rules.stop_tokens)
+        return Constraint(hard, prompt, output_rows(self._model), ends, list(rules.stop_tokens))
+
+
+def refuse_prompts_without_room(
+    prompts: list[list[int]], model: Any, whose: str, argument: str, placeholders: Collection[int] = ()
+) -> None:
+    """Raises a `ValueError` for an id that a model cannot read, and for a prompt that fills its context.
+
+    Args:
+        prompts: ids without padding.
+        whose, argument: how the error calls the model and its tokenizer.
+        placeholders: ids that are not looked up in the embeddings.
+    """
+    rows, most = input_rows(model) or math.inf, greatest_length(model) or math.inf
+    for number, ids in enumerate(prompts):
+        wrong = next((token for token in ids if not 0 <= token < rows and token not in placeholders), None)
+        if wrong is not None:
+            raise ValueError(
+                f"The {whose}'s prompt in row {number} holds the id {wrong}, and the model has embeddings for the ids "
+                f"from 0 to {int(rows) - 1} alone: give the model's own tokenizer as `{argument}=`, or make room for "
+                "its added tokens by `resize_token_embeddings(len(tokenizer))`."
+            )
+        if len(ids) >= most:
+            raise ValueError(
+                f"The {whose}'s prompt in row {number} has {len(ids)} tokens, and the model has {int(most)} "
+                "positions: there is no room for an answer. Give a shorter prompt, or a model with more positions."
+            )
+
+
+def _room(model: Any, prompt: list[int]) -> float:
+    """How many tokens can stand after a prompt, up to the model's last position."""
+    return (greatest_length(model) or math.inf) - len(prompt)
+
+
+def _not_before(min_new_tokens: int, tokens: list[int], prompts: torch.Tensor) -> MinNewTokensLengthLogitsProcessor:
+    """Forbids these tokens until the answer has so many."""
+    return MinNewTokensLengthLogitsProcessor(
+        prompts.shape[1], min_new_tokens, torch.tensor(tokens, device=prompts.device), device=str(prompts.device)
+    )
