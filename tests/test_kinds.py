@@ -557,13 +557,14 @@ import json, os, sys
 import torch
 from transformers import AutoModelForCausalLM
 import nudging_hf
+from nudging_hf.core.transformers_private import tensor_parallel_group
 folder, tests = sys.argv[1:]
 sys.path.insert(0, tests)
 from running import inputs_of
 from tiny import Pair, pair, prompts
 chosen = pair("llama", 0, "shared")
 base = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
-assert base.tp_size == 2
+assert tensor_parallel_group(base).size() == 2
 inputs = inputs_of(chosen, *prompts(chosen, 3, 0))
 answers = []
 for settings in ({}, {"do_sample": True}):

@@ -320,14 +320,26 @@ def without_wrapper(model: Any) -> Any:
     return inside
 
 
+def tensor_parallel_group(model: Any) -> Any:
+    """The processes among which tensor parallelism divides a model; `None` if it is not divided.
+
+    5.19 and later have a mesh manager. 5.12 names the size in `tp_size`, 5.16 in the config alone.
+    """
+    if (manager := getattr(model, "_mesh_manager", None)) is not None:
+        return manager.get_mesh("tp").get_group() if (model.tp_size or 1) > 1 else None
+    mesh = getattr(model, "_device_mesh", None)
+    size = model.tp_size or getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
+    if mesh is None or size == 1:
+        return None
+    return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
+
+
 def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:
-    """Those of the first rank, where tensor parallelism has several that must do alike."""
-    if (model.tp_size or 1) == 1:
+    """The first rank's numbers, where tensor parallelism has several ranks that must act in sync."""
+    group = tensor_parallel_group(model)
+    if group is None:
         return numbers
     shared = torch.tensor(numbers, device=model.device)
-    manager = getattr(model, "_mesh_manager", None)
-    mesh = model._device_mesh if manager is None else manager.get_mesh("tp")  # 5.12 has no manager.
-    group = mesh.get_group()
     torch.distributed.broadcast(shared, src=torch.distributed.get_global_rank(group, 0), group=group)
     return shared.tolist()
 
