@@ -8,7 +8,7 @@ import pytest
 
 import nudging_hf
 from nudging_hf import NudgingConfig
-from nudging_hf.core.generate import OWN_ARGUMENTS
+from nudging_hf.core.arguments import OWN_ARGUMENTS
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "examples" / "mini" / "models"

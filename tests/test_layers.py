@@ -11,8 +11,8 @@ import nudging_hf
 PACKAGE = Path(nudging_hf.__file__).parent
 CORE = [
     {"config", "rounds"},
-    {"gate", "vocabulary", "sampling", "constraints", "drafting", "transformers_private", "prompt_lookup"},
-    {"answer", "cache_layers"},
+    {"arguments", "gate", "vocabulary", "sampling", "constraints", "drafting", "transformers_private"},
+    {"answer", "cache_layers", "prompt_lookup"},
     {"kv_cache", "reading_mode"},
     {"state_cache", "validation"},
     {"copied_cache"},
@@ -82,7 +82,7 @@ def test_imports_point_downward(module):
 def test_what_a_hub_folder_carries_needs_torch_and_transformers_alone(module):
     _, others = imports_of(module)
     roots = {name.split(".")[0] for name in others}
-    assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers"}
+    assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers", "typing_extensions"}
 
 
 def test_the_algorithm_knows_no_torch():

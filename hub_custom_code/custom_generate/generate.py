@@ -1,6 +1,7 @@
-"""The door: what a user's `generate` call says, checked, completed, and handed to transformers and to the decoder.
+"""The door: checks and completes what a `generate` call says, and hands it to transformers and to the decoder.
 
-transformers merges the generation config, prepares prompts, processors and criteria, and calls the decoding loop back.
+transformers merges the generation config, prepares prompts, logits processors and stopping criteria, and calls the
+decoding loop back.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import os
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, ProcessorMixin
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
+from .arguments import OWN_ARGUMENTS, GenerateArguments
 from .cached_lm import Prompts, Static, cached_lm
 from .config import NudgingConfig
 from .decoding import NudgedDecoder
@@ -42,118 +44,117 @@ from .validation import (
 )
 from .vocabulary import Vocabulary
 
-# Where a Hub folder's own `generate` is called, transformers hands on how it was to be reached.
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# If a Hub folder's own `generate` is called, transformers passes on how the folder was to be loaded.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _FOLDER_ARGUMENTS = ("code_revision", "revision", "subfolder", "trust_remote_code")
 
 _GENERATE_SIGNATURE = inspect.signature(GenerationMixin.generate)
 
-OWN_ARGUMENTS = (
-    "nudging_model",
-    "nudging_tokenizer",
-    "nudging_input_ids",
-    "nudging_attention_mask",
-    "nudging_config",
-    "base_tokenizer",
-)
-
 
 @torch.no_grad()
-def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) -> NudgingOutput | torch.Tensor:
-    """`model.generate(...)`, nudged: the base `model` writes, and where it is unsure the nudging model does.
+def generate(
+    *args: Any, model: PreTrainedModel | None = None, **kwargs: Unpack[GenerateArguments]
+) -> NudgingOutput | torch.Tensor:
+    """Nudged `model.generate(...)`: the base `model` writes, and the nudging model writes where the base is unsure.
 
     `nudging_hf.generate(model, **inputs, nudging_model=m)`, `model.generate(**inputs, nudging_model=m)` after
     `nudging_hf.register()`, and `model.generate(**inputs, custom_generate=nudging_hf.generate, nudging_model=m)` give
-    the same ids. Through `custom_generate` transformers refuses `stop_strings` for want of a tokenizer, and answers
-    `cache_implementation="paged"` by itself, without nudging and without a word: use another door for the first.
+    the same ids. Through `custom_generate` transformers refuses `stop_strings`, because it does not pass on a
+    tokenizer, and answers `cache_implementation="paged"` itself, without nudging and without a warning.
 
     Args:
         model (`PreTrainedModel`):
-            The base, a decoder-only language model; also as the first positional argument. It may read images, sounds
-            or videos, given as to its own `generate` (`pixel_values`, ...); the nudging model reads text alone.
+            The base, a decoder-only language model. It may also be the first positional argument. It may read images,
+            sounds or videos, given as to its own `generate` (`pixel_values`, ...). The nudging model reads only text.
         nudging_model (`PreTrainedModel` or `str`, *optional*):
-            The small aligned model, or the folder or Hub name that it is loaded from, once for each base, to the
-            base's device and in its dtype. Left out, the one that the base's generation config names in
-            `nudging_model_name_or_path`. `None` says: generate plainly, whatever is said of nudging.
+            The small aligned model, or the folder or Hub name from which it is loaded once for each base, to the
+            base's device and in its dtype. By default it is the one that the base's generation config names in
+            `nudging_model_name_or_path`. `None` means plain generation, whatever else is said about nudging.
         tokenizer, nudging_tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Of the base and of the nudging model; left out, they are loaded from the models' `name_or_path`.
-            `base_tokenizer` is another name for the first.
+            The tokenizers of the base and of the nudging model. By default they are loaded from the models'
+            `name_or_path`. `base_tokenizer` is another name for the first.
         nudging_input_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
-            The nudging model's prompts, with `nudging_attention_mask` where they are padded. Left out, the text of
-            the base's prompt is one user turn of the nudging tokenizer's chat template, or is taken as it is where
-            the tokenizer has none; images are left out of it.
+            The nudging model's prompts, with `nudging_attention_mask` where they are padded. By default the text of
+            the base's prompt, without images, becomes one user turn of the nudging tokenizer's chat template. If the
+            tokenizer has no template, the text is used as it is.
         nudge_threshold, nudge_gate, target_nudge_rate, num_nudging_tokens, takeover_on_agreement, num_draft_tokens:
-            The knobs of [`NudgingConfig`], also as `nudging_config=`, a `NudgingConfig` or a dict, or as fields of a
-            generation config. Keywords come first, then `nudging_config`, then the generation config.
+            The fields of [`NudgingConfig`]. They may also come as `nudging_config=`, a `NudgingConfig` or a dict, or
+            as fields of a generation config. Keywords take precedence, then `nudging_config`, then the generation
+            config.
         kwargs:
-            Everything else that `generate` takes. `StoppingCriteria` are called for one row at a time, with ids of
-            shape (1, length) and `scores=None`, at every token; `LogitsProcessor`s of the caller's own likewise for
-            the base, also at drafted positions, so they must not keep count of their calls.
+            Everything else that `generate` takes; see [`~arguments.GenerateArguments`]. `StoppingCriteria` are called
+            for one row at a time, at every token, with ids of shape (1, length) and `scores=None`. The caller's own
+            `LogitsProcessor`s are also called for one row at a time, at draft positions too, so they must not count
+            their calls.
 
-            What processors forbid, i.e. give the score −∞ by the ids before it (`bad_words_ids`, `suppress_tokens`,
-            `prefix_allowed_tokens_fn`, `no_repeat_ngram_size`, one of the caller's own, ...), neither model writes.
-            To find that out for the nudging model's words, they are called with scores of 0 as well. Penalties,
-            finite biases, and sampling's warpers shape the base alone; the nudging model has those of its own
-            generation config. `remove_invalid_values` does nothing: NaN and infinite logits are an error.
+            A token is forbidden if logits processors give it the score −∞ because of the ids before it, as
+            `bad_words_ids`, `suppress_tokens`, `prefix_allowed_tokens_fn` and `no_repeat_ngram_size` do, or a
+            processor of the caller's own. Neither model writes a forbidden token. To find out what is forbidden to
+            the nudging model, the processors are also called with scores of 0. Penalties, finite biases and
+            sampling's warpers act on the base alone; the nudging model has those of its own generation config.
+            `remove_invalid_values` has no effect, because NaN and infinite logits are an error.
 
-            An `eos_token_id` of the call that is none of the base's own (of `model.generation_config`) is a stop
-            token: the answer ends with it, whichever model writes it. `min_new_tokens` holds it back too.
-            Else only the nudging model ends an answer, by the EOS of its generation config or of its tokenizer.
+            An `eos_token_id` of the call that is none of the base's own (in `model.generation_config`) is a stop
+            token: the answer ends with it, whichever model writes it, and `min_new_tokens` suppresses it too.
+            Otherwise only the nudging model ends an answer, by the EOS of its generation config or of its tokenizer.
 
-            An answer ends at the last position of either model too, where its positions are learned.
+            An answer also ends at the last position of either model if the model's positions are learned.
 
     Returns:
-        Ids of shape `(batch_size, length)`, or a [`NudgingOutput`] where `return_dict_in_generate=True`.
+        Ids of shape `(batch_size, length)`, or a [`NudgingOutput`] if `return_dict_in_generate=True`.
 
     Raises:
-        ValueError: for what nudging cannot do (beam search, encoder-decoder models, caches that cannot roll back, a
-            streamer for several rows, ...), for a missing tokenizer or prompt, and for values out of range. The
-            message says what was given and what to give instead.
+        ValueError: for what nudging cannot do (beam search, encoder-decoder models, a streamer for several rows,
+            ...), for a missing tokenizer or prompt, and for values out of range. The message says what was given and
+            what to give instead.
     """
     if model is None:
         if not args:
             raise ValueError("Nothing to nudge: give the base as the first argument or as `model=`.")
-        model, *args = args  # type: ignore[assignment]
+        model, args = args[0], args[1:]
     check_version()
     model = without_wrapper(model)
-    plain = kwargs.get("nudging_model", model) is None
-    own = {name: kwargs.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
-    hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    arguments: dict[str, Any] = {**kwargs}
+    is_plain = arguments.get("nudging_model", model) is None
+    own = {name: arguments.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
+    hub = {name: arguments.pop(name) for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
     for name in _FOLDER_ARGUMENTS:
-        kwargs.pop(name, None)
-    if is_prepared(kwargs.get("generation_config")):  # transformers calls, by `custom_generate=`.
-        if plain:
+        arguments.pop(name, None)
+    if is_prepared(arguments.get("generation_config")):  # transformers calls, because of `custom_generate=`.
+        if is_plain:
             raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
-        refuse_what_is_no_language_model(model, "base", "model")
-        generation_config, given = kwargs["generation_config"], arguments_of_caller()
-        _find_nudging_model(model, own, generation_config, hub)
-        refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, given)
-        call = _call(model, own, given.get("tokenizer"), generation_config, given.get("streamer"))
-        refuse_streamer_of_several_rows(call.streamer, len(args[0]))
-        kwargs["nudging_call"] = call
-        return _decode(model, *args, **kwargs)
-    if plain:
-        return plain_generate(model)(model, *args, **kwargs)
+        given = arguments_of_caller()
+        arguments["nudging_call"] = _checked_call(model, own, hub, arguments["generation_config"], given, len(args[0]))
+        return _decode(model, *args, **arguments)
+    if is_plain:
+        return plain_generate(model)(model, *args, **arguments)
 
-    refuse_what_is_no_language_model(model, "base", "model")
-    arguments = dict(_GENERATE_SIGNATURE.bind(model, *args, **kwargs).arguments)
-    arguments.update(arguments.pop("kwargs", {}))
-    del arguments["self"]
-    tokenizer = arguments.pop("tokenizer", None)
-    generation_config = merged_generation_config(model, **arguments)
-    _find_nudging_model(model, own, generation_config, hub)
-    refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, arguments)
-    call = _call(model, own, tokenizer, generation_config, arguments.get("streamer"))
+    arguments = _by_name(model, args, arguments)
+    generation_config = merged_generation_config(
+        model, **{name: value for name, value in arguments.items() if name != "tokenizer"}
+    )
     prompts = arguments.get("inputs", arguments.get("input_ids"))
     rows = generation_config.num_return_sequences * (1 if prompts is None else len(prompts))
-    refuse_streamer_of_several_rows(call.streamer, rows)
+    call = _checked_call(model, own, hub, generation_config, arguments, rows)
+    arguments.pop("tokenizer", None)
     if generation_config.stop_strings is not None:
         take_over_stop_strings(arguments, model, generation_config.stop_strings, call.vocabulary.tokenizer)
     return GenerationMixin.generate(model, **arguments, custom_generate=_decode, nudging_call=call)
 
 
+def _by_name(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of plain `generate` by their names."""
+    arguments = dict(_GENERATE_SIGNATURE.bind(model, *args, **kwargs).arguments)
+    arguments.update(arguments.pop("kwargs", {}))
+    del arguments["self"]
+    return arguments
+
+
 def _signature() -> inspect.Signature:
-    """transformers hands a `custom_generate` function those arguments of its own that its signature names."""
+    """The signature that `inspect` sees: transformers passes a `custom_generate` function what its signature names."""
     names = (*OWN_ARGUMENTS, *NudgingConfig.field_names())
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
     parameters = inspect.signature(generate).parameters
@@ -172,10 +173,10 @@ def _decode(
     generation_config: Any,
     **model_kwargs: Any,
 ) -> NudgingOutput | torch.Tensor:
-    """The decoding loop, as transformers calls it: everything is prepared, and no token has been read.
+    """The decoding loop as transformers calls it, when everything is prepared and no token has been read.
 
-    transformers hands a loop those of `generate`'s arguments that its signature names: `attention_mask`, named, would
-    come twice.
+    transformers passes those arguments of `generate` that a loop's signature names, and the rest in `model_kwargs`. If
+    `attention_mask` were named here, it would come twice.
     """
     attention_mask, use_cache = model_kwargs.get("attention_mask"), model_kwargs.pop("use_cache")
     for name in CACHE_NAMES:
@@ -217,41 +218,31 @@ def _decode(
     return nudging_output(sequences, rows, base, nudging, scores, logits) if full else sequences
 
 
-def _find_nudging_model(
-    model: PreTrainedModel, own: dict[str, Any], generation_config: Any, hub: Mapping[str, Any]
-) -> None:
-    """Puts the nudging model that is only named, and its tokenizer, in its place among the call's own arguments."""
-    given = own["nudging_model"]
-    if given is None:
-        given = getattr(generation_config, "nudging_model_name_or_path", None)
-    if isinstance(given, (str, os.PathLike)):
-        own["nudging_model"], tokenizer = named_nudging_model(model, os.fspath(given), hub)
-        if own["nudging_tokenizer"] is None:
-            own["nudging_tokenizer"] = tokenizer
-    elif given is not None:
-        own["nudging_model"] = without_wrapper(given)
-
-
-def _knobs(nudging_config: Any) -> Mapping[str, Any]:
-    """The knobs that `nudging_config=` sets."""
-    if nudging_config is None:
-        return {}
-    # By its name: the class that a Hub folder carries and that of the installed package are two.
-    knobs = vars(nudging_config) if type(nudging_config).__name__ == NudgingConfig.__name__ else nudging_config
-    if not isinstance(knobs, Mapping):
-        raise ValueError(f"`nudging_config` must be a `NudgingConfig` or a dict, got {type(nudging_config).__name__}.")
-    if unknown := sorted(set(knobs) - set(NudgingConfig.field_names())):
-        raise ValueError(
-            f"`nudging_config` knows {', '.join(NudgingConfig.field_names())}, got {', '.join(map(repr, unknown))}."
-        )
-    return knobs
-
-
-def _call(
-    model: PreTrainedModel, own: Mapping[str, Any], tokenizer: Any, generation_config: Any, streamer: Any = None
+def _checked_call(
+    model: PreTrainedModel,
+    own: Mapping[str, Any],
+    hub: Mapping[str, Any],
+    generation_config: Any,
+    arguments: Mapping[str, Any],
+    rows: int,
 ) -> NudgingCall:
-    """What the call says of nudging, completed: tokenizers loaded, knobs resolved."""
-    nudging_model = own["nudging_model"]
+    """What the call says about nudging, with tokenizers loaded and parameters resolved.
+
+    Args:
+        model: the base.
+        own: nudging's own arguments.
+        hub: how a model that is only named is loaded from the Hub.
+        generation_config: as `generate` merges it.
+        arguments: the other arguments of `generate`, by the names that the caller gave them.
+        rows: how many answers there will be.
+
+    Raises:
+        ValueError: for what nudging cannot do, and for arguments of the wrong kind.
+    """
+    refuse_what_is_no_language_model(model, "base", "model")
+    nudging_model, nudging_tokenizer = _nudging_model(model, own, generation_config, hub)
+    refuse_what_nudging_cannot_do(model, nudging_model, generation_config, arguments)
+    tokenizer = arguments.get("tokenizer")
     tokenizer = tokenizer if tokenizer is not None else own["base_tokenizer"]
     ids, mask = own["nudging_input_ids"], own["nudging_attention_mask"]
     if ids is not None and (not isinstance(ids, torch.Tensor) or ids.ndim != 2):
@@ -260,17 +251,46 @@ def _call(
         raise ValueError(
             f"`nudging_attention_mask` must have the shape of `nudging_input_ids`, {_shape(ids)}, got {_shape(mask)}."
         )
-    return NudgingCall(
+    call = NudgingCall(
         nudging_model=nudging_model,
         vocabulary=loaded_vocabulary(tokenizer, model, "tokenizer", "base"),
-        nudging_vocabulary=loaded_vocabulary(
-            own["nudging_tokenizer"], nudging_model, "nudging_tokenizer", "nudging model"
-        ),
+        nudging_vocabulary=loaded_vocabulary(nudging_tokenizer, nudging_model, "nudging_tokenizer", "nudging model"),
         nudging_input_ids=ids,
         nudging_attention_mask=mask,
-        config=NudgingConfig.resolve([own, _knobs(own["nudging_config"]), generation_config.to_dict()]),
-        streamer=streamer,
+        config=NudgingConfig.resolve([own, _parameters(own["nudging_config"]), generation_config.to_dict()]),
+        streamer=arguments.get("streamer"),
     )
+    refuse_streamer_of_several_rows(call.streamer, rows)
+    return call
+
+
+def _nudging_model(
+    model: PreTrainedModel, own: Mapping[str, Any], generation_config: Any, hub: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """The nudging model and its tokenizer, loaded if the call or the generation config only names the model."""
+    given, tokenizer = own["nudging_model"], own["nudging_tokenizer"]
+    if given is None:
+        given = getattr(generation_config, "nudging_model_name_or_path", None)
+    if isinstance(given, (str, os.PathLike)):
+        named, own_tokenizer = named_nudging_model(model, os.fspath(given), hub)
+        return named, own_tokenizer if tokenizer is None else tokenizer
+    return None if given is None else without_wrapper(given), tokenizer
+
+
+def _parameters(nudging_config: Any) -> Mapping[str, Any]:
+    """The parameters that `nudging_config=` sets."""
+    if nudging_config is None:
+        return {}
+    # The class is compared by its name: a Hub folder carries one, and the installed package has another.
+    is_config = type(nudging_config).__name__ == NudgingConfig.__name__
+    parameters = vars(nudging_config) if is_config else nudging_config
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"`nudging_config` must be a `NudgingConfig` or a dict, got {type(nudging_config).__name__}.")
+    if unknown := sorted(set(parameters) - set(NudgingConfig.field_names())):
+        raise ValueError(
+            f"`nudging_config` knows {', '.join(NudgingConfig.field_names())}, got {', '.join(map(repr, unknown))}."
+        )
+    return parameters
 
 
 def _shape(value: Any) -> str:
@@ -278,14 +298,14 @@ def _shape(value: Any) -> str:
 
 
 def loaded_vocabulary(tokenizer: Any, model: PreTrainedModel, argument: str, whose: str) -> Vocabulary:
-    """The vocabulary of a tokenizer, or where it is `None` of the one that the model's `name_or_path` names.
+    """The vocabulary of a tokenizer, or if that is `None`, of the tokenizer that the model's `name_or_path` names.
 
     Args:
         tokenizer: of transformers, or a processor that holds one.
         argument, whose: how an error calls the tokenizer and the model.
 
     Raises:
-        ValueError: for what is no tokenizer, and where none can be loaded.
+        ValueError: for an object that is no tokenizer, and if none can be loaded.
     """
     if tokenizer is None:
         revision = getattr(model.config, "_commit_hash", None)  # Of what came from the Hub.
@@ -310,16 +330,16 @@ def _load_tokenizer(name_or_path: str, revision: str | None, argument: str, whos
 
 @lru_cache(maxsize=8)
 def _vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
-    """One `Vocabulary` for each tokenizer, for as long as no token is added to it: what it finds out is kept."""
+    """One `Vocabulary` for each tokenizer, which keeps what it computes until a token is added to the tokenizer."""
     return Vocabulary(tokenizer)
 
 
-# transformers keeps what it finds out of stop strings, the last eight, for all threads, and does not lock it.
+# transformers caches what it computes for the last eight stop strings, for all threads and without a lock.
 _STOP_STRINGS = threading.Lock()
 
 
 def take_over_stop_strings(arguments: dict[str, Any], model: Any, stop_strings: Any, tokenizer: Any) -> None:
-    """Makes a stopping criterion of them: transformers has no tokenizer to hand when it calls the decoding loop."""
+    """Replaces stop strings by a stopping criterion, because transformers does not pass a tokenizer to the loop."""
     criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
     with _STOP_STRINGS:
         criteria.append(StopStringCriteria(tokenizer, stop_strings))

@@ -1,15 +1,15 @@
-"""Every knob of nudging, once, validated. It knows numbers, never models or text."""
+"""Every parameter of nudging, defined once and validated. It knows numbers, never models or text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 ADAPTIVE = "adaptive"
 AUTO = "auto"
-# The gates, and the threshold of each where none is given; see the `gate` module.
+# The gates and their default thresholds; see the `gate` module.
 DEFAULT_THRESHOLDS = {"top1": 0.4, "entropy": 2.0, "margin": 0.2, "rejection": 0.2, "kad": 0.4}
 
 
@@ -21,31 +21,31 @@ class NudgingConfig:
 
     Args:
         nudge_threshold (`float` or `"auto"`, defaults to that of the gate, 0.4 for `"top1"`):
-            γ of the paper (arXiv 2410.09300): the base is confident where its top-1 probability is at least this.
-            0 never nudges a base that has begun to write; above 1 the nudging model writes wherever it can. The paper
-            takes 0.4 for Llama-2 and 0.3 for Gemma-2 and OLMo. `"auto"` takes the number that is stored with the
-            model for this gate and target, as `nudging-hf calibrate` stores it; where there is none, each answer sets
-            its own as it goes (see [`~gate.OnlineCutoff`]).
+            γ of the paper (arXiv 2410.09300): the base is confident where its top-1 probability is at least γ.
+            With 0, the base is never nudged after the first word. Above 1, the nudging model writes wherever it can.
+            The paper uses 0.4 for Llama-2 and 0.3 for Gemma-2 and OLMo. `"auto"` takes the number that is stored with
+            the model for this gate and target, as `nudging-hf calibrate` stores it. If there is none, each answer
+            adjusts its own threshold (see [`~gate.OnlineCutoff`]).
         nudge_gate (`str`, defaults to `"top1"`):
-            By what it is told whether the base is confident, and so what the threshold is compared with: `"top1"`
-            (the paper's), `"entropy"`, `"margin"`, `"rejection"` or `"kad"`. Formulas and sources: see the `gate`
-            module. For `"entropy"` and `"rejection"` a *greater* threshold nudges less.
+            Which score of the base is compared with the threshold: `"top1"` (the paper's), `"entropy"`, `"margin"`,
+            `"rejection"` or `"kad"`. The `gate` module has their formulas and sources. With `"entropy"` and
+            `"rejection"` a *greater* threshold nudges less.
         target_nudge_rate (`float`, defaults to 0.1):
-            The share of words, in (0, 1), that a threshold which sets itself aims at.
+            The share of words, in (0, 1), that the threshold `"auto"` aims at.
         num_nudging_tokens (`int`, defaults to 16):
             The length of a lookahead, in tokens of the nudging model's vocabulary.
         takeover_on_agreement (`bool`, defaults to `True`):
             Whether the base takes over also where it is unsure but its token begins the next nudging word.
         num_draft_tokens (`int` or `"adaptive"`, defaults to `"adaptive"`):
             How many tokens of the nudging model's continuation the base verifies in one forward pass, in tokens of
-            the base's vocabulary. A matter of speed alone: the answer is the same for every value. 0 drafts nothing,
-            and lets the nudging model guess nothing of its own text either.
+            the base's vocabulary. It changes the speed alone: the answer is the same for every value. With 0, nothing
+            is drafted, and the nudging model does not guess its own text either.
 
     Raises:
         ValueError: if a field has a value of the wrong kind or out of range.
     """
 
-    nudge_threshold: float | str = None  # type: ignore[assignment]  # Stands for the gate's own.
+    nudge_threshold: float | str = cast("float | str", None)  # It is replaced by the gate's default.
     nudge_gate: str = "top1"
     target_nudge_rate: float = 0.1
     num_nudging_tokens: int = 16
@@ -55,13 +55,17 @@ class NudgingConfig:
     def __post_init__(self) -> None:
         if self.nudge_gate not in DEFAULT_THRESHOLDS:
             raise ValueError(f"`nudge_gate` must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {self.nudge_gate!r}.")
-        if self.nudge_threshold is None:
-            object.__setattr__(self, "nudge_threshold", DEFAULT_THRESHOLDS[self.nudge_gate])  # type: ignore[unreachable]
-        threshold = self.nudge_threshold
-        if threshold != AUTO and not _is_finite(threshold):
-            raise ValueError(f"`nudge_threshold` must be a finite number such as 0.4, or {AUTO!r}, got {threshold!r}.")
-        if threshold != AUTO and threshold < 0:  # type: ignore[operator]
-            raise ValueError(f"`nudge_threshold` must be >= 0, got {threshold!r}.")
+        threshold: object = self.nudge_threshold
+        if threshold is None:
+            threshold = DEFAULT_THRESHOLDS[self.nudge_gate]
+            object.__setattr__(self, "nudge_threshold", threshold)
+        if threshold != AUTO:
+            if not _is_finite(threshold):
+                raise ValueError(
+                    f"`nudge_threshold` must be a finite number such as 0.4, or {AUTO!r}, got {threshold!r}."
+                )
+            if threshold < 0:
+                raise ValueError(f"`nudge_threshold` must be >= 0, got {threshold!r}.")
         if not _is_finite(self.target_nudge_rate) or not 0 < self.target_nudge_rate < 1:
             raise ValueError(
                 f"`target_nudge_rate` is a share of words and must be in (0, 1), got {self.target_nudge_rate!r}."
@@ -70,21 +74,22 @@ class NudgingConfig:
             raise ValueError(f"`num_nudging_tokens` must be an integer >= 1, got {self.num_nudging_tokens!r}.")
         if not isinstance(self.takeover_on_agreement, bool):
             raise ValueError(f"`takeover_on_agreement` must be True or False, got {self.takeover_on_agreement!r}.")
-        drafts = self.num_draft_tokens
-        if drafts != ADAPTIVE and (not _is_int(drafts) or drafts < 0):  # type: ignore[operator]
+        drafts: object = self.num_draft_tokens
+        if drafts != ADAPTIVE and (not _is_int(drafts) or drafts < 0):
             raise ValueError(f"`num_draft_tokens` must be an integer >= 0 or {ADAPTIVE!r}, got {drafts!r}.")
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """The names of all knobs, in order."""
+        """The names of all parameters, in order."""
         return tuple(field.name for field in fields(cls))
 
     @classmethod
     def resolve(cls, sources: Iterable[Mapping[str, Any]]) -> NudgingConfig:
-        """The config in which each knob has the value of the first source that sets it (to anything but `None`).
+        """The config in which each parameter has the value of the first source that sets it to anything but `None`.
 
-        A threshold goes with a gate: where an earlier source has chosen another gate than this one's (the default one,
-        where it names none), its threshold does not count. A number for "auto" goes with a target likewise.
+        A threshold belongs to the gate of its source, which is the default gate if the source names none. If an
+        earlier source has chosen another gate, the threshold is ignored. In the same way, a number that stands in for
+        "auto" belongs to a target.
         """
         given = [
             {name: source[name] for name in cls.field_names() if source.get(name) is not None} for source in sources
@@ -101,7 +106,7 @@ class NudgingConfig:
 
 
 def _threshold(sources: list[dict[str, Any]], gate: str, target: float) -> Any:
-    """The threshold of the first source that sets one; for "auto", a number further down that was found for it."""
+    """The threshold of the first source that sets one. For "auto", a later source may have a calibrated number."""
     is_auto = gate_is_chosen = False
     for source in sources:
         threshold = source.get("nudge_threshold")
@@ -116,9 +121,9 @@ def _threshold(sources: list[dict[str, Any]], gate: str, target: float) -> Any:
     return AUTO if is_auto else None
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

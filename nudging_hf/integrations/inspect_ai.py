@@ -79,7 +79,11 @@ class NudgingAPI(inspect.ModelAPI):
         inputs = chat_inputs(chat, self.tokenizer, self.nudging_tokenizer, **self.prompting).to(self.base.device)
         models = {"nudging_model": self.nudging_model, "nudging_tokenizer": self.nudging_tokenizer}
         drawing |= {"do_sample": bool(drawing), "num_return_sequences": rows, "max_new_tokens": config.max_tokens}
-        limits = {"stop_strings": stops or None, "return_dict_in_generate": True, "nudging_config": self.knobs}
+        limits: dict[str, Any] = {
+            "stop_strings": stops or None,
+            "return_dict_in_generate": True,
+            "nudging_config": self.knobs,
+        }
         output: Any = generate(self.base, **inputs, tokenizer=self.tokenizer, **models, **drawing, **limits)
         choices, nudged, words = [], 0, 0
         for pieces, reason in zip(pieces_of(output, self.tokenizer), output.finish_reasons, strict=True):
