@@ -1,4 +1,4 @@
-"""Tiny random models of the causal architectures of transformers. It knows configurations, never nudging."""
+"""Tiny random models of the causal architectures of transformers. This module knows nothing of nudging."""
 
 import inspect
 from typing import Any
@@ -46,7 +46,7 @@ _SIZES: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "sliding_window": 8,
     "is_decoder": True,
-    # States of linear attention, and indexes.
+    # Linear attention and indexers.
     "use_mamba_kernels": False,
     "mamba_d_state": 8,
     "mamba_chunk_size": 4,
@@ -59,16 +59,16 @@ _SIZES: dict[str, Any] = {
     "linear_num_heads": 4,
     "index_topk": 6,
     "index_head_dim": 16,
-    "index_n_heads": 16,  # With few, many scores are 0, and the order of equal scores is nobody's.
+    "index_n_heads": 16,  # With few heads, many scores are 0, and the order of equal scores is undefined.
 }
 _ALTERNATING = ["linear_attention", "full_attention"] * 2
-# What a layer with Mamba's state is called, and one with attention beside such layers, differs by version.
-_BEFORE_ONE_NAME = "mamba" in ALLOWED_LAYER_TYPES
-_MAMBA, _ATTENTION = ("mamba", "attention") if _BEFORE_ONE_NAME else ("linear_attention", "full_attention")
+# The names of Mamba layers, and of attention layers in the same model, depend on the version of transformers.
+_HAS_MAMBA_TYPE = "mamba" in ALLOWED_LAYER_TYPES
+_MAMBA, _ATTENTION = ("mamba", "attention") if _HAS_MAMBA_TYPE else ("linear_attention", "full_attention")
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2}
 _MLA = {"head_dim": None, "num_key_value_heads": 4}
 
-# What an architecture needs beside `_SIZES`; None leaves a size as the architecture has it.
+# What an architecture needs besides `_SIZES`. `None` keeps the architecture's default size.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "axk2": {"num_hidden_layers": 3},
     "codegen": {"rotary_dim": 4},
@@ -297,41 +297,41 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-# What is left out, and why.
-_COMPOSITE = "its language model is a type of its own"
+# The architectures that are left out, and why.
+_COMPOSITE = "its language model is a model type of its own"
 LEFT_OUT = {
-    "blt": "reads bytes in patches, with models of its own for them",
+    "blt": "reads bytes in patches, with further models for the patches",
     "dots3_note": _COMPOSITE,
-    "emu3": "has an image model beside it, and no type for the language model alone",
-    "fuyu": "has an image model beside it; its language model is a persimmon",
+    "emu3": "also has an image model, and no type for the language model alone",
+    "fuyu": "also has an image model; its language model is a persimmon",
     "gemma3": _COMPOSITE,
     "gemma3n": _COMPOSITE,
     "gemma4": _COMPOSITE,
-    "gemma4_assistant": "reads the states of another model",
+    "gemma4_assistant": "reads the hidden states of another model",
     "gemma4_unified": _COMPOSITE,
-    "gemma4_unified_assistant": "reads the states of another model",
-    "git": "has an image model beside it",
-    "got_ocr2": "has an image model beside it; its language model is a qwen2",
+    "gemma4_unified_assistant": "reads the hidden states of another model",
+    "git": "also has an image model",
+    "got_ocr2": "also has an image model; its language model is a qwen2",
     "inkling2_loop_text": "mixes float32 with the dtype it is given",
     "inkling2_text": "mixes float32 with the dtype it is given",
     "llama4": _COMPOSITE,
-    "mllama": "has an image model beside it",
-    "moshi": "has models of sound beside it",
-    "moss_transcribe_diarize": "has a model of sound beside it",
-    "musicgen": "writes sound, several tokens at a time",
-    "musicgen_melody": "writes sound, several tokens at a time",
-    "phi4_multimodal": "has models of images and sound beside it; its language model is a phi3",
+    "mllama": "also has an image model",
+    "moshi": "also has audio models",
+    "moss_transcribe_diarize": "also has an audio model",
+    "musicgen": "generates audio, several tokens at a time",
+    "musicgen_melody": "generates audio, several tokens at a time",
+    "phi4_multimodal": "also has image and audio models; its language model is a phi3",
     "qwen3_5": _COMPOSITE,
     "qwen3_5_moe": _COMPOSITE,
     "qwen4_exp": _COMPOSITE,
-    "xglm": "fills scores in float32 with the lowest number of the dtype it is given",
+    "xglm": "fills float32 scores with the lowest number of the dtype it is given",
 }
 MODEL_TYPES = tuple(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in LEFT_OUT)
 
 # Standard deviations of the layers' weights and of the token embeddings.
 _LAYER_STD = 0.25
 _EMBEDDING_STD = 1.0
-# Smaller where embeddings are scaled up, or layers down, so that text depends on more than its last token.
+# Smaller where the model scales embeddings up or layers down, so that logits depend on more than the last token.
 _SMALLER_EMBEDDINGS = dict.fromkeys(
     (
         "ctrl",
@@ -346,7 +346,7 @@ _SMALLER_EMBEDDINGS = dict.fromkeys(
     ),
     0.2,
 )
-_MOST_PARAMETERS = 5_000_000
+_MAX_PARAMETERS = 5_000_000
 
 
 def _config(model_type: str) -> Any:
@@ -356,7 +356,7 @@ def _config(model_type: str) -> Any:
     sizes = {name: size for name, size in _SIZES.items() if name in named}
     if getattr(config_class, "sliding_window", 0) is None:
         sizes.pop("sliding_window", None)
-    if "qk_rope_head_dim" in named:  # Heads have two sizes, and keys are as many as queries.
+    if "qk_rope_head_dim" in named:  # Heads have two sizes, and there are as many key heads as query heads.
         sizes.pop("head_dim", None)
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     sizes |= _OVERRIDES.get(model_type, {})
@@ -366,17 +366,17 @@ def _config(model_type: str) -> Any:
 
 
 def tiny(model_type: str, seed: int) -> PreTrainedModel:
-    """A random causal LM in float64 and eval mode over the vocabulary of `byte_bpe`, of 1 to 6 small layers.
+    """A random causal LM of 1 to 6 small layers, in float64 and eval mode, with the vocabulary of `byte_bpe`.
 
     Args:
-        model_type: One of `MODEL_TYPES`.
-        seed: Seeds its weights.
+        model_type: one of `MODEL_TYPES`.
+        seed: the seed of its weights.
     """
     config = _config(model_type)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    if count > _MOST_PARAMETERS:
-        raise ValueError(f"{model_type} has {count} parameters: expected at most {_MOST_PARAMETERS}")
+    if count > _MAX_PARAMETERS:
+        raise ValueError(f"{model_type} has {count} parameters: expected at most {_MAX_PARAMETERS}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).double().eval()
@@ -384,11 +384,11 @@ def tiny(model_type: str, seed: int) -> PreTrainedModel:
         embedding_std = _SMALLER_EMBEDDINGS.get(model_type, _EMBEDDING_STD)
         for name, parameter in model.named_parameters():
             is_weight = parameter.dim() == 2 or (parameter.dim() == 3 and "experts" in name)
-            if is_weight and not name.endswith("A_log"):  # That is a state's rate of decay.
+            if is_weight and not name.endswith("A_log"):  # A_log is the decay rate of a state.
                 parameter.data.normal_(0.0, embedding_std if parameter is embeddings else _LAYER_STD)
     model.requires_grad_(False)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # The others know no float64.
+        model.set_experts_implementation("eager")  # Other implementations do not support float64.
     ids = {"eos_token_id": byte_bpe().eos_token_id, "pad_token_id": byte_bpe().pad_token_id}
     model.generation_config = GenerationConfig(**ids)
     _sharpen(model)
@@ -397,13 +397,13 @@ def tiny(model_type: str, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def _sharpen(model: PreTrainedModel) -> None:
-    """Scales the head so that half of the top-1 probabilities are above 0.45, and few tokens are control tokens."""
+    """Scales the head so that half of the top-1 probabilities are above 0.45 and few choices are control tokens."""
     head = model.get_output_embeddings()
     if head is None or head.weight is model.get_input_embeddings().weight:
         return
     head.weight[list(byte_bpe().all_special_ids)] *= 0.5
     ids = torch.randint(3, len(byte_bpe()), (16, 10), generator=torch.Generator().manual_seed(0))
-    for _ in range(3):  # A soft cap on the logits makes a scale less than it is.
+    for _ in range(3):  # A soft cap on the logits weakens the effect, so scaling is repeated.
         logits = model(ids, use_cache=False).logits[:, 4:].double()
         steps = [2.0 ** (step / 4) for step in range(-24, 25)]
         sharp = [step for step in steps if (step * logits).softmax(-1).amax(-1).median() >= 0.45]

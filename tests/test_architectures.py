@@ -1,4 +1,4 @@
-"""The laws of nudging for every causal architecture of transformers: each holds, or the call is refused in words."""
+"""The laws of nudging hold for every causal architecture of transformers, or the call is refused with a reason."""
 
 import functools
 import random
@@ -16,17 +16,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 LENGTHS = {"max_new_tokens": 14, "num_nudging_tokens": 8}
 
-# Each is read in a way of its own: states, indexes, shared keys and values, positions by the cache, no cache, refused.
-OF_THEIR_OWN_KIND = set(
+# Each of these differs in how it is read: recurrent states, indexers, shared keys and values, positions counted by the
+# cache, no cache, or a refusal.
+READ_DIFFERENTLY = set(
     "bart bloom deepseek_v32 deepseek_v4 falcon_h1 gemma3n_text gemma4_text gpt_neo jamba lfm2 mamba mamba2 minimax "
     "nemotron_h openai-gpt qwen3_5_text qwen3_next qwen4_exp_text roberta roformer rwkv xlnet zamba2".split()
 )
 
 
-def of_both_kinds(every: int) -> list[Any]:
-    """All types. Those that are not of a kind of their own are slow tests, but for some of them."""
+def all_model_types(every: int) -> list[Any]:
+    """All model types. Those that are not in `READ_DIFFERENTLY` are slow tests, except one in `every`."""
     return [
-        pytest.param(name, marks=() if name in OF_THEIR_OWN_KIND or i % every == 0 else pytest.mark.slow)
+        pytest.param(name, marks=() if name in READ_DIFFERENTLY or i % every == 0 else pytest.mark.slow)
         for i, name in enumerate(MODEL_TYPES)
     ]
 
@@ -36,7 +37,7 @@ Answers = list[tuple[list[int], list[bool], str]]
 
 @functools.cache
 def llama() -> PreTrainedModel:
-    """The other model of each pair, with the same vocabulary: seed 0 of shared pairs has `byte_bpe`."""
+    """The other model of each pair. It has the same vocabulary, because shared pairs with seed 0 use `byte_bpe`."""
     return pair("llama", 0, "shared").nudging_model
 
 
@@ -47,14 +48,14 @@ def answers_of(
     return [(result.ids, result.nudged, result.reason) for result in results]
 
 
-def assert_says_what_and_whose(refusal: ValueError, model: PreTrainedModel) -> None:
-    said = str(refusal)
-    assert type(model).__name__ in said, said
-    assert re.search(r"\b(give|pass|leave out|use)\b|use_cache=False", said), said
+def assert_names_model_and_remedy(refusal: ValueError, model: PreTrainedModel) -> None:
+    message = str(refusal)
+    assert type(model).__name__ in message, message
+    assert re.search(r"\b(give|pass|leave out|use)\b|use_cache=False", message), message
 
 
 def check(chosen: Pair, model: PreTrainedModel, threshold: float) -> None:
-    """Holds the laws for a pair, with a cache and without; `model` is the one of the two that may be refused."""
+    """Checks the laws for a pair, with a cache and without. `model` is the one of the two that may be refused."""
     base_prompts, nudging_prompts = prompts(chosen, 3, seed=5)
     settings: dict[str, Any] = {"nudge_threshold": threshold, **LENGTHS}
     without_cache = None
@@ -63,17 +64,17 @@ def check(chosen: Pair, model: PreTrainedModel, threshold: float) -> None:
             chosen, base_prompts, nudging_prompts, num_draft_tokens=4, use_cache=False, **settings
         )
     except ValueError as refusal:
-        assert_says_what_and_whose(refusal, model)
+        assert_names_model_and_remedy(refusal, model)
     try:
         undrafted = answers_of(chosen, base_prompts, nudging_prompts, num_draft_tokens=0, **settings)
     except ValueError as refusal:
-        assert_says_what_and_whose(refusal, model)
+        assert_names_model_and_remedy(refusal, model)
         if without_cache is None:
             return
         assert "use_cache=False" in str(refusal)
         settings["use_cache"] = False
         undrafted = answers_of(chosen, base_prompts, nudging_prompts, num_draft_tokens=0, **settings)
-    assert without_cache is not None, "refused without a cache, and not with one"
+    assert without_cache is not None, "refused without a cache, but not with one"
     expected = oracle.decode(
         chosen.base,
         chosen.nudging_model,
@@ -84,10 +85,10 @@ def check(chosen: Pair, model: PreTrainedModel, threshold: float) -> None:
         threshold=threshold,
         **LENGTHS,
     )
-    as_told = (expected.ids, expected.nudged, expected.reason)
+    as_expected = (expected.ids, expected.nudged, expected.reason)
     wrong = []
-    if undrafted[0] != as_told:
-        wrong.append("undrafted = a plain decoder's")
+    if undrafted[0] != as_expected:
+        wrong.append("undrafted = the oracle's")
     if without_cache != undrafted:
         wrong.append("drafted without a cache = undrafted" + (" with one" if "use_cache" not in settings else ""))
     if "use_cache" not in settings:
@@ -101,11 +102,11 @@ def check(chosen: Pair, model: PreTrainedModel, threshold: float) -> None:
     assert not wrong, wrong
 
 
-def check_zero(chosen: Pair, prompt: list[int], nudging_prompt: list[int]) -> None:
-    """At γ = 0 the base goes on alone after the first word, as plain `generate` does."""
+def check_threshold_zero(chosen: Pair, prompt: list[int], nudging_prompt: list[int]) -> None:
+    """Checks that at γ = 0 the base continues after the first word as plain `generate` does."""
     try:
         [answer] = answers_of(chosen, [prompt], [nudging_prompt], nudge_threshold=0, **LENGTHS)
-    except ValueError:  # Without a cache, `generate` and the laws above are one computation.
+    except ValueError:  # Without a cache, `check` has compared the same computation already.
         return
     ids, nudged, reason = answer
     first = nudged.index(False) if False in nudged else len(nudged)
@@ -116,27 +117,27 @@ def check_zero(chosen: Pair, prompt: list[int], nudging_prompt: list[int]) -> No
     eos = chosen.base.generation_config.eos_token_id
     alone = own[: own.index(eos)] if eos in own else own
     written = ids[: -1 if reason == "eos" else None][first : first + len(alone)]
-    if written or not alone:  # Else the nudging model ended the answer in its first lookahead.
+    if written or not alone:  # Otherwise the nudging model ended the answer in its first lookahead.
         assert written == alone[: len(written)] and not any(nudged[first : first + len(written)])
 
 
-def test_every_architecture_is_tried_or_left_out_for_a_reason():
+def test_every_architecture_is_tested_or_left_out_for_a_reason():
     assert set(MODEL_TYPES).isdisjoint(LEFT_OUT)
     assert set(MODEL_TYPES) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert all(LEFT_OUT.values())
 
 
-@pytest.mark.parametrize("model_type", of_both_kinds(every=4))
+@pytest.mark.parametrize("model_type", all_model_types(every=4))
 def test_the_laws_hold_for_a_base_or_it_is_refused(model_type):
     base = tiny(model_type, seed=1)
     threshold = random.Random(model_type).choice([0.3, 0.6])
     chosen = Pair(base, llama(), byte_bpe(), byte_bpe())
     check(chosen, base, threshold)
     [prompt], [nudging_prompt] = prompts(chosen, 1, seed=6)
-    check_zero(chosen, prompt, nudging_prompt)
+    check_threshold_zero(chosen, prompt, nudging_prompt)
 
 
-@pytest.mark.parametrize("model_type", of_both_kinds(every=8))
+@pytest.mark.parametrize("model_type", all_model_types(every=8))
 def test_the_laws_hold_for_a_nudging_model_or_it_is_refused(model_type):
     nudging_model = tiny(model_type, seed=2)
     threshold = random.Random(model_type).choice([0.3, 0.6])

@@ -1,4 +1,4 @@
-"""Static caches and compiled passes: the same answers, from few graphs."""
+"""Static caches and compiled passes give the same answers from few graphs."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ from nudging_hf.core import kv_cache
 
 
 class CountingBackend:
-    """Runs what `torch.compile` traces as it is, and counts the graphs."""
+    """A backend of `torch.compile` that runs graphs as they were traced, and counts them."""
 
     def __init__(self):
         self.graphs = 0
@@ -21,19 +21,19 @@ class CountingBackend:
         self.graphs += 1
         return graph.forward
 
-    def __deepcopy__(self, memo):  # transformers copies the config that holds it.
+    def __deepcopy__(self, memo):  # transformers copies the config that contains the backend.
         return self
 
 
 def compiled_by(backend) -> dict:
-    """The arguments of `generate` for static caches, and passes that are compiled by a backend."""
+    """The arguments of `generate` for static caches and passes that a backend compiles."""
     config = CompileConfig(backend=backend)
-    config._compile_all_devices = True  # Else `generate` compiles on GPUs alone.
+    config._compile_all_devices = True  # Otherwise `generate` compiles only on GPUs.
     return {"cache_implementation": "static", "compile_config": config}
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_compiled_before_or_after():
+def _reset_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -51,10 +51,10 @@ def test_compiled_passes_give_the_same_answers_from_few_graphs(kind):
         assert [(r.ids, r.nudged, r.reason) for r in compiled] == [(r.ids, r.nudged, r.reason) for r in plain]
         graphs.append(backend.graphs)
     assert 0 < graphs[-1] <= 4
-    assert graphs[-1] == graphs[-2]  # What is there is used again.
+    assert graphs[-1] == graphs[-2]  # The last call reuses the graphs of earlier ones.
 
 
-def test_nothing_is_compiled_where_that_is_turned_off():
+def test_nothing_is_compiled_with_disable_compile():
     chosen = pair("llama", 0, "shared")
     backend = CountingBackend()
     nudge(chosen, *prompts(chosen, 1, 0), max_new_tokens=8, disable_compile=True, **compiled_by(backend))
@@ -63,7 +63,7 @@ def test_nothing_is_compiled_where_that_is_turned_off():
 
 @pytest.mark.parametrize("kind", ["shared", "two"])
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"stop_strings": ["e"]}], ids=str)
-def test_calls_in_and_out_of_inference_mode_leave_nothing_that_the_other_cannot_use(kind, settings):
+def test_calls_in_and_out_of_inference_mode_can_alternate(kind, settings):
     kv_cache._IDLE.clear()
     chosen = pair("llama", 2, kind)
     asked = prompts(chosen, 2, 0)
@@ -75,7 +75,7 @@ def test_calls_in_and_out_of_inference_mode_leave_nothing_that_the_other_cannot_
     assert all(answer == answers[0] for answer in answers)
 
 
-def test_a_call_that_fails_leaves_nothing_half_full(monkeypatch):
+def test_a_failed_call_does_not_change_the_next_answer(monkeypatch):
     chosen = pair("llama", 0, "shared")
     asked, settings = prompts(chosen, 1, 0), {"max_new_tokens": 8, "cache_implementation": "static"}
     expected = nudge(chosen, *asked, **settings)
@@ -91,7 +91,7 @@ def test_a_call_that_fails_leaves_nothing_half_full(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(GenerationConfig(), "max_cache_len"), reason="from transformers 5.24 on")
-def test_a_static_cache_has_room_for_what_is_announced():
+def test_a_static_cache_is_at_least_max_cache_len_long():
     kv_cache._IDLE.clear()
     chosen = pair("llama", 0, "shared")
     asked, settings = prompts(chosen, 1, 0), {"max_new_tokens": 4, "cache_implementation": "static"}
@@ -99,7 +99,8 @@ def test_a_static_cache_has_room_for_what_is_announced():
     assert nudge(chosen, *asked, **settings, max_cache_len=3000) == expected
     for model in (chosen.base, chosen.nudging_model):
         [kept] = kv_cache._IDLE[model]
-        assert kept.capacity >= 3000
+        assert kept.max_cache_len >= 3000
     kept_keys = kv_cache._IDLE[chosen.base][0].cache.layers[0].keys
     assert nudge(chosen, *asked, **{**settings, "max_new_tokens": 300}, min_new_tokens=300)
-    assert kv_cache._IDLE[chosen.base][0].cache.layers[0].keys is kept_keys  # Nothing had to be compiled anew.
+    # The cache was reused, so nothing was compiled again.
+    assert kv_cache._IDLE[chosen.base][0].cache.layers[0].keys is kept_keys

@@ -540,7 +540,7 @@ def test_a_version_that_was_not_tried_is_told_of_once_and_an_old_one_is_refused(
     for _ in range(2):
         transformers_private.check_version("6.0.0.dev0")
     assert [record.getMessage() for record in caplog.records] == [
-        "Nudging was tried with transformers 5.12 to 5.24, and not with 6.0.0.dev0, which is installed."
+        "Nudging was tested with transformers 5.12 to 5.24, but 6.0.0.dev0 is installed."
     ]
     with pytest.raises(ImportError, match=r"transformers 5\.12 to 5\.24, and 5\.11\.2 is too old"):
         transformers_private.check_version("5.11.2")

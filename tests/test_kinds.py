@@ -1,4 +1,4 @@
-"""Bases of every kind: with images, experts, adapters, on several devices, quantised, spread over processes."""
+"""Bases with images, experts or adapters, on several devices, quantised, or divided among processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SIZES = {
 
 
 def randomised(model: PreTrainedModel, seed: int, eos: int, pad: int) -> PreTrainedModel:
-    """Random weights in float64 with clear choices: top-1 probabilities are spread over (0, 1)."""
+    """Gives a model random float64 weights, with which its top-1 probabilities are spread over (0, 1)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, parameter in model.double().eval().requires_grad_(False).named_parameters():
@@ -67,7 +67,7 @@ def randomised(model: PreTrainedModel, seed: int, eos: int, pad: int) -> PreTrai
             elif parameter.dim() >= 2:
                 parameter.normal_(0.0, 0.4 if "embed" in name else 0.25)
     model.lm_head.weight.mul_(3)
-    model.lm_head.weight[320:] = 0  # Never said: logits of 0.
+    model.lm_head.weight[320:] = 0  # These tokens have logits of 0 and are never chosen.
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     return model
 
@@ -141,15 +141,15 @@ def qwen3_vl() -> PreTrainedModel:
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, **QWEN))
 
 
-SEEING = {make.__name__: make for make in (llava, gemma3, paligemma, qwen2_5_vl, qwen3_vl)}
+VISION_MODELS = {make.__name__: make for make in (llava, gemma3, paligemma, qwen2_5_vl, qwen3_vl)}
 _MADE: dict[str, PreTrainedModel] = {}
 
 
-def seeing_pair(kind: str, vocabularies: str) -> Pair:
-    """A base that sees and a nudging model that reads, of one vocabulary ("shared") or two."""
+def vision_pair(kind: str, vocabularies: str) -> Pair:
+    """A base that reads images and a nudging model that does not, with one vocabulary ("shared") or two."""
     tokenizer = byte_bpe()
     if kind not in _MADE:
-        _MADE[kind] = randomised(SEEING[kind](), 0, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        _MADE[kind] = randomised(VISION_MODELS[kind](), 0, tokenizer.eos_token_id, tokenizer.pad_token_id)
     other = tokenizer if vocabularies == "shared" else other_byte_bpe()
     nudging_model = tiny_model("llama", len(other), 5, other.eos_token_id, other.pad_token_id, eos_rate=0.008)
     return Pair(_MADE[kind], nudging_model, tokenizer, other)
@@ -158,10 +158,10 @@ def seeing_pair(kind: str, vocabularies: str) -> Pair:
 TEXTS = ("What is on the", "Look: the quick brown fox. And", "A café is", "She said that the other one is")
 
 
-def seen(kind: str, chosen: Pair, rows: list[int], image_seed: int = 0, last: bool = False) -> dict:
-    """Inputs of both models for the rows, each with an image of its own, as a processor would make them.
+def image_inputs(kind: str, chosen: Pair, rows: list[int], image_seed: int = 0, last: bool = False) -> dict:
+    """The inputs of both models as a processor would make them, with a different image for each row.
 
-    `last` puts the image behind the text, so that the prompt ends with it.
+    With `last`, the image comes after the text, so that the prompt ends with it.
     """
     tokenizer = chosen.tokenizer
     qwen = kind.startswith("qwen")
@@ -175,7 +175,7 @@ def seen(kind: str, chosen: Pair, rows: list[int], image_seed: int = 0, last: bo
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     draws = [torch.Generator().manual_seed(100 * image_seed + row) for row in rows]
     options = {"dtype": torch.float64}
-    if qwen:  # Patches of all images in one row.
+    if qwen:  # The patches of all images are in one tensor.
         pixels = torch.cat([torch.randn(16, 96, generator=draw, **options) for draw in draws])
         more = {"image_grid_thw": torch.tensor([[1, 4, 4]] * len(rows)), "mm_token_type_ids": (ids == IMAGE).long()}
     else:
@@ -194,7 +194,7 @@ def seen(kind: str, chosen: Pair, rows: list[int], image_seed: int = 0, last: bo
 
 
 def answers(chosen: Pair, inputs: dict, **settings) -> tuple[list, list, list]:
-    """Ids, authors and reasons of each row, without padding."""
+    """The ids, nudged masks and finish reasons of each row, without padding."""
     output = nudging_hf.generate(chosen.base, **inputs, return_dict_in_generate=True, **settings)
     lengths = (~output.base_top1_probs.isnan()).sum(dim=1).tolist()
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
@@ -207,7 +207,7 @@ def plain_inputs(inputs: dict) -> dict:
 
 
 def continued(kind: str, inputs: dict, ids: list[int]) -> dict:
-    """A single row's plain inputs, with `ids` behind the prompt."""
+    """The plain inputs of a single row, with `ids` after the prompt."""
     more = plain_inputs(inputs)
     new = torch.tensor([ids], dtype=torch.long)
     more["input_ids"] = torch.cat([more["input_ids"], new], dim=1)
@@ -217,12 +217,12 @@ def continued(kind: str, inputs: dict, ids: list[int]) -> dict:
     return more
 
 
-@pytest.mark.parametrize("kind", SEEING)
-def test_at_zero_the_base_goes_on_alone_given_the_image(kind):
-    chosen = seeing_pair(kind, "shared")
+@pytest.mark.parametrize("kind", VISION_MODELS)
+def test_at_threshold_zero_the_base_continues_as_plain_generate_with_the_image(kind):
+    chosen = vision_pair(kind, "shared")
     found = 0
     for row in range(3):
-        inputs = seen(kind, chosen, [row])
+        inputs = image_inputs(kind, chosen, [row])
         [[ids], [nudged], _] = answers(chosen, inputs, nudge_threshold=0, max_new_tokens=24, min_new_tokens=24)
         first = nudged.index(False)
         begun = continued(kind, inputs, ids[:first])
@@ -235,26 +235,26 @@ def test_at_zero_the_base_goes_on_alone_given_the_image(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "vocabularies"), [*zip(SEEING, ["two", "shared"] * 3, strict=False)])
-def test_what_the_base_says_is_what_a_plain_pass_says(kind, vocabularies):
-    chosen = seeing_pair(kind, vocabularies)
-    inputs = seen(kind, chosen, [0, 1, 2])
+@pytest.mark.parametrize(("kind", "vocabularies"), [*zip(VISION_MODELS, ["two", "shared"] * 3, strict=False)])
+def test_the_logits_of_the_base_are_those_of_a_plain_pass(kind, vocabularies):
+    chosen = vision_pair(kind, vocabularies)
+    inputs = image_inputs(kind, chosen, [0, 1, 2])
     output = nudging_hf.generate(
         chosen.base, **inputs, max_new_tokens=20, nudge_threshold=0.5, return_dict_in_generate=True, output_logits=True
     )
     assert output.nudged_mask.any() and not output.nudged_mask.all()
     other = nudging_hf.generate(
         chosen.base,
-        **seen(kind, chosen, [0, 1, 2], image_seed=1),
+        **image_inputs(kind, chosen, [0, 1, 2], image_seed=1),
         max_new_tokens=20,
         nudge_threshold=0.5,
         return_dict_in_generate=True,
         output_logits=True,
     )
-    assert (other.logits[0] - output.logits[0]).abs().max() > 1e-3  # The image was seen.
+    assert (other.logits[0] - output.logits[0]).abs().max() > 1e-3  # Another image gives other logits.
     for row in range(3):
         n = int((~output.base_top1_probs[row].isnan()).sum())
-        alone = seen(kind, chosen, [row])
+        alone = image_inputs(kind, chosen, [row])
         begun = continued(kind, alone, output.sequences[row, inputs["input_ids"].shape[1] :][: n - 1].tolist())
         whole = chosen.base(**begun, use_cache=False).logits[0, alone["input_ids"].shape[1] - 1 :].float()
         said = torch.stack([step[row] for step in output.logits[:n]])
@@ -262,24 +262,24 @@ def test_what_the_base_says_is_what_a_plain_pass_says(kind, vocabularies):
         torch.testing.assert_close(output.base_top1_probs[row, :n], whole.softmax(-1).amax(-1), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "vocabularies"), [*zip(SEEING, ["shared", "two"] * 3, strict=False)])
+@pytest.mark.parametrize(("kind", "vocabularies"), [*zip(VISION_MODELS, ["shared", "two"] * 3, strict=False)])
 def test_with_images_drafted_is_sequential_and_batch_is_singles(kind, vocabularies):
-    chosen = seeing_pair(kind, vocabularies)
+    chosen = vision_pair(kind, vocabularies)
     rows = [3, 0, 2]
     settings = {"nudge_threshold": 0.4, "max_new_tokens": 20}
-    together = answers(chosen, seen(kind, chosen, rows), **settings)
-    assert answers(chosen, seen(kind, chosen, rows), num_draft_tokens=0, **settings) == together
+    together = answers(chosen, image_inputs(kind, chosen, rows), **settings)
+    assert answers(chosen, image_inputs(kind, chosen, rows), num_draft_tokens=0, **settings) == together
     authors = [author for row in together[1] for author in row]
     assert any(authors) and not all(authors)
     for i, row in enumerate(rows):
-        alone = answers(chosen, seen(kind, chosen, [row]), **settings)
+        alone = answers(chosen, image_inputs(kind, chosen, [row]), **settings)
         assert [each[0] for each in alone] == [each[i] for each in together]
 
 
 def test_a_prompt_may_end_with_its_image():
-    """The image is read once: its last token is not read again as if it were text."""
-    chosen = seeing_pair("llava", "shared")
-    inputs = seen("llava", chosen, [0, 1], last=True)
+    """The image's last token is not read again as if it were text."""
+    chosen = vision_pair("llava", "shared")
+    inputs = image_inputs("llava", chosen, [0, 1], last=True)
     settings = {"max_new_tokens": 20, "nudge_threshold": 0.5, "return_dict_in_generate": True, "output_logits": True}
     output = nudging_hf.generate(chosen.base, **inputs, **settings)
     plain = chosen.base.generate(
@@ -290,19 +290,19 @@ def test_a_prompt_may_end_with_its_image():
 
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
 def test_several_sampled_answers_share_an_image(kind):
-    chosen = seeing_pair(kind, "shared")
+    chosen = vision_pair(kind, "shared")
     settings = {"max_new_tokens": 12, "do_sample": True, "return_dict_in_generate": True, "output_logits": True}
     torch.manual_seed(3)
-    output = nudging_hf.generate(chosen.base, **seen(kind, chosen, [0, 1]), **settings, num_return_sequences=2)
+    output = nudging_hf.generate(chosen.base, **image_inputs(kind, chosen, [0, 1]), **settings, num_return_sequences=2)
     torch.manual_seed(3)
-    twice = nudging_hf.generate(chosen.base, **seen(kind, chosen, [0, 0, 1, 1]), **settings)
+    twice = nudging_hf.generate(chosen.base, **image_inputs(kind, chosen, [0, 0, 1, 1]), **settings)
     assert torch.equal(output.sequences, twice.sequences)
     torch.testing.assert_close(output.logits[0], twice.logits[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", SEEING)
-def test_a_base_that_sees_reads_text_alone_too(kind):
-    chosen = seeing_pair(kind, "shared")
+@pytest.mark.parametrize("kind", VISION_MODELS)
+def test_a_vision_base_also_reads_plain_text(kind):
+    chosen = vision_pair(kind, "shared")
     base_prompts, nudging_prompts = prompts(chosen, 3, 1)
     settings = {"max_new_tokens": 20, "nudge_threshold": 0.4}
     results = nudge(chosen, base_prompts, nudging_prompts, **settings)
@@ -312,9 +312,9 @@ def test_a_base_that_sees_reads_text_alone_too(kind):
 
 
 @pytest.mark.parametrize("vocabularies", ["shared", "two"])
-def test_images_are_left_out_of_a_nudging_prompt_that_is_left_out(vocabularies):
-    chosen = seeing_pair("llava", vocabularies)
-    inputs = seen("llava", chosen, [1])
+def test_a_derived_nudging_prompt_contains_no_images(vocabularies):
+    chosen = vision_pair("llava", vocabularies)
+    inputs = image_inputs("llava", chosen, [1])
     text = chosen.nudging_tokenizer(TEXTS[1], return_tensors="pt").input_ids
     template, chosen.nudging_tokenizer.chat_template = chosen.nudging_tokenizer.chat_template, None
     try:
@@ -324,9 +324,9 @@ def test_images_are_left_out_of_a_nudging_prompt_that_is_left_out(vocabularies):
         chosen.nudging_tokenizer.chat_template = template
 
 
-def test_every_door_sees():
-    chosen = seeing_pair("qwen3_vl", "shared")
-    inputs = seen("qwen3_vl", chosen, [0, 1])
+def test_images_are_read_through_every_way_of_calling():
+    chosen = vision_pair("qwen3_vl", "shared")
+    inputs = image_inputs("qwen3_vl", chosen, [0, 1])
     expected = nudging_hf.generate(chosen.base, **inputs, max_new_tokens=12)
     nudging_hf.register()
     try:
@@ -339,20 +339,20 @@ def test_every_door_sees():
     assert torch.equal(by_callable, expected)
 
 
-class OfItsOwn(LlavaForConditionalGeneration):
+class WithOwnGenerate(LlavaForConditionalGeneration):
     def generate(self, *args, **kwargs):
-        raise AssertionError("not gone through")
+        raise AssertionError("nudging must not call this")
 
 
-def test_what_cannot_be_read_is_refused():
-    chosen = seeing_pair("llava", "shared")
-    inputs = seen("llava", chosen, [0])
+def test_inputs_that_the_base_cannot_read_are_refused():
+    chosen = vision_pair("llava", "shared")
+    inputs = image_inputs("llava", chosen, [0])
     with pytest.raises(ValueError, match="leave out `use_cache=False`"):
         nudging_hf.generate(chosen.base, **inputs, max_new_tokens=4, use_cache=False)
     with pytest.raises(ValueError, match="leave out `cache_implementation='static'`"):
         nudging_hf.generate(chosen.base, **inputs, max_new_tokens=4, cache_implementation="static")
     with pytest.raises(ValueError, match="`generate` of its own"):
-        nudging_hf.generate(OfItsOwn(chosen.base.config).double(), **inputs, max_new_tokens=4)
+        nudging_hf.generate(WithOwnGenerate(chosen.base.config).double(), **inputs, max_new_tokens=4)
     config = GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=1, eos_token_id=1, bos_token_id=None)
     text = {name: value for name, value in inputs.items() if name != "pixel_values"}
     with pytest.raises(ValueError, match="reads text alone"):
@@ -380,7 +380,7 @@ EXPERTS = {
 def test_the_laws_hold_for_experts(kind):
     tokenizer = byte_bpe()
     base = randomised(EXPERTS[kind](), 1, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    base.set_experts_implementation("eager")  # The grouped one knows no float64.
+    base.set_experts_implementation("eager")  # The grouped implementation does not support float64.
     nudging_model = tiny_model("llama", 320, 5, tokenizer.eos_token_id, tokenizer.pad_token_id, eos_rate=0.008)
     chosen = Pair(base, nudging_model, tokenizer, tokenizer)
     given = prompts(chosen, 4, 0)
@@ -399,7 +399,7 @@ def test_the_laws_hold_for_experts(kind):
 
 @pytest.fixture
 def reference():
-    """A pair, inputs for it, settings, and what it answers."""
+    """A pair, its inputs, the settings, and the expected ids."""
     chosen = pair("llama", 0, "two")
     inputs = inputs_of(chosen, *prompts(chosen, 3, 0))
     settings = {"max_new_tokens": 16, "nudge_threshold": 0.5, "no_repeat_ngram_size": 3}
@@ -416,7 +416,7 @@ SPLIT = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:You are calling .generate")  # Of older versions, which take it to be on "meta".
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # Older versions see "meta" as its device.
 @pytest.mark.parametrize("which", ["base", "nudging_model"])
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
 def test_offloaded_weights_give_the_same_ids(reference, how, which, tmp_path):
@@ -435,7 +435,7 @@ def test_offloaded_weights_give_the_same_ids(reference, how, which, tmp_path):
     assert torch.equal(nudging_hf.generate(models["base"], **inputs, **settings), expected)
 
 
-def test_a_named_nudging_model_stays_whole_beside_an_offloaded_base(reference, tmp_path):
+def test_a_named_nudging_model_is_not_offloaded_with_its_base(reference, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     chosen, *_ = reference
     chosen.nudging_model.save_pretrained(tmp_path)
@@ -456,7 +456,7 @@ def test_two_devices_give_the_same_ids(reference, which, ids_on):
     inputs = {name: value.to(ids_on) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     inputs["nudging_model"] = models["nudging_model"]
     if which == "nudging_model" and ids_on == "cuda":
-        pytest.skip("plain generate warns of it")
+        pytest.skip("plain generate warns about it")
     output = nudging_hf.generate(models["base"], **inputs, **settings, return_dict_in_generate=True)
     assert torch.equal(output.sequences.cpu(), expected)
 
@@ -469,9 +469,9 @@ def lora():
     return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads this attribute.
 @pytest.mark.parametrize("which", ["base", "nudging_model"])
-def test_an_adapter_is_as_if_merged(reference, which):
+def test_an_adapter_gives_the_ids_of_the_merged_model(reference, which):
     config = lora()
     import peft
 
@@ -493,8 +493,8 @@ def test_an_adapter_is_as_if_merged(reference, which):
         nudging_hf.unregister()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it.
-def test_an_adapter_that_transformers_loads_is_as_if_merged(reference, tmp_path):
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads this attribute.
+def test_an_adapter_that_transformers_loads_gives_the_ids_of_the_merged_model(reference, tmp_path):
     config = lora()
     import peft
 
@@ -508,9 +508,9 @@ def test_an_adapter_that_transformers_loads_is_as_if_merged(reference, tmp_path)
     assert torch.equal(nudging_hf.generate(base.double().eval(), **inputs, **settings), expected)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads this attribute.
 @pytest.mark.parametrize("door", ["function", "registered"])
-def test_an_adapter_of_the_prompt_is_refused(reference, door):
+def test_a_prompt_adapter_is_refused(reference, door):
     peft = pytest.importorskip("peft")
     chosen, inputs, settings, _ = reference
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
@@ -529,11 +529,11 @@ def test_an_adapter_of_the_prompt_is_refused(reference, door):
 # Quantised weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # bitsandbytes says that it computes in float16.
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # bitsandbytes warns that it computes in float16.
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_laws_hold_for_quantised_weights(reference, bits, tmp_path, monkeypatch):
     layers = pytest.importorskip("bitsandbytes.nn.modules")
-    # Its kernel for CPUs with AVX512_BF16 takes no matrix that is narrower than a block of 64 weights.
+    # Its kernel for CPUs with AVX512_BF16 does not support matrices narrower than a block of 64 weights.
     monkeypatch.setattr(layers, "has_avx512bf16", lambda: False)
     chosen, *_ = reference
     chosen.base.save_pretrained(tmp_path)
@@ -568,7 +568,7 @@ assert tensor_parallel_group(base).size() == 2
 inputs = inputs_of(chosen, *prompts(chosen, 3, 0))
 answers = []
 for settings in ({}, {"do_sample": True}):
-    torch.manual_seed(7 + int(os.environ["RANK"]))  # Each rank has a seed of its own: the first one's counts.
+    torch.manual_seed(7 + int(os.environ["RANK"]))  # Each rank has another seed, and that of the first one counts.
     output = nudging_hf.generate(base, **inputs, max_new_tokens=16, nudge_threshold=0.5, **settings)
     answers.append(output.tolist())
 with open(f"{folder}/rank{os.environ['RANK']}.json", "w") as file:

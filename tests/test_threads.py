@@ -1,4 +1,4 @@
-"""Threads on one pair write what they write alone, and nothing of the user's is changed, not even for a moment."""
+"""Threads that share a pair get the answers of single calls, and never change the user's objects, even briefly."""
 
 import sys
 import threading
@@ -25,7 +25,7 @@ WAYS = [
 
 
 @pytest.fixture(autouse=True)
-def _switching_often():
+def _frequent_thread_switches():
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -33,7 +33,7 @@ def _switching_often():
 
 
 def state_of(pair):
-    """What a call might change of what is the user's."""
+    """The state of the user's objects that a call might change."""
     tokenizers = [pair.tokenizer, pair.nudging_tokenizer]
     models = [pair.base, pair.nudging_model]
     return [
@@ -46,7 +46,7 @@ def state_of(pair):
 
 
 class Watch(threading.Thread):
-    """Looks all the time whether anything is changed."""
+    """Compares a state with its first value every 2 ms."""
 
     def __init__(self, look):
         super().__init__()
@@ -70,7 +70,7 @@ class Watch(threading.Thread):
 
 
 @pytest.mark.parametrize(("kind", "number"), [("shared", 8), ("two", 32)])
-def test_threads_on_one_pair_write_what_they_write_alone(kind, number):
+def test_threads_that_share_a_pair_get_the_answers_of_single_calls(kind, number):
     pair = tiny.pair("llama", 3, kind)
     calls = []
     for i in range(number):
@@ -84,7 +84,7 @@ def test_threads_on_one_pair_write_what_they_write_alone(kind, number):
     def answers(begin):
         return [(i, answer(i)) for i in ((begin + i) % number for i in range(number))]
 
-    # Each begins elsewhere, so that all kinds of calls meet.
+    # Each thread begins with another call, so that all kinds of calls run at the same time.
     begins = [thread * number // THREADS for thread in range(THREADS)]
     with Watch(lambda: state_of(pair)) as watch:
         alone = [answer(i) for i in range(number)]
@@ -109,7 +109,7 @@ def test_threads_load_a_named_model_once(tmp_path, monkeypatch):
     assert {id(model) for model, _ in found} == {id(found[0][0])}
 
 
-def test_threads_borrow_slots_of_their_own():
+def test_threads_never_share_borrowed_slots():
     model = tiny.pair("llama", 0, "shared").base
     meet = threading.Barrier(THREADS)
 

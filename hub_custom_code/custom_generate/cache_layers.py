@@ -1,8 +1,12 @@
-"""The layers of a model's cache, with what rolling back needs. They know tensors, never ids or forward passes.
+"""Cache layers that can roll back single rows. This module sees tensors, never token ids or forward passes.
 
-A layer keeps keys and values, one for each token, of which the last can be dropped (`RoomyLayer`), and with them the
-keys of an index (`RoomyIndexedLayer`); or a state, in which all tokens are merged, so that an earlier one must have
-been saved (the host's linear-attention layers); or both (`RoomyHybridLayer`).
+There are three kinds of layers:
+
+- A `PreallocatedLayer` keeps keys and values, one slot for each token. It rolls back by dropping the last slots. A
+  `PreallocatedIndexedLayer` also keeps the keys of an indexer.
+- A linear-attention layer of transformers merges all tokens into a recurrent state. It rolls back only to a state that
+  was saved (see `RecurrentStates`).
+- A `PreallocatedHybridLayer` keeps both.
 """
 
 from __future__ import annotations
@@ -23,15 +27,16 @@ from transformers.cache_utils import (
 
 from .transformers_private import config_layers, set_states, states_of
 
-_ROOM, _LEAST_ROOM = 1 / 16, 16  # For further slots: a share of those that are taken, and besides.
+# A new buffer has more slots than are needed: this share of the needed slots, and this many more.
+_SPARE_SHARE, _MIN_SPARE_SLOTS = 1 / 16, 16
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values with room behind them, where the next ones are put without copying those that are there."""
+class PreallocatedLayer(DynamicLayer):
+    """A `DynamicLayer` whose buffers have spare slots, so that an update does not copy the earlier keys and values."""
 
-    _count = 0  # How many slots are taken.
-    _keys_room: torch.Tensor
-    _values_room: torch.Tensor
+    _count = 0  # How many slots are in use.
+    _key_buffer: torch.Tensor  # Both buffers have shape (rows, heads, capacity, head_dim).
+    _value_buffer: torch.Tensor
 
     def get_seq_length(self, *args: Any) -> int:
         return self._count
@@ -39,61 +44,73 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in `DynamicLayer`: takes states of shape (rows, heads, new slots, head_dim), and returns those of all."""
+        """Appends states of shape (rows, heads, new slots, head_dim) and returns the states of all slots."""
         rows, _, width, _ = key_states.shape
         self._reserve(rows, self._count + width, key_states, value_states)
-        self._keys_room[:, :, self._count : self._count + width] = key_states
-        self._values_room[:, :, self._count : self._count + width] = value_states
+        self._key_buffer[:, :, self._count : self._count + width] = key_states
+        self._value_buffer[:, :, self._count : self._count + width] = value_states
         self._count += width
-        self.keys, self.values = self._keys_room[:, :, : self._count], self._values_room[:, :, : self._count]
+        self.keys, self.values = self._key_buffer[:, :, : self._count], self._value_buffer[:, :, : self._count]
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As in `DynamicLayer`, by a negative number; `keys` and `values` go by it after the next `update`."""
+        """Drops the last slots. As in `DynamicLayer`, the number is negative.
+
+        `keys` and `values` show the change after the next `update`.
+        """
         if self.is_initialized:
             self._count += tokens_to_remove
 
-    def take_in(self, part: Any, taken: Sequence[torch.Tensor], row: int, rows: int, slots: int) -> None:
-        """Takes rows of another layer, `taken` of the slots of each, as its own from `row` on; all end at one slot.
+    def insert_rows(self, part: Any, kept: Sequence[torch.Tensor], row: int, rows: int, slots: int) -> None:
+        """Copies the rows of another layer into this one, aligned to end at the last slot.
 
-        What stands before a row is 0: the mask gives it the weight 0, which would make NaN of an infinity.
+        The slots before a row are set to 0. The mask gives them the weight 0, but 0 times infinity would be NaN.
+
+        Args:
+            part: the other layer.
+            kept: for each of its rows, the slots to copy.
+            row: the number that its first row gets here.
+            rows, slots: how many this layer has in all.
         """
         self._reserve(rows, slots, part.keys, part.values)
         self._count = slots
-        for room, states in ((self._keys_room, part.keys), (self._values_room, part.values)):
-            _put_rows(room, states, taken, row, slots)
+        for buffer, states in ((self._key_buffer, part.keys), (self._value_buffer, part.values)):
+            _copy_rows(buffer, states, kept, row, slots)
 
-    def drop(self, row: int) -> None:
-        """Drops a row, whose place the last one takes."""
-        self._keys_room, self._values_room = _dropped(self._keys_room, row), _dropped(self._values_room, row)
+    def drop_row(self, row: int) -> None:
+        """Drops a row and moves the last row to its place."""
+        self._key_buffer, self._value_buffer = _drop_row(self._key_buffer, row), _drop_row(self._value_buffer, row)
 
-    def move(self, source: torch.Tensor) -> None:
-        """Makes slot j of row i what slot source[i, j] was, and drops all after them."""
+    def gather(self, source: torch.Tensor) -> None:
+        """Moves slot source[i, j] of row i to slot j, and drops all later slots."""
         self._count = source.shape[1]
-        for room in (self._keys_room, self._values_room):
-            room[:, :, : self._count] = take_slots(room, source)
+        for buffer in (self._key_buffer, self._value_buffer):
+            buffer[:, :, : self._count] = gather_slots(buffer, source)
 
     def _reserve(self, rows: int, slots: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Sees to it that there is room for so many slots, of states like these."""
-        if self.is_initialized and self._keys_room.shape[2] >= slots:
+        """Makes the buffers large enough for so many slots of states like these."""
+        if self.is_initialized and self._key_buffer.shape[2] >= slots:
             return
-        capacity = slots + int(_ROOM * slots) + _LEAST_ROOM
+        capacity = slots + int(_SPARE_SHARE * slots) + _MIN_SPARE_SLOTS
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self._keys_room, self._values_room = keys[:, :, :0], values[:, :, :0]
-        # One after the other, and nothing holds what was there before: there is no second copy of both at any time.
-        self.keys = self._keys_room = self._grown(self._keys_room, rows, capacity)
-        self.values = self._values_room = self._grown(self._values_room, rows, capacity)
+            self._key_buffer, self._value_buffer = keys[:, :, :0], values[:, :, :0]
+        # One after the other, with no reference to the old keys: at no time are there second copies of both.
+        self.keys = self._key_buffer = self._grown(self._key_buffer, rows, capacity)
+        self.values = self._value_buffer = self._grown(self._value_buffer, rows, capacity)
 
-    def _grown(self, room: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
-        grown = room.new_empty(rows, room.shape[1], capacity, room.shape[3])
+    def _grown(self, buffer: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+        grown = buffer.new_empty(rows, buffer.shape[1], capacity, buffer.shape[3])
         if self._count:
-            grown[:, :, : self._count] = room[:, :, : self._count]
+            grown[:, :, : self._count] = buffer[:, :, : self._count]
         return grown
 
 
-class RoomyIndexedLayer(RoomyLayer, DynamicIndexedLayer):
-    """A `RoomyLayer` with the keys of an index of what to attend to (DeepSeek-V3.2), which roll back as keys do."""
+class PreallocatedIndexedLayer(PreallocatedLayer, DynamicIndexedLayer):
+    """A `PreallocatedLayer` that also keeps the keys of an indexer, which selects the tokens to attend to.
+
+    DeepSeek-V3.2 has one. The indexer's keys roll back as the attention keys do.
+    """
 
     indexer_keys: torch.Tensor
     indexer_position_ids: torch.Tensor | None  # From transformers 5.23 on.
@@ -102,77 +119,84 @@ class RoomyIndexedLayer(RoomyLayer, DynamicIndexedLayer):
         DynamicIndexedLayer.__init__(self)
 
     def crop(self, tokens_to_remove: int) -> None:
-        RoomyLayer.crop(self, tokens_to_remove)
+        PreallocatedLayer.crop(self, tokens_to_remove)
         if tokens_to_remove:
-            self._change(lambda kept: kept[:, :, :tokens_to_remove])
+            self._update_indexer(lambda states: states[:, :, :tokens_to_remove])
 
-    def take_in(self, part: Any, taken: Sequence[torch.Tensor], row: int, rows: int, slots: int) -> None:
-        super().take_in(part, taken, row, rows, slots)
+    def insert_rows(self, part: Any, kept: Sequence[torch.Tensor], row: int, rows: int, slots: int) -> None:
+        super().insert_rows(part, kept, row, rows, slots)
         if not self.is_indexer_initialized:
             self.lazy_initialization_indexer(part.indexer_keys)
             self.indexer_keys = part.indexer_keys.new_zeros(rows, slots, part.indexer_keys.shape[2])
-        _put_rows(self.indexer_keys[:, None], part.indexer_keys[:, None], taken, row, slots)
+        _copy_rows(self.indexer_keys[:, None], part.indexer_keys[:, None], kept, row, slots)
         if (positions := getattr(part, "indexer_position_ids", None)) is not None:
             if self.indexer_position_ids is None:
                 self.indexer_position_ids = positions.new_zeros(len(positions), rows, slots)
-            _put_rows(_slots_third(self.indexer_position_ids), _slots_third(positions), taken, row, slots)
+            _copy_rows(_rows_first(self.indexer_position_ids), _rows_first(positions), kept, row, slots)
 
-    def drop(self, row: int) -> None:
-        super().drop(row)
-        self._change(lambda kept: _dropped(kept, row))
+    def drop_row(self, row: int) -> None:
+        super().drop_row(row)
+        self._update_indexer(lambda states: _drop_row(states, row))
 
-    def move(self, source: torch.Tensor) -> None:
-        super().move(source)
-        self._change(lambda kept: take_slots(kept, source))
+    def gather(self, source: torch.Tensor) -> None:
+        super().gather(source)
+        self._update_indexer(lambda states: gather_slots(states, source))
 
-    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Changes what belongs to the index, as tensors of shape (rows, 1 or a position's dimensions, slots, size)."""
+    def _update_indexer(self, update: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies `update` to the indexer's tensors, viewed with shape (rows, 1 or position axes, slots, size)."""
         if self.is_indexer_initialized:
-            self.indexer_keys = change(self.indexer_keys[:, None])[:, 0]
+            self.indexer_keys = update(self.indexer_keys[:, None])[:, 0]
         if (positions := getattr(self, "indexer_position_ids", None)) is not None:
-            self.indexer_position_ids = change(_slots_third(positions))[..., 0].transpose(0, 1)
+            self.indexer_position_ids = update(_rows_first(positions))[..., 0].transpose(0, 1)
 
 
-class RoomyHybridLayer(RoomyLayer, LinearAttentionAndFullAttentionLayer):
-    """A layer with keys and values and with a state (Falcon-H1)."""
+class PreallocatedHybridLayer(PreallocatedLayer, LinearAttentionAndFullAttentionLayer):
+    """A `PreallocatedLayer` that also keeps a recurrent state (Falcon-H1).
 
-    def __init__(self, like: Any):
-        LinearAttentionAndFullAttentionLayer.__init__(self, **_number_of_states(like))
+    Args:
+        template: the empty layer of transformers that this one replaces.
+    """
+
+    def __init__(self, template: Any):
+        # Before transformers 5.14 a layer has a single state, and no such argument.
+        has_number = hasattr(template, "number_of_states")
+        arguments = {"number_of_states": template.number_of_states} if has_number else {}
+        LinearAttentionAndFullAttentionLayer.__init__(self, **arguments)
 
 
 def new_cache(model: Any) -> Cache:
-    """An empty cache for a model, whose rows can be rolled back.
+    """Makes an empty cache for a model, whose rows can be rolled back.
 
-    A layer with a sliding window is a full one here, and its window is kept by the mask: a cache that forgets what
-    leaves the window could not roll back past it.
+    A sliding-window layer becomes a full one, because a layer that forgets what leaves the window could not roll back
+    past it. The attention mask keeps the window.
     """
     cache = DynamicCache()
-    cache.layer_class_to_replicate = RoomyLayer
+    cache.layer_class_to_replicate = PreallocatedLayer
     layers = config_layers(model)
     if any(type(layer) not in _PLAIN_LAYERS for layer in layers):
-        cache.layers = [_ours(layer) for layer in layers]
+        cache.layers = [_with_rollback(layer) for layer in layers]
     return cache
 
 
 def can_roll_back(model: Any) -> bool:
-    """Whether each layer of the model's cache is of a kind that is known here."""
-    return all(_is_known(layer) for layer in config_layers(model))
+    """Whether this module can roll back every layer of the model's cache."""
+    return all(_is_supported(layer) for layer in config_layers(model))
 
 
-def keeps_state(model: Any) -> bool:
-    """Whether a layer of the model's cache merges all tokens into a state."""
+def has_recurrent_state(model: Any) -> bool:
+    """Whether a layer of the model's cache merges all tokens into a recurrent state."""
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in config_layers(model))
 
 
-def keeps_index(model: Any) -> bool:
-    """Whether a layer of the model's cache keeps the keys of an index of what to attend to."""
+def has_indexer(model: Any) -> bool:
+    """Whether a layer of the model's cache keeps the keys of an indexer, which selects the tokens to attend to."""
     return any(isinstance(layer, DynamicIndexedLayer) for layer in config_layers(model))
 
 
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-def _is_known(layer: Any) -> bool:
+def _is_supported(layer: Any) -> bool:
     return type(layer) in (*_PLAIN_LAYERS, DynamicIndexedLayer, LinearAttentionLayer) or (
         _is_dummy(layer) or _is_hybrid(layer)
     )
@@ -187,79 +211,72 @@ def _is_hybrid(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionLayer) and isinstance(layer, DynamicLayer)
 
 
-def _ours(layer: Any) -> Any:
-    """The layer that rolls back, in the place of one of the host's that is empty."""
+def _with_rollback(layer: Any) -> Any:
+    """The layer of this module that replaces an empty layer of transformers, or that layer where none is needed."""
     if type(layer) in _PLAIN_LAYERS:
-        return RoomyLayer()
+        return PreallocatedLayer()
     if type(layer) is DynamicIndexedLayer:
-        return RoomyIndexedLayer()
-    return RoomyHybridLayer(layer) if _is_hybrid(layer) else layer
+        return PreallocatedIndexedLayer()
+    return PreallocatedHybridLayer(layer) if _is_hybrid(layer) else layer
 
 
-def _number_of_states(layer: Any) -> dict[str, int]:
-    return {"number_of_states": layer.number_of_states} if hasattr(layer, "number_of_states") else {}
-
-
-class States:
-    """The states of a cache's layers, of all rows, each saved and put back by rows.
-
-    Args:
-        cache: with layers that keep a state.
-    """
+class RecurrentStates:
+    """The recurrent states of all layers of a cache, which are saved and restored row by row."""
 
     def __init__(self, cache: Cache):
         self._layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
-    def saved(self, rows: Sequence[int]) -> list[torch.Tensor]:
+    def copy_of(self, rows: Sequence[int]) -> list[torch.Tensor]:
         """Copies of the states of these rows, each of shape (rows, ...)."""
         return [tensor[list(rows)] for layer in self._layers for tensor in states_of(layer)]
 
-    def put_back(self, row: int, saved: Sequence[torch.Tensor] | None, place: int = 0) -> None:
-        """Gives a row the state at some place of what was saved; `None` stands for that before the first token."""
+    def restore(self, row: int, saved: Sequence[torch.Tensor] | None, index: int = 0) -> None:
+        """Restores a row's state from row `index` of a copy; `None` stands for the state before the first token."""
         tensors = [tensor for layer in self._layers for tensor in states_of(layer)]
         for i, tensor in enumerate(tensors):
-            tensor[row] = 0.0 if saved is None else saved[i][place]
+            tensor[row] = 0.0 if saved is None else saved[i][index]
 
-    def drop(self, row: int) -> None:
-        """Drops a row, whose place the last one takes."""
+    def drop_row(self, row: int) -> None:
+        """Drops a row and moves the last row to its place."""
         for layer in self._layers:
-            set_states(layer, [_dropped(tensor, row) for tensor in states_of(layer)])
+            set_states(layer, [_drop_row(tensor, row) for tensor in states_of(layer)])
 
 
-def take_in_states(layer: Any, part: Any) -> None:
-    """Adds the rows of another layer with a state to those of this one, which may have none yet."""
+def append_states(layer: Any, part: Any) -> None:
+    """Appends the rows of another layer's recurrent state to those of this layer, which may have none yet."""
     if own := states_of(layer):
         set_states(layer, [torch.cat(both) for both in zip(own, states_of(part), strict=True)])
     else:
-        keys_and_values = ("keys", "values", "is_initialized", "_count", "_keys_room", "_values_room")
+        keys_and_values = ("keys", "values", "is_initialized", "_count", "_key_buffer", "_value_buffer")
         vars(layer).update({name: value for name, value in vars(part).items() if name not in keys_and_values})
 
 
-def take_slots(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """States of shape (rows, heads, slots, head_dim), with slot j of row i taken from slot source[i, j].
+def gather_slots(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Takes slot j of row i from slot source[i, j], in states of shape (rows, heads, slots, head_dim).
 
-    One `index_select` of whole slots: `take_along_dim`, which looks up every number, is ten times slower on a CPU.
+    One `index_select` copies whole slots. `take_along_dim`, which looks up every number, is ten times slower on a CPU.
     """
     rows, heads, slots, size = states.shape
-    begins = torch.arange(rows * heads, device=states.device) * slots
+    starts = torch.arange(rows * heads, device=states.device) * slots
     source = source.to(states.device, non_blocking=True).repeat_interleave(heads, dim=0)
-    flat = (begins[:, None] + source).flatten()
+    flat = (starts[:, None] + source).flatten()
     return states.reshape(-1, size).index_select(0, flat).view(rows, heads, -1, size)
 
 
-def _slots_third(positions: torch.Tensor) -> torch.Tensor:
-    """Positions of shape (dimensions, rows, slots) as (rows, dimensions, slots, 1), in the same memory."""
+def _rows_first(positions: torch.Tensor) -> torch.Tensor:
+    """A view of positions of shape (axes, rows, slots) that has shape (rows, axes, slots, 1), as states have."""
     return positions.transpose(0, 1)[..., None]
 
 
-def _put_rows(room: torch.Tensor, states: torch.Tensor, taken: Sequence[torch.Tensor], row: int, slots: int) -> None:
-    for i, places in enumerate(taken):
-        begin = slots - len(places)
-        room[row + i, :, :begin] = 0.0
-        room[row + i, :, begin:slots] = states[i][:, places]
+def _copy_rows(buffer: torch.Tensor, states: torch.Tensor, kept: Sequence[torch.Tensor], row: int, slots: int) -> None:
+    """Copies the kept slots of each row of `states` to the rows of a buffer from `row` on, to end at slot `slots`."""
+    for i, places in enumerate(kept):
+        start = slots - len(places)
+        buffer[row + i, :, :start] = 0.0
+        buffer[row + i, :, start:slots] = states[i][:, places]
 
 
-def _dropped(tensor: torch.Tensor, row: int) -> torch.Tensor:
-    """The tensor without one row, whose place the last one takes; the same memory."""
+def _drop_row(tensor: torch.Tensor, row: int) -> torch.Tensor:
+    """Overwrites a row with the last one, and returns a view without the last one."""
     tensor[row] = tensor[-1]
     return tensor[:-1]

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, Proces
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
 from .arguments import OWN_ARGUMENTS, GenerateArguments
-from .cached_lm import Prompts, Static, cached_lm
+from .cached_lm import MultimodalPrompts, StaticCacheSettings, cached_lm
 from .config import NudgingConfig
 from .decoding import NudgedDecoder
 from .limits import Limits
@@ -197,8 +197,8 @@ def _decode(
     full = generation_config.return_dict_in_generate
     scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
     longest = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
-    static = Static(longest - input_ids.shape[1], generation_config) if is_static else None
-    prompts = Prompts(prepared.prompts, input_ids, model_kwargs) if more else None
+    static = StaticCacheSettings(longest - input_ids.shape[1], generation_config) if is_static else None
+    prompts = MultimodalPrompts(prepared.prompts, input_ids, model_kwargs) if more else None
     base = cached_lm(model, batch, use_cache, prompts, static)
     nudging = cached_lm(call.nudging_model, batch, use_cache, static=static)
     NudgedDecoder(

@@ -1,8 +1,9 @@
-"""A cache of which nothing is known but that the model goes on from it. It knows no ids and no forward pass.
+"""A cache of a model's own class, which is rolled back by copying it whole. It sees no token ids.
 
-A model that makes a cache of its own kind (MiniMax, xLSTM, RWKV, DeepSeek-V4) is given one for each row. It is copied
-before a pass whose tokens may be rejected, and rolled back to a copy: what was accepted after that is read again,
-together with what is new. A copy takes as long as reading so much memory; a forward pass reads the weights besides.
+A model that makes its own kind of cache (MiniMax, xLSTM, RWKV, DeepSeek-V4) has one for each row. The cache is copied
+before a pass whose tokens may be rejected, and a rollback restores the copy. Tokens that were accepted after the copy
+are read again, together with the new ones. A copy takes as long as reading that much memory; a forward pass also
+reads the weights.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .state_cache import Saved, StatefulSlots
+from .state_cache import SavedState, StatefulSlots
 
 
 class CopiedSlots(StatefulSlots):
@@ -22,22 +23,22 @@ class CopiedSlots(StatefulSlots):
     cache: Any  # `None` before that pass.
 
     def __init__(self) -> None:
-        super().__init__(rows=1, keeps_holes=False, new_cache=lambda: None)
+        super().__init__(rows=1, allows_holes=False, new_cache=lambda: None)
 
     def mask(self, width: int) -> torch.Tensor | None:
         return None
 
-    def begin_pass(self, settled: Mapping[int, int]) -> None:
-        """Copies the cache, unless it holds tokens that are not sure to stay, or there is such a copy."""
+    def save_before_pass(self, settled: Mapping[int, int]) -> None:
+        """Copies the cache, unless it holds tokens that may be rejected or has been copied at this length."""
         newest = self._saved[0][-1].length if self._saved[0] else 0
         if newest < self.count <= settled[0]:
-            self._saved[0] = [*self._saved[0][-1:], Saved(self.count, copy.deepcopy(self.cache))]
+            self._saved[0] = [*self._saved[0][-1:], SavedState(self.count, copy.deepcopy(self.cache))]
 
-    def add(self, lengths: Sequence[int], width: int, padded_left: bool = False) -> None:
+    def record_pass(self, lengths: Sequence[int], width: int, padded_left: bool = False) -> None:
         self.count += lengths[0]
         self.lengths = [self.count]
 
-    def take_back(self, rejected: Sequence[int]) -> None:
+    def roll_back(self, rejected: Sequence[int]) -> None:
         if not rejected[0]:
             return
         self.count -= rejected[0]
@@ -45,6 +46,6 @@ class CopiedSlots(StatefulSlots):
         self._saved[0] = [saved for saved in self._saved[0] if saved.length <= self.count]
         self.cache = None
         if self.count:
-            saved = self._saved[0].pop()  # It is copied again before the next pass, which changes it.
-            assert saved.length == self.count, "rolled back to where no copy was made"
+            saved = self._saved[0].pop()  # The next pass changes it, and copies it again before that.
+            assert saved.length == self.count, "there is no copy of this length to roll back to"
             self.cache = saved.states

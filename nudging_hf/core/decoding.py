@@ -112,7 +112,7 @@ class NudgedDecoder:
 
     def run(self) -> None:
         """Writes all answers to their end."""
-        setting = (len(self.rows), self.base.kind_of_cache)
+        setting = (len(self.rows), self.base.cache_kind)
         with borrowed_draft_length(self.base.model, self.nudging.model, setting) as policy:
             drafter = Drafter(self.config.num_draft_tokens, policy, self._synced_across_ranks)
             for row in self.rows:
@@ -176,9 +176,9 @@ class NudgedDecoder:
         return max(0.0, self.limits.room(row) - 1)
 
     def _reread(self, rows: list[Row]) -> int | None:
-        if not self.base.keeps_state:
+        if not self.base.has_recurrent_state:
             return None
-        unread = [self.base.unread(row.number, [*row.answer.prompt, *row.answer.ids]) for row in rows]
+        unread = [self.base.num_unread(row.number, [*row.answer.prompt, *row.answer.ids]) for row in rows]
         return max(0, max(unread) - 1)
 
     def _needs_base(self, row: Row) -> bool:

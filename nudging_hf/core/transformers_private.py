@@ -1,4 +1,4 @@
-"""What nudging uses of transformers that is not public, and what differs by its version, in one place."""
+"""The private API of transformers that nudging uses, and the differences between its versions."""
 
 from __future__ import annotations
 
@@ -25,59 +25,60 @@ from transformers.generation import (
 _logger = logging.getLogger(__name__)
 _COMPILING = threading.Lock()
 
-# What a cache is called: by `generate` and most models from 5.24 on, by most models before, by some of those with a
-# recurrent state before, and by RWKV. Models with code of their own keep the name that they have.
+# The names of the cache argument: `cache` in `generate` and most models from 5.24 on, `past_key_values` in most models
+# before, `cache_params` in some older models with a recurrent state, and `state` in RWKV. Models with remote code keep
+# their names.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
-# What `generate` of this version calls it.
+# The name that `generate` of this version uses.
 CACHE = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 
 
 def accepted_arguments(model: Any) -> set[str]:
-    """The arguments that the model's forward pass names."""
+    """The names of the arguments of the model's forward pass."""
     return set(inspect.signature(model.forward).parameters)
 
 
 def cache_argument(model: Any) -> str | None:
-    """The name by which the model's forward pass is given its cache; `None` where it takes none."""
+    """The name of the forward pass's cache argument; `None` where it takes no cache."""
     accepted = accepted_arguments(model)
     return next((name for name in CACHE_NAMES if name in accepted), None)
 
 
 def cache_of(output: Any) -> Any:
     """The cache that a forward pass returns; `None` where it returns none."""
-    there = list(output)  # A look-up by an older name would be answered, with a warning.
-    return next((output[name] for name in CACHE_NAMES if name in there), None)
+    names = list(output)  # `name in output` would also find deprecated names, with a warning.
+    return next((output[name] for name in CACHE_NAMES if name in names), None)
 
 
-# The lowest and the newest minor version of transformers that the tests have been run with.
+# The lowest and the highest minor version of transformers on which the tests have passed.
 LOWEST, NEWEST = (5, 12), (5, 24)
 
 
 @lru_cache(maxsize=1)
 def check_version(version: str = transformers.__version__) -> None:
-    """Says once that a version of transformers has not been tried.
+    """Warns once if this version of transformers is newer than any that has been tested.
 
     Args:
-        version: such as "5.24.0" or "5.25.0.dev0".
+        version: a version such as "5.24.0" or "5.25.0.dev0".
 
     Raises:
-        ImportError: for a version that is too old.
+        ImportError: if the version is too old.
     """
     major, minor = (int(part) for part in version.split(".")[:2])
-    tried = f"{'.'.join(map(str, LOWEST))} to {'.'.join(map(str, NEWEST))}"
+    tested = f"{'.'.join(map(str, LOWEST))} to {'.'.join(map(str, NEWEST))}"
     if (major, minor) < LOWEST:
         raise ImportError(
-            f"Nudging was tried with transformers {tried}, and {version} is too old: "
+            f"Nudging was tested with transformers {tested}, and {version} is too old: "
             "run `pip install --upgrade transformers`."
         )
     if (major, minor) > NEWEST:
-        _logger.warning(f"Nudging was tried with transformers {tried}, and not with {version}, which is installed.")
+        _logger.warning(f"Nudging was tested with transformers {tested}, but {version} is installed.")
 
 
-# What `generate` takes before it calls a `custom_generate` function, which is not given it.
-_NOT_HANDED_ON = (
+# Arguments of `generate` that it does not pass on to a `custom_generate` function.
+_WITHHELD_ARGUMENTS = (
     "synced_gpus",
     "assistant_model",
     "streamer",
@@ -87,14 +88,15 @@ _NOT_HANDED_ON = (
 
 
 def arguments_of_caller() -> dict[str, Any]:
-    """What the `generate` was given that is calling a `custom_generate` function, also what it keeps to itself.
+    """The arguments of the `generate` call that is calling a `custom_generate` function.
 
-    `tokenizer`, `streamer`, `assistant_model`, `synced_gpus` and others are not handed on, and of `position_ids` or a
-    cache it does not say whether they are the caller's. They are read where they stand: in the frames of `generate`,
-    of which the outermost, a decorator's, has the keywords as they came, and the innermost what came by position.
+    `generate` does not pass on `tokenizer`, `streamer`, `assistant_model`, `synced_gpus` and others, nor does it tell
+    whether `position_ids` or a cache came from the caller. So this function reads the stack frames of `generate`: the
+    outermost, which belongs to a decorator, has the keyword arguments as they were given, and the innermost has those
+    that were given by position.
 
     Returns:
-        Arguments by their names; none where no `generate` of transformers is calling.
+        The arguments by name; an empty dictionary where no `generate` of transformers is calling.
     """
     codes, function = [], GenerationMixin.generate
     while function is not None:
@@ -105,7 +107,7 @@ def arguments_of_caller() -> dict[str, Any]:
         frame = frame.f_back
     if frame is None:
         return {}
-    given = {name: frame.f_locals.get(name) for name in _NOT_HANDED_ON}
+    given = {name: frame.f_locals.get(name) for name in _WITHHELD_ARGUMENTS}
     while frame.f_back is not None and frame.f_back.f_code in codes[:-1]:
         frame = frame.f_back
     given.update(frame.f_locals.get("kwargs", {}))
@@ -114,22 +116,23 @@ def arguments_of_caller() -> dict[str, Any]:
 
 
 def waits_for_other_ranks(model: Any) -> bool:
-    """Whether `generate` would keep several processes in step, pass by pass, without being told to."""
+    """Whether `generate` would set `synced_gpus` by itself, which keeps the passes of several processes in sync."""
     return bool(model._extract_generation_mode_kwargs(None, {}, None, None, None).get("synced_gpus"))
 
 
 def merged_generation_config(
     model: Any, generation_config: GenerationConfig | None = None, **kwargs: Any
 ) -> GenerationConfig:
-    """The config that `model.generate(generation_config=generation_config, **kwargs)` would go by."""
+    """The config that `model.generate(generation_config=generation_config, **kwargs)` would use."""
     return model._prepare_generation_config(generation_config, **kwargs)[0]
 
 
 def own_generation_config(model: Any, do_sample: bool) -> GenerationConfig:
-    """The config by which a model writes on its own, special tokens prepared, lengths left to the caller.
+    """The model's own generation config, with special tokens prepared and without a minimum length or a forced EOS.
 
     Args:
-        do_sample: `False` makes it greedy; `True` leaves it as the model's own config says.
+        model: a causal language model.
+        do_sample: `False` makes the config greedy; `True` keeps what the model's own config says.
     """
     config = merged_generation_config(model)
     config.do_sample = bool(config.do_sample and do_sample)
@@ -139,35 +142,35 @@ def own_generation_config(model: Any, do_sample: bool) -> GenerationConfig:
 
 
 def arguments_of_pipeline(pipeline: Any, generate_kwargs: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
-    """What a text-generation pipeline gives `generate`, of its own and of what a call gives it, and `overrides`."""
+    """The arguments that a text-generation pipeline gives `generate`: its own, a call's, and `overrides`."""
     if hasattr(pipeline, "_prepare_generate_kwargs"):  # From transformers 5.20 on.
         return pipeline._prepare_generate_kwargs(dict(generate_kwargs), **overrides)
     config = copy.deepcopy(pipeline.generation_config)
     defaults = pipeline._default_generation_config
-    for name in ("max_new_tokens", "do_sample"):  # Up to 5.16 a pipeline's default goes before what the model says.
+    for name in ("max_new_tokens", "do_sample"):  # Up to 5.16 a pipeline's default overrides the model.
         own = getattr(pipeline.model.generation_config, name)
         if own is not None and getattr(config, name) == getattr(defaults, name):
             setattr(config, name, own)
     return {"generation_config": config, **generate_kwargs, **overrides}
 
 
-# Where a patched `generate` keeps the one that it replaced.
+# The attribute in which a patched `generate` keeps the original.
 ORIGINAL = "_nudging_hf_original"
 
 
 def plain_generate(model: Any) -> Callable[..., Any]:
-    """The `generate` of the model's class, as it is without nudging."""
+    """The `generate` of the model's class without nudging."""
     own = type(model).generate
     return getattr(own, ORIGINAL, own)
 
 
 def token_by_token(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
-    """The loop of plain greedy decoding and of sampling, given what `generate` hands a `custom_generate` function."""
+    """Runs plain greedy decoding or sampling with the arguments that `generate` gives a `custom_generate` function."""
     return model._sample(input_ids, **prepared)
 
 
 def is_prepared(generation_config: GenerationConfig | None) -> bool:
-    """Whether `generate` has prepared the config, i.e. is calling a `custom_generate` function."""
+    """Whether `generate` has prepared the config, as it does before it calls a `custom_generate` function."""
     return hasattr(generation_config, "_pad_token_tensor")
 
 
@@ -178,13 +181,13 @@ def eos_token_ids(generation_config: GenerationConfig) -> list[int]:
 
 
 def pad_token_id(generation_config: GenerationConfig) -> int | None:
-    """The padding id of a prepared config; `generate` takes the first EOS where none is set."""
+    """The padding id of a prepared config. `generate` has set it to the first EOS if there was none."""
     pad = generation_config._pad_token_tensor
     return None if pad is None else int(pad)
 
 
 def own_eos_token_ids(model: Any) -> list[int]:
-    """The EOS ids of the model's own generation config, in its order, whatever a call says."""
+    """The EOS ids of the model's own generation config, in its order. A call does not change them."""
     eos = model.generation_config.eos_token_id
     if isinstance(eos, torch.Tensor):
         eos = eos.flatten().tolist()
@@ -192,18 +195,23 @@ def own_eos_token_ids(model: Any) -> list[int]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens with which a model ends an answer: the EOS ids of its generation config and its tokenizer's.
+    """The tokens with which a model ends an answer: the EOS ids of its generation config and of its tokenizer.
 
-    Chat models often end by a token that only one of the two names. Ids that the model has no score for are left out.
+    Many chat models end with a token that only one of the two names. Ids for which the model has no logit are omitted.
     """
     named, rows = [*own_eos_token_ids(model), tokenizer.eos_token_id], output_rows(model)
     return list(dict.fromkeys(token for token in named if token is not None and 0 <= token < rows))
 
 
 def own_processors(model: Any, generation_config: GenerationConfig, input_ids: torch.Tensor) -> LogitsProcessorList:
-    """The logits processors that a prepared config asks for, after a prompt of shape (1, prompt_length).
+    """The logits processors that a prepared config asks for, except that of `remove_invalid_values`.
 
-    Without the one of `remove_invalid_values`: what is no number is an error, and is said.
+    NaN and infinite logits are reported as errors, so they must not be removed.
+
+    Args:
+        model: the model whose logits are processed.
+        generation_config: a prepared config.
+        input_ids: the prompt, of shape (1, prompt_length).
     """
     prepared = model._get_logits_processor(
         generation_config=generation_config,
@@ -216,9 +224,14 @@ def own_processors(model: Any, generation_config: GenerationConfig, input_ids: t
 
 
 def processors_of_row(prepared: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
-    """The processors that `generate` prepared for a batch, bound to one row, to be called with that row alone.
+    """The logits processors for one row of a batch, except that of `remove_invalid_values`.
 
-    Without the one of `remove_invalid_values`: what is no number is an error, and is said.
+    NaN and infinite logits are reported as errors, so they must not be removed.
+
+    Args:
+        prepared: the processors that `generate` prepared for the whole batch. They are not changed.
+        row: the row to which copies are bound. They are called with this row alone.
+        rows: the number of rows of the batch.
     """
     own = LogitsProcessorList()
     for processor in prepared:
@@ -226,7 +239,7 @@ def processors_of_row(prepared: LogitsProcessorList, row: int, rows: int) -> Log
             continue
         bound = copy.copy(processor)
         if isinstance(bound, PrefixConstrainedLogitsProcessor):
-            # It is told the prompt's number, which several returned sequences share.
+            # The caller's function takes the number of the prompt, which several returned sequences share.
             allowed, prompt = bound._prefix_allowed_tokens_fn, row // bound._num_beams
             bound._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed, prompt=prompt: allowed(prompt, ids)
             bound._num_beams = 1
@@ -239,49 +252,51 @@ def processors_of_row(prepared: LogitsProcessorList, row: int, rows: int) -> Log
         elif isinstance(bound, EncoderNoRepeatNGramLogitsProcessor):
             bound.generated_ngrams = bound.generated_ngrams[row * bound.batch_size // rows :]
             bound.batch_size = 1
-        else:  # Knows nothing of the batch, or is the caller's own, and the same for all rows.
+        else:  # It does not depend on the batch, or is the caller's and the same for all rows.
             bound = processor
         own.append(bound)
     return own
 
 
 def input_device(model: Any) -> torch.device:
-    """The device on which a model reads its ids, also where its weights are elsewhere until they are used."""
+    """The device on which a model expects its ids, also where its weights are offloaded."""
     if model.device.type != "meta":
         return model.device
-    # Offloaded by accelerate, whose hook brings the weights to where they are used.
+    # accelerate has offloaded the weights. Its hook knows the device on which they are used.
     return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
 
 
 def has_no_weights(model: Any) -> bool:
-    """Whether a model is on the meta device, and not because its weights are brought when they are used."""
+    """Whether a model is on the meta device and its weights are not merely offloaded."""
     return model.device.type == "meta" and not hasattr(model.get_input_embeddings(), "_hf_hook")
 
 
 def reads_more_than_text(model: Any) -> bool:
-    """Whether images, sounds or videos may stand in the model's prompts."""
+    """Whether the model's prompts may contain images, sounds or videos."""
     modalities = model.input_modalities
     return any(modality != "text" for modality in ([modalities] if isinstance(modalities, str) else modalities))
 
 
 def placeholder_ids(model: Any) -> set[int]:
-    """The tokens in whose place a model reads images, sounds or videos, and those that begin and end such a place."""
+    """The placeholder tokens of images, sounds and videos, and the tokens that begin and end such a place."""
     names = ["image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id"]
     names += ["boi_token_id", "eoi_token_id", "boi_token_index", "eoi_token_index"]
     return {token for name in names if isinstance(token := getattr(model.config, name, None), int)}
 
 
 def overrides_generate(model: Any) -> bool:
-    """Whether the model's class has a `generate` of its own, which `GenerationMixin.generate` does not go through."""
+    """Whether the model's class overrides `GenerationMixin.generate`."""
     return type(model).generate is not GenerationMixin.generate
 
 
 def first_inputs(model: Any, input_ids: torch.Tensor, cache: Cache, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What `generate` gives a model in its first pass, which fills an empty cache.
+    """The arguments that `generate` gives a model in its first forward pass.
 
     Args:
-        input_ids: of shape (rows, width), padded on the left.
-        model_kwargs: as `generate` prepared them, the cache left out.
+        model: a causal language model.
+        input_ids: ids of shape (rows, width), with left padding.
+        cache: the empty cache that the pass fills.
+        model_kwargs: the other arguments, as `generate` prepared them.
     """
     return model.prepare_inputs_for_generation(
         input_ids, is_first_iteration=True, use_cache=True, **{CACHE: cache}, **model_kwargs
@@ -289,7 +304,7 @@ def first_inputs(model: Any, input_ids: torch.Tensor, cache: Cache, model_kwargs
 
 
 def uncached_inputs(model: Any, input_ids: torch.Tensor) -> dict[str, Any]:
-    """What `generate` gives a model without a cache, for ids of shape (rows, width) that are not padded."""
+    """The arguments that `generate` gives a model without a cache, for unpadded ids of shape (rows, width)."""
     mask = torch.ones_like(input_ids)
     return model.prepare_inputs_for_generation(
         input_ids, is_first_iteration=True, attention_mask=mask, **{CACHE: None}, use_cache=False
@@ -297,33 +312,33 @@ def uncached_inputs(model: Any, input_ids: torch.Tensor) -> dict[str, Any]:
 
 
 def without_wrapper(model: Any) -> Any:
-    """The model of transformers inside a wrapper of PEFT, whose adapters stand in its layers; others as they are.
+    """The model of transformers inside a PEFT wrapper, whose layers contain the adapters. Other models are returned.
 
     Raises:
-        ValueError: for what PEFT does not in the layers, but to the prompt.
+        ValueError: if the adapter changes the prompt, or depends on places in it.
     """
-    # While PEFT's `generate` runs, the model inside prepares its inputs by the wrapper.
+    # While PEFT's `generate` runs, the inner model's `prepare_inputs_for_generation` is a method of the wrapper.
     wrapper = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model)
     peft_config = getattr(wrapper, "active_peft_config", None)
     if peft_config is None:
         return model
     if peft_config.is_prompt_learning or getattr(peft_config, "alora_invocation_tokens", None):
         raise ValueError(
-            f"The adapter, {type(peft_config).__name__}, goes by places in the prompt, which nudging does not know: "
-            "give an adapter of the layers, such as LoRA."
+            f"The adapter, {type(peft_config).__name__}, changes the prompt or depends on places in it, which nudging "
+            "does not support: give an adapter of the layers, such as LoRA."
         )
     if wrapper is not model:
         return model
     inside = model.get_base_model()
-    if inside.generation_config is not model.generation_config:  # The wrapper was given one of its own.
-        inside.generation_config = model.generation_config  # As the wrapper's own `generate` does.
+    if inside.generation_config is not model.generation_config:  # The caller has set the wrapper's config.
+        inside.generation_config = model.generation_config  # PEFT's `generate` does the same.
     return inside
 
 
 def tensor_parallel_group(model: Any) -> Any:
-    """The processes among which tensor parallelism divides a model; `None` if it is not divided.
+    """The process group among which tensor parallelism divides a model; `None` if it is not divided.
 
-    5.19 and later have a mesh manager. 5.12 names the size in `tp_size`, 5.16 in the config alone.
+    transformers 5.19 and later have a mesh manager. The size is in `tp_size` in 5.12, and only in the config in 5.16.
     """
     if (manager := getattr(model, "_mesh_manager", None)) is not None:
         return manager.get_mesh("tp").get_group() if (model.tp_size or 1) > 1 else None
@@ -335,7 +350,7 @@ def tensor_parallel_group(model: Any) -> Any:
 
 
 def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:
-    """The first rank's numbers, where tensor parallelism has several ranks that must act in sync."""
+    """Broadcasts the first rank's numbers to all ranks of a tensor-parallel model, which must act in sync."""
     group = tensor_parallel_group(model)
     if group is None:
         return numbers
@@ -345,22 +360,22 @@ def shared_by_ranks(model: Any, numbers: list[int]) -> list[int]:
 
 
 def config_layers(model: Any) -> list[Any]:
-    """The empty layers of the cache that `generate` would make for the model."""
+    """Empty layers such as those of the cache that `generate` would make for the model."""
     return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
 
 
-def index_goes_on() -> bool:
-    """Whether a pass over several tokens goes on from an index of what to attend to: up to 5.16 it does not."""
+def indexer_continues_from_cache() -> bool:
+    """Whether a pass over several tokens uses the indexer keys in the cache. Up to transformers 5.16 it does not."""
     return tuple(int(part) for part in transformers.__version__.split(".")[:2]) > (5, 16)
 
 
-def takes_common_cache(model: Any) -> bool:
-    """Whether the model takes the cache that models have in common, and none of a class of its own (RWKV, XLNet)."""
+def supports_dynamic_cache(model: Any) -> bool:
+    """Whether the model takes a `DynamicCache`. RWKV and XLNet, for example, have caches of their own classes."""
     return cache_argument(model) is not None and model._supports_default_dynamic_cache()
 
 
-def has_attention_layers_alone(model: Any) -> bool:
-    """Whether the model names no layers of another kind, which keep more than keys and values, wherever that is."""
+def has_only_attention_layers(model: Any) -> bool:
+    """Whether the config names only attention layers. Other layers keep more than keys and values somewhere."""
     config = model.config.get_text_config(decoder=True)
     names = ("layer_types", "layers_block_type", "block_types")
     kinds = {kind for name in names for kind in getattr(config, name, None) or ()}
@@ -368,17 +383,17 @@ def has_attention_layers_alone(model: Any) -> bool:
 
 
 def takes_static_cache(model: Any) -> bool:
-    """Whether the model attends over a cache of a fixed size; those that do are those that can be compiled over it.
+    """Whether the model can use a static cache. It can if its forward pass can be compiled over one.
 
-    GPT-Neo does not: it takes the size of the cache for the length of the text, in plain `generate` too.
+    GPT-Neo cannot: it mistakes the size of the cache for the length of the text, in plain `generate` too.
     """
     return bool(model._can_compile_fullgraph)
 
 
 def states_of(layer: Any) -> list[torch.Tensor]:
-    """What a linear-attention layer keeps of all rows, tensors of shape (rows, ...); none before its first pass.
+    """The states of a linear-attention layer, tensors of shape (rows, ...). There are none before its first pass.
 
-    From transformers 5.14 on such a layer may have several states, by their numbers.
+    From transformers 5.14 on, a layer may have several states, in a dictionary by number.
     """
     kept = [layer.conv_states, layer.recurrent_states]
     each = [state for states in kept for state in (states.values() if isinstance(states, dict) else [states])]
@@ -386,25 +401,25 @@ def states_of(layer: Any) -> list[torch.Tensor]:
 
 
 def set_states(layer: Any, states: Sequence[torch.Tensor]) -> None:
-    """Puts tensors in the place of those that `states_of` gives, in its order."""
-    left = iter(states)
+    """Replaces the tensors that `states_of` returns, in the same order."""
+    remaining = iter(states)
     for name in ("conv_states", "recurrent_states"):
         old = getattr(layer, name)
         if isinstance(old, dict):
-            old.update({number: next(left) for number, state in old.items() if state is not None})
+            old.update({number: next(remaining) for number, state in old.items() if state is not None})
         elif old is not None:
-            setattr(layer, name, next(left))
+            setattr(layer, name, next(remaining))
 
 
 def has_rotary_positions(model: Any) -> bool:
-    """Whether the model's positions turn its keys and queries, as the ids of positions say."""
+    """Whether the model has rotary position embeddings."""
     return getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) is not None
 
 
-def tells_distances_by_positions(model: Any) -> bool:
-    """Whether how far apart two tokens are is told by `position_ids` alone, never by the cache slots between them.
+def uses_position_ids_only(model: Any) -> bool:
+    """Whether attention measures distances by `position_ids` only, so that gaps in the cache do not matter.
 
-    So it is with rotary embeddings where no layer attends through a sliding window or in chunks.
+    This holds for rotary embeddings if no layer has a sliding window or attends in chunks.
     """
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None) or []
@@ -417,15 +432,15 @@ def tells_distances_by_positions(model: Any) -> bool:
 
 
 def compiled_call(model: Any, cache: Cache, generation_config: GenerationConfig) -> Callable[..., Any] | None:
-    """The model's forward pass, compiled as `generate` would compile it over that cache; `None` where it would not."""
+    """The model's forward pass, compiled as `generate` would compile it for this cache; `None` if it would not."""
     if not model._valid_auto_compile_criteria({CACHE: cache}, generation_config):
         return None
-    with _COMPILING:  # It is kept on the model: two threads would make two.
+    with _COMPILING:  # It is stored on the model. Without the lock, two threads could compile it twice.
         return model.get_compiled_call(generation_config.compile_config)
 
 
 def input_rows(model: Any) -> int | None:
-    """How many ids the model can read: rows of its embeddings. `None` where that is not known."""
+    """The number of ids that the model can read, from its input embeddings. `None` if it is not known."""
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -434,39 +449,44 @@ def input_rows(model: Any) -> int | None:
 
 
 def output_rows(model: Any) -> int:
-    """How many tokens the model scores."""
+    """The size of the model's logits: the number of tokens that it can choose from."""
     head = model.get_output_embeddings()
     return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
 
 
 def greatest_length(model: Any) -> int | None:
-    """The number of tokens that the model can read, where its positions come from a table of so many rows.
+    """The greatest number of tokens that the model can read, where its positions come from a table.
 
-    `None` where positions are computed (rotary embeddings, ALiBi): a model can be given more of them than it was
+    `None` where positions are computed (rotary embeddings, ALiBi), so that a model can read more tokens than it was
     trained on.
     """
     config = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    if most is None or getattr(config, "rope_parameters", None) is not None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or getattr(config, "rope_parameters", None) is not None:
         return None
     if model not in _GREATEST_LENGTHS:
-        _GREATEST_LENGTHS[model] = _rows_of_position_table(model, most)
+        _GREATEST_LENGTHS[model] = _num_table_positions(model, positions)
     return _GREATEST_LENGTHS[model]
 
 
 _GREATEST_LENGTHS: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
-_MOST_OFFSET = 8  # Rows of a table of positions that stand before the first position; there are 2 in OPT's.
+_MAX_TABLE_OFFSET = 8  # Rows of a position table before the first position. OPT has 2.
 
 
-def _rows_of_position_table(model: Any, most: int) -> int | None:
-    """The positions that a table holds: learned ones, or sines that are kept for so many positions and no more."""
+def _num_table_positions(model: Any, positions: int) -> int | None:
+    """The number of positions in the model's table, which holds learned embeddings or precomputed sines.
+
+    Args:
+        model: a causal language model.
+        positions: its `max_position_embeddings`, by which the table is recognized.
+    """
     words = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module is not words:
-            if most <= module.num_embeddings <= most + _MOST_OFFSET:
-                padding = module.padding_idx  # RoBERTa's positions begin after its padding.
-                return most if module.num_embeddings > most or padding is None else most - padding - 1
+            if positions <= module.num_embeddings <= positions + _MAX_TABLE_OFFSET:
+                padding = module.padding_idx  # RoBERTa's positions begin after its padding id.
+                return positions if module.num_embeddings > positions or padding is None else positions - padding - 1
     for name, buffer in model.named_buffers():
-        if buffer.ndim == 2 and len(buffer) == most and "pos" in name.rpartition(".")[2]:
-            return most
+        if buffer.ndim == 2 and len(buffer) == positions and "pos" in name.rpartition(".")[2]:
+            return positions
     return None

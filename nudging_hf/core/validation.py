@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers.generation import GenerationMode
 
-from .cache_layers import keeps_state
-from .reading_mode import Rows, has_common_cache, reading_mode
+from .cache_layers import has_recurrent_state
+from .reading_mode import reading_mode, supports_row_rollback
 from .transformers_private import (
     CACHE_NAMES,
     cache_argument,
@@ -105,12 +105,13 @@ def refuse_a_cache_of_its_own(model: Any, whose: str, is_static: bool = False) -
     if cache_argument(model) is None:
         return
     name = type(model).__name__
-    if (trouble := reading_mode(model).trouble) is not None:
+    if (problem := reading_mode(model).cache_problem) is not None:
         raise ValueError(
-            f"The cache of the {whose}, {name}, cannot be used, for {trouble}: give another model, or "
+            f"The cache of the {whose}, {name}, cannot be used, for {problem}: give another model, or "
             "`use_cache=False`, with which each pass reads the whole text."
         )
-    if is_static and (keeps_state(model) or reading_mode(model).rows is Rows.ALONE or not takes_static_cache(model)):
+    shares_cache = reading_mode(model).rows_share_cache
+    if is_static and (has_recurrent_state(model) or not shares_cache or not takes_static_cache(model)):
         raise ValueError(
             f"The {whose}, {name}, cannot be read over a cache of a fixed size: leave out "
             "`cache_implementation='static'`."
@@ -127,7 +128,7 @@ def refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: boo
             f"The base, {name}, reads {given} by a `generate` of its own, which nudging does not go through: "
             "give its language model and text alone."
         )
-    if not has_common_cache(model):
+    if not supports_row_rollback(model):
         raise ValueError(
             f"The base, {name}, keeps a cache of a kind of its own, and {given} would be read into it by padded rows: "
             "give its language model and text alone."
