@@ -57,12 +57,12 @@ def test_what_is_filled_in_is_not_read_again(user, system):
     [
         ([], "got messages of: nobody"),
         ([SYSTEM], "system"),
-        ([USER, SAID], "the user last; got messages of: user, assistant"),
+        ([USER, SAID], "the user first and last; got messages of: user, assistant"),
         ([USER, USER], "got messages of: user, user"),
         ([USER, SYSTEM, USER], "got messages of: user, system, user"),
         ([USER, SAID, {"role": "tool", "content": "7"}], "tool"),
-        ([{"role": "user"}], "A message is"),
-        (["Why?"], "A message is .* got 'Why\\?'"),
+        ([{"role": "user"}], "A message must be"),
+        (["Why?"], "A message must be .* got 'Why\\?'"),
         ([{"role": "user", "content": [{"type": "image"}]}], "must be text"),
         ([{"role": "user", "content": None}], "must be text, got None"),
         ([{"role": "user", "content": 7}], "must be text, got 7"),
@@ -72,20 +72,20 @@ def test_what_is_filled_in_is_not_read_again(user, system):
         ([{"role": "user", "content": [{"text": "Why?"}]}], "got a part {'text': 'Why\\?'}"),
         ([{"role": "user", "content": [None]}], "got a part None"),
         ([{"role": "user", "content": [["Why?"]]}], "got a part \\['Why\\?'\\]"),
-        ([{"role": None, "content": "Why?"}], "The role of a message is .* got None"),
-        ([USER, {"role": 7, "content": "So."}, USER], "The role of a message is .* got 7"),
-        ([{"role": ["user"], "content": "Why?"}], "The role of a message is"),
+        ([{"role": None, "content": "Why?"}], "The role of a message must be .* got None"),
+        ([USER, {"role": 7, "content": "So."}, USER], "The role of a message must be .* got 7"),
+        ([{"role": ["user"], "content": "Why?"}], "The role of a message must be"),
         ([USER, {**SAID, "tool_calls": [{"name": "sum"}]}, AGAIN], "A message has `tool_calls`"),
         ([USER, {**SAID, "content": None, "tool_calls": [{"name": "sum"}]}, AGAIN], "A message has `tool_calls`"),
         ([USER, {**SAID, "function_call": {"name": "sum"}}, AGAIN], "A message has `function_call`"),
-        (USER, "A chat is a list of messages .*: put the message into a list"),
-        ({"messages": [USER]}, "A chat is a list of messages .* got {'messages'"),
-        ("Why?", "A chat is a list of messages .* got 'Why\\?'"),
-        (None, "A chat is a list of messages .* got None"),
-        ([None], "A message is .* got None"),
-        ([[USER]], "A message is"),
-        ([{"role": "user", "content": "caf\udce9"}], "holds '.udce9' at position 3, which is no character"),
-        ([{"role": "user", "content": ["\ud83d"]}], "holds '.ud83d' at position 0, which is no character"),
+        (USER, "A chat must be a list of messages .*: put the message into a list"),
+        ({"messages": [USER]}, "A chat must be a list of messages .* got {'messages'"),
+        ("Why?", "A chat must be a list of messages .* got 'Why\\?'"),
+        (None, "A chat must be a list of messages .* got None"),
+        ([None], "A message must be .* got None"),
+        ([[USER]], "A message must be"),
+        ([{"role": "user", "content": "caf\udce9"}], "has '.udce9' at position 3, which is not a character"),
+        ([{"role": "user", "content": ["\ud83d"]}], "has '.ud83d' at position 0, which is not a character"),
     ],
 )
 def test_no_prompt_is_made_of_something_else(messages, match):
@@ -102,7 +102,7 @@ def test_no_prompt_is_made_of_something_else(messages, match):
 )
 def test_what_is_no_chat_and_no_list_of_chats_is_refused(chats):
     pair = tiny.pair("llama", 1, "two")
-    with pytest.raises(ValueError, match=r"A chat is a list|A message is|A chat goes|There is no chat"):
+    with pytest.raises(ValueError, match=r"A chat must be a list|A message must be|A chat may begin|There is no chat"):
         chat_inputs(chats, pair.tokenizer, pair.nudging_tokenizer)
 
 
@@ -141,7 +141,7 @@ def test_what_a_message_has_besides_role_and_content_is_left_alone():
         ("{}{user}", "got {}"),
         ("{user!r}", "a name alone"),
         ("{user:>9}", "a name alone"),
-        ("{user", "a brace itself is written twice"),
+        ("{user", "write a literal brace twice"),
     ],
 )
 def test_no_prompt_is_made_by_another_template(template, match):
@@ -280,13 +280,17 @@ def test_a_template_may_take_a_switch_out_of_a_message():
     [
         ([USER], "{{ raise_exception('Nothing is supported') }}", "refuses the messages: Nothing is supported"),
         ([USER], "{{ 1 + messages[0].content }}", "refuses the messages: "),
-        ([USER], "Hello.", "leaves out what message 1 of 1, of role 'user', says: 'Why\\?'. Set `nudging_tok"),
-        ([USER, SAID, AGAIN], LAST, "leaves out what message 1 of 3, of role 'user', says: 'Why\\?'"),
-        (CONVERSATION, LAST, "leaves out what message 1 of 3"),
-        ([USER, SAID, AGAIN], FIRST_AND_LAST, "leaves out what message 2 of 3, of role 'assistant', says: 'Because.'"),
-        (CONVERSATION, FIRST_AND_LAST, "leaves out what message 2 of 3"),
-        ([{**USER, "content": f"{'Why' * 30}?"}], CUT, "leaves out what message 1 of 1, .*\\.\\.\\. Set"),
-        ([{**USER, "content": "Why?\nAnd how?"}], NO_LINES, "leaves out what message 1 of 1"),
+        ([USER], "Hello.", "leaves out the content of message 1 of 1, of role 'user': 'Why\\?'. Set `nudging_tok"),
+        ([USER, SAID, AGAIN], LAST, "leaves out the content of message 1 of 3, of role 'user': 'Why\\?'"),
+        (CONVERSATION, LAST, "leaves out the content of message 1 of 3"),
+        (
+            [USER, SAID, AGAIN],
+            FIRST_AND_LAST,
+            "leaves out the content of message 2 of 3, of role 'assistant': 'Because",
+        ),
+        (CONVERSATION, FIRST_AND_LAST, "leaves out the content of message 2 of 3"),
+        ([{**USER, "content": f"{'Why' * 30}?"}], CUT, "leaves out the content of message 1 of 1, .*\\.\\.\\. Set"),
+        ([{**USER, "content": "Why?\nAnd how?"}], NO_LINES, "leaves out the content of message 1 of 1"),
         ([{**USER, "content": "<think>so</think>Why?"}], NO_REASONING.replace("assistant", "user"), "message 1 of 1"),
         ([USER, {**SAID, "content": "<think>so</think>So."}, AGAIN], CUT.replace("20", "-1"), "message 1 of 3"),
     ],
@@ -299,7 +303,7 @@ def test_a_template_that_leaves_out_what_is_said_is_refused(chat, template, matc
 def test_what_a_template_is_told_may_decide_what_it_writes():
     template = "{% if all %}" + TRIMMED + "{% else %}" + LAST + "{% endif %}"
     assert "Because." in nudging_text(CONVERSATION, template, all=True)
-    with pytest.raises(ValueError, match="leaves out what message 1 of 3"):
+    with pytest.raises(ValueError, match="leaves out the content of message 1 of 3"):
         nudging_text(CONVERSATION, template)
 
 
@@ -327,7 +331,7 @@ def test_a_template_is_looked_at_once_for_chats_of_one_form(monkeypatch):
     assert len(calls) == 11
     for turns in range(200):
         templated_ids(tokenizer, [*[USER, SAID] * turns, AGAIN])
-    assert len(prompts._ORDERS[tokenizer]) <= 64
+    assert len(prompts._CONTENT_ORDERS[tokenizer]) <= 64
 
 
 @pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize", "return_tensors", "continue_final_message"])
@@ -353,7 +357,7 @@ def test_the_base_s_prompt_that_a_template_leaves_out_is_refused_and_one_in_part
 
 def test_a_system_message_that_neither_model_would_be_given_is_refused():
     pair, plain = tiny.pair("llama", 1, "two"), with_template(None)
-    with pytest.raises(ValueError, match=r"Neither model would be given the system message: .* Put {system} into"):
+    with pytest.raises(ValueError, match=r"Neither model would get the system message: .* Put {system} into"):
         chat_inputs([[USER], [SYSTEM, USER]], pair.tokenizer, plain, "Question: {user}\n")
     for chat in ([USER], messages_of("Why?", "")):
         given = chat_inputs(chat, pair.tokenizer, plain, "Question: {user}\n")

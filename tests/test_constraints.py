@@ -1,13 +1,20 @@
 """What the caller's logits processors forbid is written by neither model, whatever is drafted and batched."""
 
-import functools
 import itertools
-import random
 
-import oracle
 import pytest
 import torch
-from running import inputs_of, nudge
+from running import (
+    KINDS,
+    SOME_DRAFT_LENGTHS,
+    ForbidTokens,
+    decode_in_every_way,
+    decode_with_oracle,
+    inputs_of,
+    nudge,
+    outcomes,
+    random_rule,
+)
 from tiny import pair, prompts
 from transformers import LogitsProcessor, TextIteratorStreamer
 from transformers.generation import (
@@ -17,39 +24,6 @@ from transformers.generation import (
 )
 
 import nudging_hf
-
-DRAFTS = [0, 1, 4, "adaptive"]
-KINDS = ["shared", "two"]
-
-
-class Forbid(LogitsProcessor):
-    """A caller's own processor: forbids what a function of the answer's ids says."""
-
-    def __init__(self, prompt_length: int, forbidden):
-        self.prompt_length = prompt_length
-        self.forbidden = forbidden
-
-    def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            scores[row, sorted(self.forbidden(ids))] = float("-inf")
-        return scores
-
-
-def told(results):
-    return [(r.ids, r.nudged, r.reason) for r in results]
-
-
-def in_every_way(chosen, base_prompts, nudging_prompts, **settings):
-    """The answers of a batch, after asserting that drafts and neighbours change nothing."""
-    answers = [
-        told(nudge(chosen, base_prompts, nudging_prompts, num_draft_tokens=drafts, **settings)) for drafts in DRAFTS
-    ]
-    assert answers[1:] == answers[:1] * (len(DRAFTS) - 1)
-    if "logits_processor" not in settings:
-        for i, (prompt, nudging_prompt) in enumerate(zip(base_prompts, nudging_prompts, strict=True)):
-            assert told(nudge(chosen, [prompt], [nudging_prompt], **settings)) == [answers[0][i]]
-    return answers[0]
 
 
 def often_written(chosen, given, n: int = 6, **settings) -> list[int]:
@@ -70,7 +44,7 @@ def test_a_forbidden_token_is_written_by_neither_model(kind, name):
         "bad_words_ids": [[token] for token in tokens],
         "sequence_bias": [[[token], float("-inf")] for token in tokens],
     }.get(name, tokens)
-    answers = in_every_way(chosen, *given, max_new_tokens=20, nudge_threshold=0.6, **{name: value})
+    answers = decode_in_every_way(chosen, *given, max_new_tokens=20, nudge_threshold=0.6, **{name: value})
     assert any(any(nudged) for _, nudged, _ in answers)
     for ids, _, _ in answers:
         assert set(ids[:1] if name == "begin_suppress_tokens" else ids).isdisjoint(tokens)
@@ -84,7 +58,7 @@ def test_a_forbidden_sequence_is_written_by_neither_model_nor_by_both(kind):
         free = nudge(chosen, *given, max_new_tokens=24, nudge_threshold=0.6)
         pairs = {pair for result in free for pair in itertools.pairwise(result.ids) if 0 not in pair}
         bad = sorted(pairs - {p for p in pairs if chosen.tokenizer.eos_token_id in p})
-        answers = in_every_way(
+        answers = decode_in_every_way(
             chosen, *given, max_new_tokens=24, nudge_threshold=0.6, bad_words_ids=[list(pair) for pair in bad]
         )
         for ids, _, _ in answers:
@@ -95,32 +69,13 @@ def test_a_forbidden_sequence_is_written_by_neither_model_nor_by_both(kind):
 def test_no_n_gram_is_repeated_by_either_model(kind):
     chosen = pair("llama", 0, kind)
     base_prompts, nudging_prompts = prompts(chosen, 2, 1)
-    answers = in_every_way(
+    answers = decode_in_every_way(
         chosen, base_prompts, nudging_prompts, max_new_tokens=40, nudge_threshold=0.6, no_repeat_ngram_size=2
     )
     for prompt, (ids, _, reason) in zip(base_prompts, answers, strict=True):
         written = list(itertools.pairwise(prompt + (ids[:-1] if reason == "eos" else ids)))[len(prompt) - 1 :]
         before = list(itertools.pairwise(prompt))
         assert len(set(written)) == len(written) and set(before).isdisjoint(written)
-
-
-def random_rule(eos: int, size: int, seed: int, shares=(0.1, 0.5, 0.9)):
-    """A function of ids: which tokens of a vocabulary are forbidden after them; something is always allowed."""
-
-    @functools.cache
-    def after(last: tuple[int, ...], length: int) -> frozenset[int]:
-        draw = random.Random(f"{seed} {last} {length % 5}")
-        share = draw.choice(shares)
-        forbidden = {token for token in range(size) if draw.random() < share}
-        if draw.random() < 0.5:
-            forbidden.discard(eos)
-        if draw.random() < 0.03 and length > 6:
-            forbidden = set(range(size)) - {eos}
-        if len(forbidden) == size or (forbidden == set(range(size)) - {eos} and length < 7):
-            forbidden.discard(draw.choice([token for token in range(size) if token != eos]))
-        return frozenset(forbidden)
-
-    return lambda ids: after(tuple(ids[-2:]), len(ids))
 
 
 @pytest.mark.parametrize("threshold", [0, 0.4, 1.01])
@@ -133,26 +88,18 @@ def test_constrained_answers_are_those_of_a_plain_decoder(kind, seed, threshold)
     shares = (0.02, 0.1, 0.5) if kind == "two" else (0.1, 0.5, 0.9)
     rule = random_rule(chosen.tokenizer.eos_token_id, len(chosen.tokenizer), seed, shares)
     settings = {"max_new_tokens": 24}
-    answer = in_every_way(
+    answer = decode_in_every_way(
         chosen,
         [prompt],
         [nudging_prompt],
         nudge_threshold=threshold,
-        logits_processor=[Forbid(len(prompt), rule)],
+        logits_processor=[ForbidTokens(len(prompt), rule)],
         **settings,
     )
-    expected = oracle.decode(
-        chosen.base,
-        chosen.nudging_model,
-        chosen.tokenizer,
-        chosen.nudging_tokenizer,
-        prompt,
-        nudging_prompt,
-        threshold=threshold,
-        forbidden=rule,
-        **settings,
+    expected = decode_with_oracle(
+        chosen, prompt, nudging_prompt, nudge_threshold=threshold, forbidden=rule, **settings
     )
-    assert answer == [(expected.ids, expected.nudged, expected.reason)]
+    assert answer == outcomes([expected])
     written = expected.ids
     assert all(token not in rule(written[:i]) for i, token in enumerate(written))
 
@@ -164,7 +111,7 @@ def test_an_allowed_set_holds_for_every_token_of_its_row(kind):
     eos, size = chosen.tokenizer.eos_token_id, len(chosen.tokenizer)
     sets = [[*range(40, size, 2), eos], [*range(41, size, 2), eos]]
     fits = {"prefix_allowed_tokens_fn": lambda row, ids: sets[row], "max_new_tokens": 24, "nudge_threshold": 0.6}
-    answers = [told(nudge(chosen, *given, num_draft_tokens=drafts, **fits)) for drafts in DRAFTS]
+    answers = [outcomes(nudge(chosen, *given, num_draft_tokens=drafts, **fits)) for drafts in SOME_DRAFT_LENGTHS]
     assert answers[1:] == answers[:1] * 3
     for (ids, _, _), allowed in zip(answers[0], sets, strict=True):
         assert set(ids) <= set(allowed)
@@ -220,10 +167,10 @@ def test_a_grammar_holds_to_its_end(kind, samples):
         grammar = Json(chosen.tokenizer, width)
         tried += 1
         answers = []
-        for drafts in DRAFTS:
+        for drafts in SOME_DRAFT_LENGTHS:
             torch.manual_seed(seed)
             answers.append(
-                told(
+                outcomes(
                     nudge(
                         chosen,
                         *given,
@@ -253,10 +200,10 @@ def test_sampled_and_streamed_answers_are_bound_too(kind):
     try:
         for seed in range(3):
             answers = []
-            for drafts in DRAFTS:
+            for drafts in SOME_DRAFT_LENGTHS:
                 torch.manual_seed(seed)
                 settings = {"do_sample": True, "temperature": 1.5, "suppress_tokens": tokens, "max_new_tokens": 24}
-                answers.append(told(nudge(chosen, *given, num_draft_tokens=drafts, **settings)))
+                answers.append(outcomes(nudge(chosen, *given, num_draft_tokens=drafts, **settings)))
             assert answers[1:] == answers[:1] * 3
             assert set(answers[0][0][0]).isdisjoint(tokens)
     finally:
@@ -278,13 +225,13 @@ def test_where_only_the_end_is_allowed_the_answer_ends(kind):
     def rule(ids):
         return rest if len(ids) >= 5 else frozenset({eos})
 
-    [(ids, nudged, reason)] = in_every_way(
+    [(ids, nudged, reason)] = decode_in_every_way(
         chosen,
         [prompt],
         [nudging_prompt],
         max_new_tokens=20,
         nudge_threshold=0.9,
-        logits_processor=[Forbid(len(prompt), rule)],
+        logits_processor=[ForbidTokens(len(prompt), rule)],
     )
     assert (len(ids), ids[-1], nudged[-1], reason) == (6, eos, False, "eos")
 
@@ -320,7 +267,7 @@ def test_a_processor_that_goes_by_scores_is_refused_unless_it_is_a_warper():
     with pytest.raises(ValueError, match=r"Nucleus that forbids tokens by their scores.*`top_p`"):
         nudge(chosen, *given, max_new_tokens=6, logits_processor=[Nucleus()])
     free = nudge(chosen, *given, max_new_tokens=12)
-    assert told(nudge(chosen, *given, max_new_tokens=12, logits_processor=[Greatest(3)])) == told(free)
+    assert outcomes(nudge(chosen, *given, max_new_tokens=12, logits_processor=[Greatest(3)])) == outcomes(free)
 
 
 def test_soft_processors_shape_the_base_alone():

@@ -19,7 +19,7 @@ from transformers import (
 import nudging_hf
 from nudging_hf import hub
 from nudging_hf.core import transformers_private
-from nudging_hf.core.validation import REFUSED
+from nudging_hf.core.validation import UNSUPPORTED
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "examples" / "mini" / "models"
@@ -110,7 +110,7 @@ def test_every_door_gives_the_same_ids(exported, base, nudging_model, tokenizer,
 
 # What is refused -----------------------------------------------------------------------------------------------------
 
-# Fields of a generation config. Those that are refused stand in `refusals.REFUSED`.
+# Fields of a generation config. Those that are refused stand in `refusals.UNSUPPORTED`.
 HEEDED = set(
     """
     max_length max_new_tokens min_length min_new_tokens max_time stop_strings do_sample use_cache cache_implementation
@@ -141,12 +141,12 @@ ARGUMENTS_HEEDED = set(
 def test_every_argument_of_generate_is_heeded_or_refused_or_harmless():
     """A new version's new field stands in none of the tables: look up what it does, and put it into one."""
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert fields - HEEDED - HARMLESS - set(REFUSED) == set()
+    assert fields - HEEDED - HARMLESS - set(UNSUPPORTED) == set()
     arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self"}
-    assert arguments - ARGUMENTS_HEEDED - set(REFUSED) == set()
-    assert not HEEDED & set(REFUSED) and not HARMLESS & (HEEDED | set(REFUSED))
+    assert arguments - ARGUMENTS_HEEDED - set(UNSUPPORTED) == set()
+    assert not HEEDED & set(UNSUPPORTED) and not HARMLESS & (HEEDED | set(UNSUPPORTED))
     tried = {name for given in REFUSALS.values() for name in given} - {"top_k"}
-    assert tried | _OF_OTHER_VERSIONS == set(REFUSED)
+    assert tried | _OF_OTHER_VERSIONS == set(UNSUPPORTED)
 
 
 def _filled(base, ids):

@@ -6,12 +6,20 @@ import itertools
 import random
 import time
 
-import oracle
 import pytest
 import torch
-from running import inputs_of, nudge
+from running import (
+    KINDS,
+    SOME_DRAFT_LENGTHS,
+    ForbidTokens,
+    decode_in_every_way,
+    decode_with_oracle,
+    inputs_of,
+    nudge,
+    outcomes,
+    random_rule,
+)
 from scripted import ScriptedLM
-from test_constraints import DRAFTS, KINDS, Forbid, in_every_way, random_rule, told
 from tiny import Pair, pair, prompts
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -50,11 +58,11 @@ def test_a_stop_token_of_the_call_ends_an_answer_whoever_writes_it(kind):
             if place >= len(free.ids) - 1 or free.ids[place] in (eos, *free.ids[:place]):
                 continue
             stop = free.ids[place]
-            [(ids, nudged, reason)] = in_every_way(chosen, *given, eos_token_id=stop, **settings)
+            [(ids, nudged, reason)] = decode_in_every_way(chosen, *given, eos_token_id=stop, **settings)
             assert (ids, nudged, reason) == (free.ids[: place + 1], free.nudged[: place + 1], "stop_token")
             by.add(nudged[-1])
             listed = {"generation_config": GenerationConfig(eos_token_id=[eos, stop], max_new_tokens=30)}
-            assert told(nudge(chosen, *given, nudge_threshold=0.5, **listed)) == [(ids, nudged, reason)]
+            assert outcomes(nudge(chosen, *given, nudge_threshold=0.5, **listed)) == [(ids, nudged, reason)]
             called = {key: value for key, value in inputs_of(chosen, *given).items() if key != "tokenizer"}
             through = chosen.base.generate(
                 **called,
@@ -74,7 +82,7 @@ def test_min_new_tokens_holds_back_a_stop_token(kind):
     [free] = nudge(chosen, *given, max_new_tokens=30, nudge_threshold=0.6)
     stops = sorted(set(free.ids[:8]) - {chosen.base.generation_config.eos_token_id})
     settings = {"max_new_tokens": 30, "min_new_tokens": 12, "nudge_threshold": 0.6, "eos_token_id": stops}
-    [(ids, _, _)] = in_every_way(chosen, *given, **settings)
+    [(ids, _, _)] = decode_in_every_way(chosen, *given, **settings)
     assert len(ids) >= 12 and set(ids[:12]).isdisjoint(stops)
 
 
@@ -90,7 +98,7 @@ def test_a_stop_token_that_is_the_nudging_models_eos_ends_the_answer_with_itself
                 chosen.nudging_model.generation_config, sequence_bias=[[[pad], 9.0]], repetition_penalty=None
             ):
                 [free] = nudge(chosen, *given, **settings)
-                [(ids, nudged, reason)] = in_every_way(chosen, *given, eos_token_id=pad, **settings)
+                [(ids, nudged, reason)] = decode_in_every_way(chosen, *given, eos_token_id=pad, **settings)
             if free.reason == "eos" and reason == "stop_token":
                 found += 1
                 assert ids == [*free.ids[:-1], pad] and nudged[-1]
@@ -103,9 +111,9 @@ def test_the_nudging_model_ends_by_its_tokenizers_eos_too():
     ended = 0
     for seed in range(6):
         given = prompts(chosen, 2, seed)
-        expected = told(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
+        expected = outcomes(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
         with changed(chosen.nudging_model.generation_config, eos_token_id=chosen.tokenizer.bos_token_id):
-            results = told(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
+            results = outcomes(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
         ended += sum(reason == "eos" for _, _, reason in results)
         assert [r for r in results if r[2] == "eos"] == [r for r in expected if r in results and r[2] == "eos"]
     assert ended
@@ -142,21 +150,17 @@ def test_an_answer_ends_at_the_last_position_of_either_model(kind, base_position
     given = prompts(chosen, 2, seed)
     settings = {"max_new_tokens": 100, "nudge_threshold": threshold}
     settings |= {"num_nudging_tokens": 40} if threshold == 0.4 else {}
-    answers = in_every_way(chosen, *given, **settings)
+    answers = decode_in_every_way(chosen, *given, **settings)
     for prompt, nudging_prompt, answer in zip(*given, answers, strict=True):
-        expected = oracle.decode(
-            chosen.base,
-            chosen.nudging_model,
-            chosen.tokenizer,
-            chosen.nudging_tokenizer,
+        expected = decode_with_oracle(
+            chosen,
             prompt,
             nudging_prompt,
-            threshold=threshold,
             base_positions=base_positions or 1024,
             nudging_positions=nudging_positions or 1024,
-            **{name: value for name, value in settings.items() if name != "nudge_threshold"},
+            **settings,
         )
-        assert answer == (expected.ids, expected.nudged, expected.reason)
+        assert [answer] == outcomes([expected])
         if not nudging_positions:
             assert len(prompt) + len(answer[0]) <= 64
 
@@ -167,7 +171,7 @@ def test_max_length_may_be_the_last_position(kind):
     given = prompts(chosen, 1, 2)
     plain = chosen.base.generate(torch.tensor(given[0]), max_length=64, do_sample=False, eos_token_id=-1)
     assert plain.shape[1] == 64
-    for drafts in DRAFTS:
+    for drafts in SOME_DRAFT_LENGTHS:
         [result] = nudge(chosen, *given, max_length=64, num_draft_tokens=drafts, min_length=64)
         assert (len(given[0][0]) + len(result.ids), result.reason) == (64, "length")
 
@@ -214,11 +218,11 @@ def test_a_nudging_tokenizer_may_have_a_token_more_than_its_model():
     for kind in KINDS:
         chosen = pair("llama", 0, kind)
         given = prompts(chosen, 2, 0)
-        expected = told(nudge(chosen, *given, max_new_tokens=20))
+        expected = outcomes(nudge(chosen, *given, max_new_tokens=20))
         longer = copy.deepcopy(chosen.nudging_tokenizer)
         longer.add_special_tokens({"pad_token": "[PAD]"})
         padded = Pair(chosen.base, chosen.nudging_model, chosen.tokenizer, longer)
-        assert told(nudge(padded, *given, max_new_tokens=20)) == expected
+        assert outcomes(nudge(padded, *given, max_new_tokens=20)) == expected
         longer = copy.deepcopy(longer)
         longer.add_special_tokens({"eos_token": "[END]"})
         with changed(chosen.nudging_model.generation_config, eos_token_id=None):
@@ -231,18 +235,18 @@ def test_a_base_may_be_padded_by_a_token_that_it_has_no_row_for():
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 3, 0)
     settings = {"max_new_tokens": 20, "repetition_penalty": 1.2}
-    expected = told(nudge(chosen, *given, **settings))
+    expected = outcomes(nudge(chosen, *given, **settings))
     longer = copy.deepcopy(chosen.tokenizer)
     longer.add_special_tokens({"pad_token": "[PAD]"})
     padded = Pair(chosen.base, chosen.nudging_model, longer, longer)
-    assert told(nudge(padded, *given, pad_token_id=longer.pad_token_id, **settings)) == expected
+    assert outcomes(nudge(padded, *given, pad_token_id=longer.pad_token_id, **settings)) == expected
 
 
 def test_a_prompt_with_an_id_that_a_model_has_no_row_for_is_refused():
     chosen = pair("llama", 0, "shared")
     size = len(chosen.tokenizer)
     for base_prompt, nudging_prompt, whose in [([5, size], [5], "base"), ([5], [5, size + 3], "nudging model")]:
-        with pytest.raises(ValueError, match=rf"{whose}'s prompt in row 0 holds the id .*resize_token_embeddings"):
+        with pytest.raises(ValueError, match=rf"{whose}'s prompt in row 0 has the id .*resize_token_embeddings"):
             nudge(chosen, [base_prompt], [nudging_prompt], max_new_tokens=4)
 
 
@@ -261,7 +265,7 @@ def test_one_vocabulary_may_have_rows_for_more_tokens_in_either_model(more):
         wider = Pair(chosen.base, nudging, chosen.tokenizer, chosen.tokenizer)
     drawn = 0
     for seed in range(3):
-        answers = in_every_way(wider, *prompts(chosen, 2, seed), max_new_tokens=24, nudge_threshold=0.3)
+        answers = decode_in_every_way(wider, *prompts(chosen, 2, seed), max_new_tokens=24, nudge_threshold=0.3)
         drawn += sum(token >= size for ids, _, _ in answers for token in ids)
     assert drawn > 0 if more == "base" else drawn == 0
 
@@ -273,7 +277,7 @@ def test_a_nudging_word_that_the_base_has_no_row_for_is_not_taken():
     nudged = {token for r in free for token, mine in zip(r.ids, r.nudged, strict=True) if mine}
     rows = sorted(nudged)[-2]
     small = Pair(with_rows(chosen.base, rows), chosen.nudging_model, chosen.tokenizer, chosen.nudging_tokenizer)
-    answers = in_every_way(small, *given, max_new_tokens=24, nudge_threshold=0.9)
+    answers = decode_in_every_way(small, *given, max_new_tokens=24, nudge_threshold=0.9)
     assert all(token < rows for ids, _, _ in answers for token in ids)
     assert any(any(nudged) for _, nudged, _ in answers)
 
@@ -342,7 +346,7 @@ def test_single_tokens_may_have_no_chance_at_all():
         chosen.tokenizer,
     )
     for gate in ("top1", "entropy", "margin", "rejection", "kad"):
-        for ids, _, _ in in_every_way(masked, *given, max_new_tokens=12, nudge_gate=gate):
+        for ids, _, _ in decode_in_every_way(masked, *given, max_new_tokens=12, nudge_gate=gate):
             assert max(ids) < len(chosen.tokenizer) - 30
 
 
@@ -409,13 +413,11 @@ def test_a_long_lookahead_is_not_written_for_a_short_answer(kind):
         return_dict_in_generate=True,
     )
     assert output.nudging_forward_passes <= 3 * 36
-    answers = in_every_way(chosen, *given, max_new_tokens=60, num_nudging_tokens=50, nudge_threshold=0.7)
+    settings = {"max_new_tokens": 60, "num_nudging_tokens": 50, "nudge_threshold": 0.7}
+    answers = decode_in_every_way(chosen, *given, **settings)
     [prompt], [nudging_prompt] = given
-    expected = oracle.decode(
-        chosen.base, chosen.nudging_model, chosen.tokenizer, chosen.nudging_tokenizer, prompt, nudging_prompt,
-        threshold=0.7, max_new_tokens=60, num_nudging_tokens=50,
-    )  # fmt: skip
-    assert answers == [(expected.ids, expected.nudged, expected.reason)]
+    expected = decode_with_oracle(chosen, prompt, nudging_prompt, **settings)
+    assert answers == outcomes([expected])
 
 
 def test_max_time_ends_an_answer_within_a_lookahead():
@@ -473,8 +475,8 @@ def test_no_mixture_of_settings_makes_drafts_or_neighbours_matter(kind, seed):
             settings["bad_words_ids"] = [list(each) for each in itertools.pairwise(free.ids[:8])] or [[9]]
         if draw.random() < 0.3:
             rule = random_rule(chosen.tokenizer.eos_token_id, len(chosen.tokenizer), seed, (0.02, 0.2))
-            settings["logits_processor"] = [Forbid(max(map(len, given[0])), rule)]
-        in_every_way(chosen, *given, **settings)
+            settings["logits_processor"] = [ForbidTokens(max(map(len, given[0])), rule)]
+        decode_in_every_way(chosen, *given, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -492,4 +494,4 @@ def test_a_finish_reason_is_a_function_of_the_ids(kind):
                 StopStringCriteria(chosen.tokenizer, [stop])
             except ValueError:  # No token holds any of it.
                 continue
-            in_every_way(chosen, *given, max_new_tokens=draw.choice([1, 1, 2]), stop_strings=[stop])
+            decode_in_every_way(chosen, *given, max_new_tokens=draw.choice([1, 1, 2]), stop_strings=[stop])

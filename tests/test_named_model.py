@@ -119,7 +119,7 @@ def test_a_callable_finds_it_too(pair, folder, inputs, expected):
 
 
 def test_beside_a_base_that_was_made_in_memory_lies_nothing(pair, inputs):
-    with pytest.raises(ValueError, match="which was not loaded from a folder"):
+    with pytest.raises(ValueError, match="the base was not loaded from a folder"):
         nudging_hf.generate(pair.base, **inputs, nudging_model="./nudging")
 
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_loaded_is_refused(pair, inputs, name):
     with pytest.raises(ValueError, match=f"(?s)'{name}' cannot be loaded.*`nudging_model=`"):
         nudging_hf.generate(pair.base, **inputs, nudging_model=name, local_files_only=True)
     pair.base.generation_config.nudging_model_name_or_path = name
-    with pytest.raises(ValueError, match=r"mend `nudging_model_name_or_path` in the base's generation_config.json"):
+    with pytest.raises(ValueError, match=r"correct `nudging_model_name_or_path` in the base's generation_config.json"):
         nudging_hf.generate(pair.base, **inputs, local_files_only=True)
 
 

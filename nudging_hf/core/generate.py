@@ -35,10 +35,10 @@ from .transformers_private import (
     without_wrapper,
 )
 from .validation import (
-    refuse_streamer_of_several_rows,
-    refuse_what_is_no_language_model,
-    refuse_what_nudging_cannot_do,
-    refuse_what_the_base_cannot_read,
+    validate_call,
+    validate_causal_lm,
+    validate_multimodal_inputs,
+    validate_streamer,
 )
 from .vocabulary import Vocabulary
 
@@ -124,29 +124,29 @@ def generate(*args: Any, model: PreTrainedModel | None = None, **kwargs: Any) ->
     if is_prepared(kwargs.get("generation_config")):  # transformers calls, by `custom_generate=`.
         if plain:
             raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
-        refuse_what_is_no_language_model(model, "base", "model")
+        validate_causal_lm(model, "base", "model")
         generation_config, given = kwargs["generation_config"], arguments_of_caller()
         _find_nudging_model(model, own, generation_config, hub)
-        refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, given)
+        validate_call(model, own["nudging_model"], generation_config, given)
         call = _call(model, own, given.get("tokenizer"), generation_config, given.get("streamer"))
-        refuse_streamer_of_several_rows(call.streamer, len(args[0]))
+        validate_streamer(call.streamer, len(args[0]))
         kwargs["nudging_call"] = call
         return _decode(model, *args, **kwargs)
     if plain:
         return plain_generate(model)(model, *args, **kwargs)
 
-    refuse_what_is_no_language_model(model, "base", "model")
+    validate_causal_lm(model, "base", "model")
     arguments = dict(_GENERATE_SIGNATURE.bind(model, *args, **kwargs).arguments)
     arguments.update(arguments.pop("kwargs", {}))
     del arguments["self"]
     tokenizer = arguments.pop("tokenizer", None)
     generation_config = merged_generation_config(model, **arguments)
     _find_nudging_model(model, own, generation_config, hub)
-    refuse_what_nudging_cannot_do(model, own["nudging_model"], generation_config, arguments)
+    validate_call(model, own["nudging_model"], generation_config, arguments)
     call = _call(model, own, tokenizer, generation_config, arguments.get("streamer"))
     prompts = arguments.get("inputs", arguments.get("input_ids"))
     rows = generation_config.num_return_sequences * (1 if prompts is None else len(prompts))
-    refuse_streamer_of_several_rows(call.streamer, rows)
+    validate_streamer(call.streamer, rows)
     if generation_config.stop_strings is not None:
         take_over_stop_strings(arguments, model, generation_config.stop_strings, call.vocabulary.tokenizer)
     return GenerationMixin.generate(model, **arguments, custom_generate=_decode, nudging_call=call)
@@ -184,7 +184,7 @@ def _decode(
     of_text = {"attention_mask", "position_ids", "logits_to_keep"}
     more = sorted(name for name, value in model_kwargs.items() if name not in of_text and value not in (None, {}))
     if more:
-        refuse_what_the_base_cannot_read(model, more, use_cache, is_static)
+        validate_multimodal_inputs(model, more, use_cache, is_static)
     batch, pad = input_ids.shape[0], pad_token_id(generation_config)
     if batch > 1 and pad is None:
         raise ValueError(f"{batch} answers must be padded to one length: set `pad_token_id`, or the base's EOS.")
