@@ -119,8 +119,8 @@ def plain_prompt(messages: Sequence[Message], template: str = REASONING_TEMPLATE
     later = turn_template(template)
     system, turns = checked_messages(messages)
     text = template.format(system=system, user=turns[0]) if system is not None else later.format(user=turns[0])
-    for said, asked in zip(turns[1::2], turns[2::2], strict=True):
-        text += said + ("" if said.endswith("\n") else "\n") + later.format(user=asked)
+    for answer, question in zip(turns[1::2], turns[2::2], strict=True):
+        text += answer + ("" if answer.endswith("\n") else "\n") + later.format(user=question)
     return text
 
 
@@ -166,16 +166,16 @@ def checked_messages(messages: Sequence[Message]) -> tuple[str | None, list[str]
     """
     if not _is_list(messages):
         raise _not_a_chat(messages)
-    said = [(_role(message), _text(message)) for message in messages]
-    system = said.pop(0)[1] if said and said[0][0] == "system" else None
-    expected = ["user", "assistant"] * len(said)
-    if len(said) % 2 == 0 or any(role != due for (role, _), due in zip(said, expected, strict=False)):
+    turns = [(_role(message), _text(message)) for message in messages]
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+    expected = ["user", "assistant"] * len(turns)
+    if len(turns) % 2 == 0 or any(role != due for (role, _), due in zip(turns, expected, strict=False)):
         roles = ", ".join(_role(message) for message in messages)
         raise ValueError(
             "A chat may begin with a system message; then user and assistant alternate, the user first and last; got "
             f"messages of: {roles or 'nobody'}."
         )
-    return system, [text for _, text in said]
+    return system, [text for _, text in turns]
 
 
 def validate_no_surrogates(text: str, what: str) -> None:

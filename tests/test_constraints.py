@@ -1,4 +1,4 @@
-"""What the caller's logits processors forbid is written by neither model, whatever is drafted and batched."""
+"""Neither model writes what the caller's logits processors forbid, whatever the drafts and the batch."""
 
 import itertools
 
@@ -27,7 +27,7 @@ import nudging_hf
 
 
 def often_written(chosen, given, n: int = 6, **settings) -> list[int]:
-    """The tokens, EOS left out, that the nudging model and the base write most where nothing is forbidden."""
+    """The `n` tokens other than EOS that the answers have most often if nothing is forbidden."""
     results = nudge(chosen, *given, max_new_tokens=30, **settings)
     written = [token for result in results for token in result.ids if token != chosen.tokenizer.eos_token_id]
     return sorted(set(written), key=lambda token: (-written.count(token), token))[:n]
@@ -51,7 +51,7 @@ def test_a_forbidden_token_is_written_by_neither_model(kind, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_forbidden_sequence_is_written_by_neither_model_nor_by_both(kind):
+def test_a_forbidden_sequence_is_written_by_neither_model_nor_by_both_together(kind):
     chosen = pair("llama", 0, kind)
     for seed in range(2):
         given = prompts(chosen, 2, seed)
@@ -82,7 +82,7 @@ def test_no_n_gram_is_repeated_by_either_model(kind):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", KINDS)
 def test_constrained_answers_are_those_of_a_plain_decoder(kind, seed, threshold):
-    """With a rule of the caller's own that says after any ids what is forbidden, EOS too."""
+    """The caller's own processor forbids random tokens after any ids, sometimes EOS too."""
     chosen = pair("llama", seed, kind)
     [prompt], [nudging_prompt] = prompts(chosen, 1, seed)
     shares = (0.02, 0.1, 0.5) if kind == "two" else (0.1, 0.5, 0.9)
@@ -105,7 +105,7 @@ def test_constrained_answers_are_those_of_a_plain_decoder(kind, seed, threshold)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_allowed_set_holds_for_every_token_of_its_row(kind):
+def test_an_allowed_set_binds_every_token_of_its_row(kind):
     chosen = pair("qwen3", 3, kind)
     given = prompts(chosen, 2, 3)
     eos, size = chosen.tokenizer.eos_token_id, len(chosen.tokenizer)
@@ -124,9 +124,9 @@ def test_an_allowed_set_holds_for_every_token_of_its_row(kind):
 
 
 class Json:
-    """A grammar as a state machine over tokens of one letter: {"a":1,...} with letters and digits, and then EOS.
+    """A grammar over tokens of one letter, for `prefix_allowed_tokens_fn`: {"a":1,...} and then EOS.
 
-    It is never asked about a text that it has not allowed, and raises `KeyError` if it is.
+    It must never be asked about a text that it has not allowed, and raises a `KeyError` if it is.
     """
 
     def __init__(self, tokenizer, prompt_length: int):
@@ -156,12 +156,12 @@ class Json:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
-def test_a_grammar_holds_to_its_end(kind, samples):
+def test_a_grammar_binds_the_whole_answer(kind, samples):
     complete = tried = 0
     for seed in (0, 2, 3) if kind == "shared" else range(6):
         chosen = pair("llama", seed, kind)
         if "{" not in chosen.tokenizer.get_vocab() or "##a" in chosen.tokenizer.get_vocab():
-            continue  # A small alphabet, or WordPiece, which has no single letters that go on with a word.
+            continue  # Its alphabet is too small, or it is WordPiece, where a single letter begins a word.
         given = prompts(chosen, 2, seed)
         width = max(map(len, given[0]))
         grammar = Json(chosen.tokenizer, width)
@@ -216,7 +216,7 @@ def test_sampled_and_streamed_answers_are_bound_too(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_only_the_end_is_allowed_the_answer_ends(kind):
+def test_an_answer_ends_if_only_eos_is_allowed(kind):
     chosen = pair("llama", 0, kind)
     [prompt], [nudging_prompt] = prompts(chosen, 1, 0)
     eos, size = chosen.tokenizer.eos_token_id, len(chosen.tokenizer)
@@ -236,8 +236,8 @@ def test_where_only_the_end_is_allowed_the_answer_ends(kind):
     assert (len(ids), ids[-1], nudged[-1], reason) == (6, eos, False, "eos")
 
 
-def test_where_the_nudging_model_may_draw_nothing_the_base_goes_on():
-    """An allowed control token is no word of the nudging model's: the base writes it."""
+def test_the_base_goes_on_if_the_nudging_model_may_draw_nothing():
+    """The nudging model never draws a control token, so if nothing else is allowed, the base writes it."""
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 1, 0)
     bos, eos = chosen.tokenizer.bos_token_id, chosen.tokenizer.eos_token_id
@@ -251,7 +251,7 @@ def test_where_the_nudging_model_may_draw_nothing_the_base_goes_on():
     assert result.ids[:3] == [bos] * 3 and result.nudged[:3] == [False] * 3
 
 
-def test_a_processor_that_goes_by_scores_is_refused_unless_it_is_a_warper():
+def test_a_processor_that_depends_on_scores_is_refused_unless_it_is_a_warper():
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 1, 0)
 
@@ -271,7 +271,7 @@ def test_a_processor_that_goes_by_scores_is_refused_unless_it_is_a_warper():
 
 
 def test_soft_processors_shape_the_base_alone():
-    """At a threshold that the base never meets, a penalty of the call leaves the nudging model's words as they are."""
+    """If the base never reaches the threshold, a penalty of the call does not change the nudging model's words."""
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 2, 1)
     settings = {"max_new_tokens": 24, "nudge_threshold": 1.01, "takeover_on_agreement": False}
@@ -283,7 +283,7 @@ def test_soft_processors_shape_the_base_alone():
         assert with_penalty.ids[:n] == without.ids[:n] or eos in without.ids
 
 
-def test_processors_that_nudging_cannot_go_by_are_refused():
+def test_processors_that_nudging_cannot_obey_are_refused():
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 1, 0)
     with pytest.raises(ValueError, match=r"`exponential_decay_length_penalty`.*only the nudging model ends.*max_new"):
@@ -300,7 +300,7 @@ def test_processors_that_nudging_cannot_go_by_are_refused():
     [("guidance_scale", 1.5), ("watermarking_config", {"greenlist_ratio": 0.25, "bias": 2.0})],
     ids=["guidance_scale", "watermarking_config"],
 )
-def test_a_nudging_model_whose_processors_keep_a_state_is_refused(name, value):
+def test_a_nudging_model_with_stateful_processors_is_refused(name, value):
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 1, 0)
     config = chosen.nudging_model.generation_config

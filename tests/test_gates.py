@@ -1,4 +1,4 @@
-"""The laws of nudging under every other gate, and under thresholds that set themselves."""
+"""The laws of nudging with the gates other than the paper's, and with online thresholds."""
 
 import random
 
@@ -9,7 +9,7 @@ from running import DRAFT_LENGTHS, KINDS, decode_with_oracle, inputs_of, nudge, 
 import nudging_hf
 from nudging_hf import NudgingConfig
 
-# On both sides of where most of these pairs' scores lie; `None` is the threshold that sets itself.
+# Thresholds on both sides of most scores of these pairs. `None` is the online threshold.
 SETTINGS = [
     ("entropy", 1.2), ("entropy", 2.2), ("margin", 0.1), ("margin", 0.3), ("rejection", 0.0), ("rejection", 0.2),
     ("kad", 0.4), ("top1", None),
@@ -52,7 +52,7 @@ def test_answers_are_those_of_a_plain_decoder(arch, kind, gate, threshold):
 
 @pytest.mark.parametrize(("gate", "threshold"), SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_drafts_nor_neighbours_nor_the_cache_change_an_answer(kind, gate, threshold):
+def test_neither_drafts_nor_other_rows_nor_the_cache_change_an_answer(kind, gate, threshold):
     chosen, base_prompts, nudging_prompts = pair_with_prompts("qwen3", kind, seed=5, rows=3)
     settings = {"max_new_tokens": 40, **parameters(gate, threshold)}
     plain = outcomes(nudge(chosen, base_prompts, nudging_prompts, num_draft_tokens=0, **settings))
@@ -81,8 +81,8 @@ def test_a_sampled_answer_depends_on_its_seed_alone(kind, gate, threshold):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drafts", [0, 4])
-def test_rejection_before_the_answer_may_end(kind, drafts):
-    """`min_new_tokens` makes what the nudging model writes depend on more than the text; its probabilities do not."""
+def test_rejection_is_exact_before_min_new_tokens(kind, drafts):
+    """Before `min_new_tokens` the nudging model's words depend on more than the text, but its probabilities do not."""
     chosen, base_prompts, nudging_prompts = pair_with_prompts("llama", kind, seed=3, rows=3)
     settings = {"max_new_tokens": 32, "min_new_tokens": 20, **parameters("rejection", 0.1)}
     plain = outcomes(nudge(chosen, base_prompts, nudging_prompts, num_draft_tokens=0, use_cache=False, **settings))
@@ -95,7 +95,7 @@ NEVER = {"entropy": 0, "margin": 1.01, "kad": 1.01}
 
 @pytest.mark.parametrize("gate", ALWAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gate_that_is_always_open_is_that_of_the_paper_at_zero(kind, gate):
+def test_a_gate_that_always_passes_equals_the_papers_gate_at_zero(kind, gate):
     chosen, *both = pair_with_prompts("mistral", kind, seed=6, rows=3)
     always = nudge(chosen, *both, max_new_tokens=32, nudge_gate=gate, nudge_threshold=ALWAYS[gate])
     assert outcomes(always) == outcomes(nudge(chosen, *both, max_new_tokens=32, nudge_threshold=0))
@@ -103,13 +103,13 @@ def test_a_gate_that_is_always_open_is_that_of_the_paper_at_zero(kind, gate):
 
 @pytest.mark.parametrize("gate", NEVER)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gate_that_is_never_open_is_that_of_the_paper_above_one(kind, gate):
+def test_a_gate_that_never_passes_equals_the_papers_gate_above_one(kind, gate):
     chosen, *both = pair_with_prompts("mistral", kind, seed=6, rows=3)
     never = nudge(chosen, *both, max_new_tokens=32, nudge_gate=gate, nudge_threshold=NEVER[gate])
     assert outcomes(never) == outcomes(nudge(chosen, *both, max_new_tokens=32, nudge_threshold=1.01))
 
 
-def test_kad_is_top1_where_the_base_is_greedy_and_not_where_it_samples():
+def test_kad_equals_top1_for_a_greedy_base_but_not_for_a_sampling_one():
     chosen, *both = pair_with_prompts("llama", "two", seed=8, rows=4)
     answers = {}
     for samples in (False, True):
@@ -122,8 +122,8 @@ def test_kad_is_top1_where_the_base_is_greedy_and_not_where_it_samples():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_nudging_model_is_read_for_rejection_alone(kind):
-    """At every position that the base is asked about: with no drafts, where no other gate needs it."""
+def test_only_rejection_reads_the_nudging_model_at_every_position(kind):
+    """It does so also without drafts, where no other gate needs the nudging model."""
     chosen, [prompt], [nudging_prompt] = pair_with_prompts("llama", kind, seed=1, rows=1)
 
     def passes(**settings):
@@ -133,11 +133,11 @@ def test_the_nudging_model_is_read_for_rejection_alone(kind):
         )
         return output.nudging_forward_passes
 
-    # Both never nudge a base that has begun to write.
+    # With these thresholds neither gate nudges after the first word.
     assert passes(nudge_gate="rejection", nudge_threshold=1) > passes(nudge_threshold=0)
 
 
-# What is stored and what is given ------------------------------------------------------------------------------------
+# Stored and given thresholds -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,12 +165,12 @@ def test_the_nudging_model_is_read_for_rejection_alone(kind):
         ([{"nudge_threshold": 0.5}, {"nudge_threshold": "auto"}], "top1", 0.5),
     ],
 )
-def test_a_threshold_goes_with_its_gate_and_its_target(sources, gate, threshold):
+def test_a_threshold_belongs_to_its_gate_and_its_target(sources, gate, threshold):
     config = NudgingConfig.resolve(sources)
     assert (config.nudge_gate, config.nudge_threshold) == (gate, threshold)
 
 
-def test_auto_takes_what_is_stored_with_the_model():
+def test_auto_uses_the_threshold_that_is_stored_with_the_model():
     chosen, *both = pair_with_prompts("llama", "two", seed=2, rows=2)
     stored = chosen.base.generation_config
     given = outcomes(nudge(chosen, *both, max_new_tokens=40, nudge_threshold=0.63))

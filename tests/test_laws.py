@@ -19,7 +19,7 @@ EVERY_PAIR = list(itertools.product(ARCHITECTURES, KINDS))
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
 def test_answers_are_those_of_a_plain_decoder(arch, kind, threshold):
-    """Batched, cached and drafted, against an oracle that has no batch, no cache and no draft."""
+    """Batched, cached and drafted answers equal those of an oracle without batch, cache or draft."""
     draw = random.Random(f"{arch} {kind} {threshold}")
     chosen, base_prompts, nudging_prompts = pair_with_prompts(arch, kind, draw.randrange(12), rows=draw.randint(1, 5))
     settings = {"max_new_tokens": draw.choice([7, 24, 32]), "takeover_on_agreement": draw.random() < 0.8}
@@ -58,7 +58,7 @@ def test_drafted_is_sequential(arch, kind):
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_guesses_change_nothing(kind, samples, monkeypatch):
-    """What the nudging model reads beyond its own text, right or wrong, leaves what it writes as it is."""
+    """The nudging model writes the same whether the guesses that it reads are right or wrong."""
     found = {"right": 0, "wrong": 0}
     observe = GuessLength.observe
 
@@ -152,14 +152,14 @@ def test_at_zero_the_base_goes_on_alone_after_the_first_word(arch):
         eos = chosen.base.generation_config.eos_token_id
         alone = own[: own.index(eos)] if eos in own else own
         written = result.ids[: -1 if result.reason == "eos" else None][first : first + len(alone)]
-        if written or not alone:  # Else the nudging model ended the answer in its first lookahead.
+        if written or not alone:  # Otherwise the nudging model ended the answer in its first lookahead.
             assert written == alone[: len(written)] and not any(result.nudged[first : first + len(written)])
             assert len(written) == len(alone) or len(result.ids) == 40
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sampled_answer_depends_on_its_seed_alone(kind):
-    """Drafted = sequential, cached = recomputed and first row = single hold under sampling too, token for token."""
+    """Drafts and the cache do not change a sampled answer either, seed by seed and token by token."""
     chosen, base_prompts, nudging_prompts = pair_with_prompts("llama", kind, seed=4, rows=3)
     chosen.nudging_model.generation_config.do_sample = True
     try:

@@ -1,4 +1,4 @@
-"""Where answers end and where they cannot go on: stop tokens, last positions, rows of a model, logits, exceptions."""
+"""What ends answers or stops them with an error: stop tokens, last positions, embeddings, logits, exceptions."""
 
 import contextlib
 import copy
@@ -30,7 +30,7 @@ from nudging_hf.core.transformers_private import greatest_length
 
 @contextlib.contextmanager
 def changed(target, **values):
-    """Attributes set for a while."""
+    """Sets attributes of an object within a `with` block."""
     before = {name: getattr(target, name) for name in values}
     for name, value in values.items():
         setattr(target, name, value)
@@ -45,8 +45,8 @@ def changed(target, **values):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stop_token_of_the_call_ends_an_answer_whoever_writes_it(kind):
-    """As in an answer that is cut at the first one, in the middle of a lookahead too."""
+def test_a_stop_token_of_the_call_ends_an_answer_whichever_model_writes_it(kind):
+    """The answer equals the one without the stop token up to there, also in the middle of a lookahead."""
     by = set()
     for seed in range(6):
         chosen = pair("llama", seed, kind)
@@ -105,8 +105,8 @@ def test_a_stop_token_that_is_the_nudging_models_eos_ends_the_answer_with_itself
     assert found
 
 
-def test_the_nudging_model_ends_by_its_tokenizers_eos_too():
-    """A generation config that names another one, padding say, does not keep it from ending."""
+def test_the_nudging_model_also_ends_with_its_tokenizers_eos():
+    """It still ends its answers if its generation config names another token as EOS."""
     chosen = pair("llama", 0, "shared")
     ended = 0
     for seed in range(6):
@@ -123,7 +123,7 @@ def test_the_nudging_model_ends_by_its_tokenizers_eos_too():
 
 
 def of_positions(model, positions: int):
-    """A GPT-2 that is cut to its first positions."""
+    """A copy of a GPT-2 with only its first positions."""
     small = copy.deepcopy(model)
     for name in ("n_positions", "max_position_embeddings"):
         if hasattr(small.config, name):
@@ -135,7 +135,7 @@ def of_positions(model, positions: int):
 
 
 def gpt2_pair(kind: str, seed: int, base_positions: int = 0, nudging_positions: int = 0) -> Pair:
-    chosen = pair("gpt2", seed, kind)  # Of even seeds, both are GPT-2s.
+    chosen = pair("gpt2", seed, kind)  # With an even seed both models are GPT-2s.
     base = of_positions(chosen.base, base_positions) if base_positions else chosen.base
     nudging = of_positions(chosen.nudging_model, nudging_positions) if nudging_positions else chosen.nudging_model
     return Pair(base, nudging, chosen.tokenizer, chosen.nudging_tokenizer)
@@ -176,7 +176,7 @@ def test_max_length_may_be_the_last_position(kind):
         assert (len(given[0][0]) + len(result.ids), result.reason) == (64, "length")
 
 
-def test_positions_are_told_by_what_a_model_has():
+def test_the_greatest_length_is_that_of_the_position_embeddings():
     assert greatest_length(pair("gpt2", 0, "shared").base) == 1024
     assert greatest_length(of_positions(pair("gpt2", 0, "shared").base, 64)) == 64
     assert greatest_length(pair("llama", 0, "shared").base) is None
@@ -199,11 +199,11 @@ def test_a_prompt_that_fills_a_context_is_refused():
         nudge(chosen, [[5], [5]], [[5], [5] * 20], max_new_tokens=4)
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+# Embeddings ----------------------------------------------------------------------------------------------------------
 
 
 def with_rows(model, rows: int):
-    """The model with so many rows in its embeddings and its head; further ones are like the first word's."""
+    """A copy of a model with `rows` rows in its embeddings and its head. Added rows are copies of token 40's."""
     changed_model = copy.deepcopy(model)
     have = len(model.lm_head.weight)
     places = [*range(min(rows, have)), *[40] * max(0, rows - have)]
@@ -214,7 +214,7 @@ def with_rows(model, rows: int):
     return changed_model
 
 
-def test_a_nudging_tokenizer_may_have_a_token_more_than_its_model():
+def test_a_nudging_tokenizer_may_have_one_token_more_than_its_model():
     for kind in KINDS:
         chosen = pair("llama", 0, kind)
         given = prompts(chosen, 2, 0)
@@ -231,7 +231,7 @@ def test_a_nudging_tokenizer_may_have_a_token_more_than_its_model():
                 nudge(ended, *given, max_new_tokens=4)
 
 
-def test_a_base_may_be_padded_by_a_token_that_it_has_no_row_for():
+def test_the_padding_token_need_not_have_an_embedding():
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 3, 0)
     settings = {"max_new_tokens": 20, "repetition_penalty": 1.2}
@@ -242,7 +242,7 @@ def test_a_base_may_be_padded_by_a_token_that_it_has_no_row_for():
     assert outcomes(nudge(padded, *given, pad_token_id=longer.pad_token_id, **settings)) == expected
 
 
-def test_a_prompt_with_an_id_that_a_model_has_no_row_for_is_refused():
+def test_a_prompt_with_an_id_without_an_embedding_is_refused():
     chosen = pair("llama", 0, "shared")
     size = len(chosen.tokenizer)
     for base_prompt, nudging_prompt, whose in [([5, size], [5], "base"), ([5], [5, size + 3], "nudging model")]:
@@ -251,8 +251,8 @@ def test_a_prompt_with_an_id_that_a_model_has_no_row_for_is_refused():
 
 
 @pytest.mark.parametrize("more", ["base", "nudging model"])
-def test_one_vocabulary_may_have_rows_for_more_tokens_in_either_model(more):
-    """Rows beyond the tokenizer, as where both models pad their embeddings differently; some of them are drawn."""
+def test_with_one_vocabulary_either_model_may_have_more_embeddings(more):
+    """Models may pad their embeddings beyond the tokenizer differently. The base may draw its extra tokens."""
     chosen = pair("llama", 1 if more == "base" else 0, "shared")
     size = len(chosen.tokenizer)
     if more == "base":
@@ -270,7 +270,7 @@ def test_one_vocabulary_may_have_rows_for_more_tokens_in_either_model(more):
     assert drawn > 0 if more == "base" else drawn == 0
 
 
-def test_a_nudging_word_that_the_base_has_no_row_for_is_not_taken():
+def test_a_nudging_word_without_an_embedding_in_the_base_is_not_accepted():
     chosen = pair("llama", 0, "two")
     given = [[5], [6]], prompts(chosen, 2, 0)[1]
     free = nudge(chosen, *given, max_new_tokens=24, nudge_threshold=0.9)
@@ -282,11 +282,11 @@ def test_a_nudging_word_that_the_base_has_no_row_for_is_not_taken():
     assert any(any(nudged) for _, nudged, _ in answers)
 
 
-# Logits that are no numbers ------------------------------------------------------------------------------------------
+# NaN and infinite logits ---------------------------------------------------------------------------------------------
 
 
 class Broken(LogitsProcessor):
-    """Sets all scores from a length on."""
+    """A logits processor that sets all scores to a value once the ids have a given length."""
 
     def __init__(self, length: int, value: float):
         self.length = length
@@ -297,7 +297,7 @@ class Broken(LogitsProcessor):
 
 
 def broken(model, value: float, after: int, tokens: slice = slice(None)):
-    """The model, whose logits of some tokens are a value from so many ids on."""
+    """A copy of a model whose logits of some tokens are `value` from position `after` on."""
     bad = copy.deepcopy(model)
     forward = bad.forward
 
@@ -317,7 +317,7 @@ def broken(model, value: float, after: int, tokens: slice = slice(None)):
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("gate", ["top1", "rejection"])
 @pytest.mark.parametrize("whose", ["base", "nudging model"])
-def test_logits_that_are_no_numbers_are_an_error_that_says_whose_and_where(whose, gate, samples, value):
+def test_nan_and_infinite_logits_are_an_error_that_names_the_model_and_the_place(whose, gate, samples, value):
     chosen = pair("llama", 0, "shared")
     given = ([[5, 40, 41]], [[5, 40, 41]])
     models = {"base": chosen.base, "nudging model": chosen.nudging_model}
@@ -334,8 +334,8 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_whose_and_where(whose
     assert len(said) == 1
 
 
-def test_single_tokens_may_have_no_chance_at_all():
-    """Some models give −inf to the rows that pad their vocabulary."""
+def test_single_tokens_may_have_a_logit_of_minus_infinity():
+    """Some models give −inf to the extra tokens that pad their vocabulary."""
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 2, 0)
     minus = float("-inf")
@@ -353,7 +353,7 @@ def test_single_tokens_may_have_no_chance_at_all():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
-def test_processors_that_leave_no_token_are_an_error(kind, samples, value):
+def test_processors_that_forbid_every_token_are_an_error(kind, samples, value):
     chosen = pair("llama", 0, kind)
     given = prompts(chosen, 1, 0)
     processor = Broken(len(given[0][0]) + 3, value)
@@ -376,7 +376,7 @@ def test_processors_that_leave_no_token_are_an_error(kind, samples, value):
 
 
 @pytest.mark.parametrize("where", ["criterion", "processor", "streamer", "allowed"])
-def test_a_stop_iteration_of_the_callers_own_reaches_the_caller(where):
+def test_a_stop_iteration_of_the_callers_code_reaches_the_caller(where):
     chosen = pair("llama", 0, "shared")
     inputs = inputs_of(chosen, *prompts(chosen, 1, 0))
 
@@ -440,8 +440,8 @@ def test_max_time_ends_an_answer_within_a_lookahead():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(6))
-def test_no_mixture_of_settings_makes_drafts_or_neighbours_matter(kind, seed):
-    """Thresholds, gates, lengths, stop strings and tokens, constraints and last positions at once."""
+def test_drafts_and_other_rows_change_nothing_under_any_mixture_of_settings(kind, seed):
+    """The settings are thresholds, gates, lengths, stop strings and tokens, constraints and last positions."""
     draw = random.Random(f"{kind} {seed}")
     arch = draw.choice(["llama", "qwen3", "gpt2"])
     chosen = pair(arch, draw.randrange(0, 12, 2), kind)
@@ -481,7 +481,7 @@ def test_no_mixture_of_settings_makes_drafts_or_neighbours_matter(kind, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_finish_reason_is_a_function_of_the_ids(kind):
-    """Short answers with stop strings that begin in the prompt, are one token, or end with the budget."""
+    """Stop strings begin in the prompt, are a single token, or end at the budget of a short answer."""
     draw = random.Random(kind)
     for seed in range(8):
         chosen = pair("llama", seed, kind)
@@ -492,6 +492,6 @@ def test_a_finish_reason_is_a_function_of_the_ids(kind):
         for stop in ("aa", text[-1:] or "a", text[len(last) - 1 : len(last) + 1] or "a"):
             try:
                 StopStringCriteria(chosen.tokenizer, [stop])
-            except ValueError:  # No token holds any of it.
+            except ValueError:  # No token contains any part of the stop string.
                 continue
             decode_in_every_way(chosen, *given, max_new_tokens=draw.choice([1, 1, 2]), stop_strings=[stop])

@@ -22,9 +22,7 @@ SPACE = b" "
 _WORD_END = re.compile(rb"(?<=\S) (?=\S)")
 _CONTEXT_CHARACTERS = 64  # A word is encoded after this much text, more than any tokenizer looks back.
 _CHUNK_CHARACTERS = 256  # Finished text is encoded once, in chunks of about this length.
-_MAX_CHUNK_CHARACTERS = (
-    _CHUNK_CHARACTERS + _CONTEXT_CHARACTERS
-)  # A chunk is no longer than this, even if no word ends.
+_MAX_CHUNK_CHARACTERS = _CHUNK_CHARACTERS + _CONTEXT_CHARACTERS  # A chunk is no longer, even if no word ends.
 _MAX_CHARACTER_BYTES = 4  # In UTF-8.
 _MAX_ENDS_TRIED = 16  # This many places are tried as the end of a chunk without spaces.
 _MAX_CLUSTER_CHARACTERS = 16  # A longer cluster (a letter with accents, a joined emoji) may be cut.
@@ -113,9 +111,8 @@ class OneVocabulary(_Answer):
         words: list[Word] = []
         for begin, end in pairwise(sorted({0, *splits, len(pieces)})):
             text, ids = to_text(b"".join(pieces[begin:end])), tuple(lookahead[begin:end])
-            if (
-                words and words[-1].is_empty and len(words) > 1
-            ):  # An empty word that moved splits left behind in a run of spaces.
+            # Splits that moved within a run of spaces can leave an empty word, which joins the word before it.
+            if words and words[-1].is_empty and len(words) > 1:
                 before, spaces = words[-2:]
                 words[-2:] = [Word(before.text + spaces.text, before.ids + spaces.ids)]
             words.append(Word(text, ids))
@@ -231,8 +228,8 @@ class TwoVocabularies(_Answer):
         not change the decision, so it is made on whole characters and on a fixed number of them.
         """
         start = self._chunks_end
-        most = start + _MAX_CHARACTER_BYTES * _MAX_CHUNK_CHARACTERS
-        match = _WORD_END.search(self.text, start + _CHUNK_CHARACTERS, most + 2)  # The space and the byte after it.
+        limit = start + _MAX_CHARACTER_BYTES * _MAX_CHUNK_CHARACTERS
+        match = _WORD_END.search(self.text, start + _CHUNK_CHARACTERS, limit + 2)  # The space and the byte after it.
         if match and match.start() - start <= _MAX_CHUNK_CHARACTERS:
             return match.start()
         read = _MAX_CHUNK_CHARACTERS + _CONTEXT_CHARACTERS

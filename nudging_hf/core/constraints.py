@@ -57,7 +57,7 @@ _SOFT_PROCESSORS = (
 )
 _STATEFUL_PROCESSORS = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 _MAX_CACHED = 64  # A constraint remembers what is forbidden at this many places.
-_PROBE_SCORE = 100.0  # A high score, given to some tokens to test whether a processor looks at scores.
+_PROBE_SCORE = 100.0  # A high score for forbidden tokens, to test whether they are still forbidden.
 
 
 def validate_base_processors(processors: LogitsProcessorList) -> None:

@@ -66,8 +66,8 @@ def validate_call(model: Any, nudging_model: Any, config: Any, arguments: Mappin
         if not reading_mode(lm).is_causal:
             raise ValueError(
                 f"The {whose}, {type(lm).__name__}, does not read ids strictly from left to right (its output after "
-                "a token depends on later tokens, or on more than the ids): give a decoder-only model. A model like BERT "
-                "is one with `is_decoder=True` in its config."
+                "a token depends on later tokens, or on more than the ids): give a decoder-only model. A model like "
+                "BERT is one with `is_decoder=True` in its config."
             )
         if config.use_cache:
             validate_cache(lm, whose, config.cache_implementation == "static")
