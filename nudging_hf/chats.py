@@ -1,4 +1,4 @@
-"""Chats as the inputs of both models. It knows messages, templates and tokenizers, never models."""
+"""Makes the inputs of both models from chats. It knows messages, templates and tokenizers, never models."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ INSTRUCTION_TEMPLATE = "{system}\nInstruction: {user}\n"
 
 Message = Mapping[str, Any]
 
-# What `chat_inputs` itself tells a chat template, or what would make other rows of its prompts.
-_NOT_OF_TEMPLATES = (
+# `chat_inputs` sets these arguments of a chat template itself, or they would change how it encodes the prompts.
+_RESERVED_TEMPLATE_KWARGS = (
     "add_generation_prompt",
     "continue_final_message",
     "padding",
@@ -27,7 +27,7 @@ _NOT_OF_TEMPLATES = (
     "return_tensors",
     "tokenize",
 )
-_A_CHAT = 'A chat is a list of messages {"role": ..., "content": ...}'
+_CHAT_FORM = 'A chat must be a list of messages {"role": ..., "content": ...}'
 
 
 def messages_of(user: str, system: str | None = None) -> list[dict[str, str]]:
@@ -43,21 +43,22 @@ def chat_inputs(
     base_template: str = REASONING_TEMPLATE,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> BatchEncoding:
-    """The inputs of both models for one chat or several, to be given to `generate` as they are.
+    """Makes the inputs of both models for one chat or several. Pass them to `generate` unchanged.
 
-    The base, which knows no chats, is given [`plain_prompt`]; the nudging model its own chat template, or the base's
-    prompt where it has none. A chat template that refuses a system message, or leaves it out, is given its text at the
-    head of the first user turn. One that leaves out another message is refused. It may leave out the reasoning in
-    front of an earlier answer (`<think>...</think>`), as the templates of models that reason do.
+    The base, which knows no chats, gets the [`plain_prompt`]. The nudging model gets the chat through its chat
+    template, or the base's prompt if it has no template. If the template refuses or leaves out a system message, the
+    text of that message moves to the head of the first user turn. A template that leaves out another message is an
+    error, but it may leave out the reasoning before an earlier answer (`<think>...</think>`), as the templates of
+    reasoning models do.
 
     Args:
-        chats: a list of messages `{"role": ..., "content": ...}`, or a list of such lists, one a row. Roles are
-            "system", "user" and "assistant"; the last message is the user's. A content is a string, or a list of
-            strings and of parts `{"type": "text", "text": ...}`, which are joined. Other fields of a message are not
-            read; tool calls are refused.
-        tokenizer, nudging_tokenizer: of the base and of the nudging model.
+        chats: a list of messages `{"role": ..., "content": ...}`, or a list of such lists, one for each row. Roles
+            are "system", "user" and "assistant"; the last message is the user's. A content is a string, or a list of
+            strings and of parts `{"type": "text", "text": ...}`, which are joined. Other fields of a message are
+            ignored, except that tool calls are an error.
+        tokenizer, nudging_tokenizer: the base's and the nudging model's.
         base_template: see [`plain_prompt`].
-        chat_template_kwargs: what the nudging model's chat template is to be told besides, such as
+        chat_template_kwargs: further arguments of the nudging model's chat template, such as
             `{"enable_thinking": False}`.
 
     Returns:
@@ -65,18 +66,18 @@ def chat_inputs(
         (batch, length), padded on the left.
 
     Raises:
-        ValueError: for a chat or a template that cannot be made a prompt of, and for a system message that neither
-            model would be given.
+        ValueError: if a chat or a template is malformed, if a chat template leaves out a message, or if neither model
+            would get the system message.
 
     Example:
         inputs = nudging_hf.chat_inputs(messages, tokenizer, nudging_tokenizer)
         base.generate(**inputs, nudging_model=nudger)
     """
     many = _list_of_chats(chats)
-    if unheeded := sorted(set(chat_template_kwargs or {}) & set(_NOT_OF_TEMPLATES)):
+    if reserved := sorted(set(chat_template_kwargs or {}) & set(_RESERVED_TEMPLATE_KWARGS)):
         raise ValueError(
-            f"`chat_template_kwargs` is what the chat template is told, got `{unheeded[0]}`, which says how a prompt "
-            "is begun or encoded: leave it out."
+            f"`chat_template_kwargs` takes arguments of the chat template alone, got `{reserved[0]}`, which concerns "
+            "how a prompt is encoded: leave it out."
         )
     plain = [plain_prompt(chat, base_template) for chat in many]
     rows = [tokenizer(text)["input_ids"] for text in plain]
@@ -85,9 +86,9 @@ def chat_inputs(
     else:
         if not _has_system(base_template) and any((checked_messages(chat)[0] or "").strip() for chat in many):
             raise ValueError(
-                "Neither model would be given the system message: the nudging model has no chat template, so that it "
-                "is given the base's prompt, and the base's template has no {system}. Put {system} into "
-                "`base_template`, or leave the system message out."
+                "Neither model would get the system message: the nudging model has no chat template, so it gets the "
+                "base's prompt, and `base_template` has no {system}. Put {system} into `base_template`, or leave the "
+                "system message out."
             )
         nudging_rows = [nudging_tokenizer(text)["input_ids"] for text in plain]
     ids, mask = padded(rows, tokenizer)
@@ -101,50 +102,52 @@ def chat_inputs(
 
 
 def plain_prompt(messages: Sequence[Message], template: str = REASONING_TEMPLATE) -> str:
-    r"""What a base is given of a chat: plain text.
+    r"""The base's prompt for a chat, as plain text.
 
-    Each user turn is the template, filled in. After the first turn, and where there is no system message, `{system}`
-    is left out together with the white space behind it. Answers of earlier turns stand between, each ended by a line
-    break.
+    Each user turn fills in the template. After the first turn, and without a system message, `{system}` is left out
+    together with the white space after it. The answers of earlier turns stand between the user turns, and each ends
+    with a line break.
 
     Args:
-        messages: `{"role": ..., "content": ...}`; the first may be the system's, the last is the user's.
-        template: one turn, with the fields `{user}` and, where the base is to see it, `{system}`; a brace itself is
-            written twice. `"{system}\nQuestion: {user}\n"` is the paper's for reasoning.
+        messages: `{"role": ..., "content": ...}`. The first may be the system's, the last is the user's.
+        template: one turn, with the field `{user}` and, if the base is to read the system message, `{system}`. Write
+            a literal brace twice. The paper's template for reasoning is `"{system}\nQuestion: {user}\n"`.
 
     Raises:
-        ValueError: for messages in another order, content that is not text, or a template without `{user}`.
+        ValueError: if the messages have another order or a content that is not text, or the template lacks `{user}`.
     """
     later = turn_template(template)
     system, turns = checked_messages(messages)
     text = template.format(system=system, user=turns[0]) if system is not None else later.format(user=turns[0])
-    for said, asked in zip(turns[1::2], turns[2::2], strict=True):
-        text += said + ("" if said.endswith("\n") else "\n") + later.format(user=asked)
+    for answer, question in zip(turns[1::2], turns[2::2], strict=True):
+        text += answer + ("" if answer.endswith("\n") else "\n") + later.format(user=question)
     return text
 
 
 def turn_template(template: str) -> str:
-    """The template of a turn without a system message.
+    """Makes the template of a turn without a system message from a template of [`plain_prompt`].
 
     Raises:
-        ValueError: for a template that `plain_prompt` cannot fill in.
+        ValueError: if `plain_prompt` cannot fill in the template.
     """
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"The base's template: {error}; a brace itself is written twice.") from error
+        raise ValueError(
+            f"The base's template is malformed ({error}): write a literal brace twice, got {template!r}."
+        ) from error
     fields = [field for _, field, _, _ in parts if field is not None]
     if unknown := set(fields) - {"user", "system"}:
-        raise ValueError(f"The base's template knows the fields {{user}} and {{system}}, got {{{min(unknown)}}}.")
+        raise ValueError(f"The base's template may have the fields {{user}} and {{system}}, got {{{min(unknown)}}}.")
     if fields.count("user") != 1 or fields.count("system") > 1:
         raise ValueError(f"The base's template needs {{user}} once, and {{system}} at most once, got {template!r}.")
     if any(specification or conversion for _, _, specification, conversion in parts):
-        raise ValueError(f"A field of the base's template is a name alone, such as {{user}}, got {template!r}.")
-    later, behind_system = "", False
+        raise ValueError(f"A field of the base's template must be a name alone, such as {{user}}, got {template!r}.")
+    later, is_after_system = "", False
     for literal, field, _, _ in parts:
-        literal = literal.lstrip() if behind_system else literal
+        literal = literal.lstrip() if is_after_system else literal
         later += literal.replace("{", "{{").replace("}", "}}") + ("{user}" if field == "user" else "")
-        behind_system = field == "system"
+        is_after_system = field == "system"
     return later
 
 
@@ -153,50 +156,53 @@ def _has_system(template: str) -> bool:
 
 
 def checked_messages(messages: Sequence[Message]) -> tuple[str | None, list[str]]:
-    """The system message of a chat, if it has one, and its turns: the user's and the assistant's by turns.
+    """Checks a chat and takes it apart.
+
+    Returns:
+        The system message, or `None`, and the contents of the other messages: the user's and the assistant's in turn.
 
     Raises:
-        ValueError: for messages in another order, for content that is not text, and for what is no list of messages.
+        ValueError: if this is not a list of messages, or they have another order or a content that is not text.
     """
     if not _is_list(messages):
-        raise _no_chat(messages)
-    said = [(_role(message), _text(message)) for message in messages]
-    system = said.pop(0)[1] if said and said[0][0] == "system" else None
-    expected = ["user", "assistant"] * len(said)
-    if len(said) % 2 == 0 or any(role != due for (role, _), due in zip(said, expected, strict=False)):
+        raise _not_a_chat(messages)
+    turns = [(_role(message), _text(message)) for message in messages]
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+    expected = ["user", "assistant"] * len(turns)
+    if len(turns) % 2 == 0 or any(role != due for (role, _), due in zip(turns, expected, strict=False)):
         roles = ", ".join(_role(message) for message in messages)
         raise ValueError(
-            "A chat goes: a system message or none, then user and assistant by turns, the user last; got messages of: "
-            f"{roles or 'nobody'}."
+            "A chat may begin with a system message; then user and assistant alternate, the user first and last; got "
+            f"messages of: {roles or 'nobody'}."
         )
-    return system, [text for _, text in said]
+    return system, [text for _, text in turns]
 
 
-def refuse_half_characters(text: str, what: str) -> None:
-    """Refuses a text that no tokenizer and no file takes: one with a surrogate code point, which is no character.
+def validate_no_surrogates(text: str, what: str) -> None:
+    """Checks that a text has no surrogate code point, because no tokenizer and no file can encode one.
 
     Args:
-        text: any string. Python reads bytes that it cannot decode as such code points.
+        text: any string. Python turns bytes that it cannot decode into surrogates.
         what: what the text is, as the subject of a sentence.
 
     Raises:
-        ValueError: where there is one, saying where it stands.
+        ValueError: if the text has a surrogate.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} holds {text[error.start]!r} at position {error.start}, which is no character but a byte that "
-            "could not be decoded, or half of a character of UTF-16: give it as UTF-8."
+            f"{what} has {text[error.start]!r} at position {error.start}, which is not a character but a byte that "
+            "could not be decoded, or half of a UTF-16 character: give the text as UTF-8."
         ) from error
 
 
 def _list_of_chats(chats: Any) -> list[Sequence[Message]]:
-    """One chat or several as a list of chats, which are not looked into."""
+    """A list of chats from one chat or several. The chats themselves are not checked."""
     if not _is_list(chats):
-        raise _no_chat(chats)
+        raise _not_a_chat(chats)
     if not chats:
-        raise ValueError("There is no chat: give a list of messages, or a list of such lists.")
+        raise ValueError("There is no chat, got an empty list: give a list of messages, or a list of such lists.")
     return [chats] if isinstance(chats[0], Mapping) else list(chats)
 
 
@@ -204,34 +210,34 @@ def _is_list(given: Any) -> bool:
     return isinstance(given, Sequence) and not isinstance(given, (str, bytes))
 
 
-def _no_chat(given: Any) -> ValueError:
+def _not_a_chat(given: Any) -> ValueError:
     one = isinstance(given, Mapping) and "role" in given
-    return ValueError(f"{_A_CHAT}, got {_short(given)}{': put the message into a list' if one else ''}.")
+    return ValueError(f"{_CHAT_FORM}, got {_quote(given)}{': put the message into a list' if one else ''}.")
 
 
 def _role(message: Message) -> str:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise ValueError(f'A message is {{"role": ..., "content": ...}}, got {_short(message)}.')
+        raise ValueError(f'A message must be {{"role": ..., "content": ...}}, got {_quote(message)}.')
     role = message["role"]
     if not isinstance(role, str):
-        raise ValueError(f'The role of a message is "system", "user" or "assistant", got {_short(role)}.')
+        raise ValueError(f'The role of a message must be "system", "user" or "assistant", got {_quote(role)}.')
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             raise ValueError(
-                f"A message has `{name}`, which the base, whose prompt is plain text, cannot read: write what was "
-                "called into its content."
+                f"A message has `{name}`, which the base cannot read, because its prompt is plain text: write the "
+                "call into the content of the message."
             )
     return role
 
 
 def _text(message: Message) -> str:
-    """The content of a message, which may come in parts."""
+    """The content of a message as one string."""
     content = message["content"]
     parts = [content] if isinstance(content, str) else content
     if not isinstance(parts, (list, tuple)):
-        raise ValueError(f"The content of a message must be text, got {_short(content)}.")
+        raise ValueError(f"The content of a message must be text, got {_quote(content)}.")
     text = "".join(map(_text_of_part, parts))
-    refuse_half_characters(text, "The content of a message")
+    validate_no_surrogates(text, "The content of a message")
     return text
 
 
@@ -242,29 +248,33 @@ def _text_of_part(part: Any) -> str:
         return part["text"]
     raise ValueError(
         'The content of a message must be text, a string or a list of strings and of parts {"type": "text", '
-        f'"text": ...}}, got a part {_short(part)}.'
+        f'"text": ...}}, got a part {_quote(part)}.'
     )
 
 
-def _short(value: Any) -> str:
+def _quote(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _chat_ids(tokenizer: Any, messages: Sequence[Message], kwargs: Mapping[str, Any] | None) -> list[int]:
-    """The nudging model's prompt for a chat, by its chat template."""
+    """The nudging model's prompt for a chat, made by its chat template."""
     system, turns = checked_messages(messages)
     chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     if system is not None:
         try:
             return templated_ids(tokenizer, [{"role": "system", "content": system}, *chat], kwargs)
-        except TemplateRefusal:  # Gemma's refuses a system message; one of Phi-3's leaves it out.
+        except TemplateRefusal:  # Gemma's template refuses a system message, and one of Phi-3's leaves it out.
             chat[0]["content"] = f"{system}\n\n{chat[0]['content']}"
     return templated_ids(tokenizer, chat, kwargs)
 
 
 def padded(rows: Sequence[list[int]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask of shape (batch, length), padded on the left; masked padding may be any token."""
+    """Pads rows on the left, with any token if the tokenizer has no padding token.
+
+    Returns:
+        Ids and attention mask, both of shape (batch, length).
+    """
     pads = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None]
     width = max(map(len, rows))
     ids = torch.tensor([[pads[0]] * (width - len(row)) + row for row in rows])

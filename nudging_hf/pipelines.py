@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat
 
-from .chats import REASONING_TEMPLATE, chat_inputs, refuse_half_characters, turn_template
+from .chats import REASONING_TEMPLATE, chat_inputs, turn_template, validate_no_surrogates
 from .core.generate import generate, loaded_vocabulary
 from .core.named_model import named_nudging_model
 from .core.transformers_private import arguments_of_pipeline
@@ -149,7 +149,7 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
     def preprocess(self, prompt: Any, base_template: str = REASONING_TEMPLATE, **parameters: Any) -> Any:
         """Both models' prompts, of shape (1, length); the nudging model's are left to `generate` for a string."""
         if isinstance(prompt, str):
-            refuse_half_characters(prompt, "The prompt")
+            validate_no_surrogates(prompt, "The prompt")
             inputs = super().preprocess(prompt, **parameters)
             if inputs["input_ids"].shape[1] == 0:
                 raise ValueError("The prompt is empty: give a string of at least one token.")

@@ -1,4 +1,4 @@
-"""Teaches `model.generate` the keyword `nudging_model` and `pipeline` a task, and makes them forget both again."""
+"""Adds the keyword `nudging_model` to `model.generate` and a task to `pipeline`, and removes both again."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _LOCK = threading.Lock()
 
 
 def register() -> None:
-    """Lets every model's `generate` take `nudging_model=` and the other arguments of [`nudging_hf.generate`].
+    """Makes every model's `generate` accept `nudging_model=` and the other arguments of [`nudging_hf.generate`].
 
-    `pipeline("nudged-text-generation", model=..., nudging_model=...)` makes a [`NudgedTextGenerationPipeline`] from
-    now on; `pipeline("text-generation", ...)` takes the arguments of `generate` as well.
-    A model whose generation config names a nudging model is nudged without it. All other calls go to the `generate`
-    that was there before. Registering twice is registering once.
-    Models whose class overrides `generate`, and instances whose `generate` was replaced, are not reached.
+    From then on `pipeline("nudged-text-generation", model=..., nudging_model=...)` makes a
+    [`NudgedTextGenerationPipeline`], and `pipeline("text-generation", ...)` accepts the arguments of `generate` too.
+    A model whose generation config names a nudging model is nudged without `nudging_model=`. All other calls go to the
+    original `generate`. Registering twice has no further effect. Models whose class overrides `generate`, and
+    instances whose `generate` was replaced, are not affected.
     """
     with _LOCK:
         if not is_registered():
@@ -38,11 +38,11 @@ def _register() -> None:
     @functools.wraps(original)
     def nudged_or_plain(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("custom_generate") is generate and kwargs.get("nudging_model", self) is not None:
-            # Here nothing is kept from it yet: it can heed, or refuse, all that was given.
+            # Called directly, it sees every argument, and can obey or refuse it. transformers would hide some.
             del kwargs["custom_generate"]
             return generate(self, *args, **kwargs)
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        # Either may name one: what the given config does not say is taken from the model's.
+        # Either config may name a nudging model: transformers fills what the given one leaves open from the model's.
         named = [getattr(each, "nudging_model_name_or_path", None) for each in (given, self.generation_config)]
         if kwargs.get("custom_generate") is None and ("nudging_model" in kwargs or any(named)):
             return generate(self, *args, **kwargs)
@@ -51,7 +51,7 @@ def _register() -> None:
     setattr(nudged_or_plain, ORIGINAL, original)
     GenerationMixin.generate = nudged_or_plain
     PIPELINE_REGISTRY.supported_tasks[TASK] = {
-        # Put here by hand: `register_pipeline` would have `save_pretrained` copy our code.
+        # This avoids `register_pipeline`, with which `save_pretrained` would copy our code.
         "impl": NudgedTextGenerationPipeline,
         "pt": (AutoModelForCausalLM,),
         "type": "text",
@@ -59,7 +59,7 @@ def _register() -> None:
 
 
 def unregister() -> None:
-    """Leaves `generate` and the tasks as `register` found them. Does nothing where nothing is registered."""
+    """Restores `generate` and the tasks as they were before `register`. Without a registration it does nothing."""
     with _LOCK:
         if is_registered():
             PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)
@@ -67,5 +67,5 @@ def unregister() -> None:
 
 
 def is_registered() -> bool:
-    """Whether `generate` takes `nudging_model=` now."""
+    """Whether `generate` accepts `nudging_model=` now."""
     return hasattr(GenerationMixin.generate, ORIGINAL)

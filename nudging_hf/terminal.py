@@ -1,4 +1,4 @@
-"""Nudged text in a terminal. It knows pieces of text and their authors, never tokens or models."""
+"""Writes nudged text to a terminal. It knows pieces of text and their authors, never tokens or models."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from typing import TextIO
 
 OPENING, CLOSING = "⟦", "⟧"
 _COLOUR, _PLAIN = "\033[1;32m", "\033[0m"
-# A control character in an answer would move the cursor, or more: for eyes, its picture stands there.
-_PICTURES = {
+# A control character in an answer could move the cursor or worse, so its picture is written in its place.
+_CONTROL_PICTURES = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
     0x7F: 0x2421,
     **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
 }
 
 
-class Ink:
-    """Writes an answer so that the nudging model's words stand out; the white space around them does not.
+class TerminalWriter:
+    """Writes an answer so that the nudging model's words stand out, but not the white space around them.
 
-    In colour or with marks, control characters other than tabs and line breaks are shown by their pictures (␛);
-    without either, as into a pipe, the answer is written as it is.
+    With colours or marks, control characters other than tabs and line breaks are written as pictures (␛). With
+    neither, as for a pipe, the answer is written as it is.
 
-    As a context manager it leaves the terminal plain and on a new line, also after an interrupt.
+    As a context manager it resets the terminal and begins a new line at the end, also after an interrupt.
 
     Args:
-        out: where to.
-        coloured: whether nudged words are in colour.
-        marked: whether they stand between marks.
+        out: the stream to write to.
+        coloured: whether nudged words are written in colour.
+        marked: whether nudged words are written between marks.
     """
 
     def __init__(self, out: TextIO, coloured: bool, marked: bool):
         self._out = out
-        self._shown = _PICTURES if coloured or marked else {}
+        self._shown = _CONTROL_PICTURES if coloured or marked else {}
         self._before = _COLOUR * coloured + OPENING * marked
         self._after = CLOSING * marked + _PLAIN * coloured
-        self._nudged = False  # Whether what was written last is.
-        self._space = ""  # White space that waits for the author of what comes after it.
+        self._nudged = False  # Whether the nudging model wrote the last text.
+        self._space = ""  # White space that is written once the author of the text after it is known.
 
     @classmethod
-    def of_stdout(cls, color: str = "auto") -> Ink:
-        """For standard output: in colour where it has some (see `is_coloured`), and else in marks."""
+    def of_stdout(cls, color: str = "auto") -> TerminalWriter:
+        """A writer to standard output, with colours if it has them (see `is_coloured`), else with marks."""
         coloured = is_coloured(color)
         return cls(sys.stdout, coloured, marked=not coloured)
 
     def write(self, text: str, nudged: bool) -> None:
-        """Writes a piece of an answer, and whether the nudging model wrote it."""
+        """Writes a piece of an answer. `nudged` says whether the nudging model wrote it."""
         text = text.translate(self._shown)
         body = text.strip()
         if not body:
@@ -63,12 +63,12 @@ class Ink:
         self._out.flush()
 
     def end(self) -> None:
-        """Leaves the terminal plain and on a new line, ready for another answer."""
+        """Resets the terminal and begins a new line, ready for another answer."""
         self._out.write((self._after if self._nudged else "") + self._space.rstrip("\n") + "\n")
         self._out.flush()
         self._nudged, self._space = False, ""
 
-    def __enter__(self) -> Ink:
+    def __enter__(self) -> TerminalWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -76,7 +76,7 @@ class Ink:
 
 
 def is_coloured(choice: str = "auto") -> bool:
-    """Whether standard output is to have colours: "always", "never", or "auto", which looks at it."""
+    """Whether standard output gets colours: "always", "never", or "auto", which depends on the terminal."""
     if choice == "auto":
         return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return choice == "always"

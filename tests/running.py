@@ -1,17 +1,36 @@
-"""Runs `nudging_hf.generate` on tiny pairs, and takes its output apart by rows."""
+"""Runs nudging on tiny pairs, with `nudging_hf.generate` in several ways and with the oracle, and compares answers."""
 
+import functools
+import random
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import oracle
+import tiny
 import torch
 from tiny import Pair
+from transformers import LogitsProcessor
 
 import nudging_hf
+
+KINDS = ["shared", "two"]  # Pairs with one vocabulary, and with two.
+DRAFT_LENGTHS = [0, 1, 4, 16, "adaptive"]
+SOME_DRAFT_LENGTHS = [0, 1, 4, "adaptive"]
+
+Outcome = tuple[list[int], list[bool], str]
 
 
 @dataclass
 class Result:
-    """One row: answer ids without padding, who wrote them, the base's top-1 probability at each, why it ended."""
+    """The answer in one row of a batch.
+
+    Attributes:
+        ids: the answer, without padding.
+        nudged: for each id, whether the nudging model wrote it.
+        top1: the base's top-1 probability at each id.
+        reason: the finish reason.
+    """
 
     ids: list[int]
     nudged: list[bool]
@@ -27,8 +46,14 @@ def padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]
     return ids, mask
 
 
+def pair_with_prompts(arch: str, kind: str, seed: int, rows: int) -> tuple[Pair, list[list[int]], list[list[int]]]:
+    """A tiny pair, and prompts for its base and for its nudging model."""
+    chosen = tiny.pair(arch, seed, kind)
+    return chosen, *tiny.prompts(chosen, rows, seed)
+
+
 def inputs_of(pair: Pair, prompts: list[list[int]], nudging_prompts: list[list[int]]) -> dict[str, Any]:
-    """All that `generate` needs to know of a pair and its prompts, as keywords."""
+    """The arguments of `generate` for a pair and its prompts."""
     ids, mask = padded(prompts, pair.tokenizer.pad_token_id)
     nudging_ids, nudging_mask = padded(nudging_prompts, pair.nudging_tokenizer.pad_token_id)
     return {
@@ -43,7 +68,7 @@ def inputs_of(pair: Pair, prompts: list[list[int]], nudging_prompts: list[list[i
 
 
 def nudge(pair: Pair, prompts: list[list[int]], nudging_prompts: list[list[int]], **kwargs: Any) -> list[Result]:
-    """The nudged answers of a batch."""
+    """The nudged answers of a batch. It asserts that each row is padded after its end."""
     output = nudging_hf.generate(
         pair.base, **inputs_of(pair, prompts, nudging_prompts), return_dict_in_generate=True, **kwargs
     )
@@ -56,3 +81,97 @@ def nudge(pair: Pair, prompts: list[list[int]], nudging_prompts: list[list[int]]
         assert set(ids[n:]) <= {pair.tokenizer.pad_token_id} and not any(mask[n:]) and top1[n:].isnan().all()
         results.append(Result(ids[:n], mask[:n], top1[:n].tolist(), reason))
     return results
+
+
+def outcomes(results: Sequence[Result | oracle.Answer]) -> list[Outcome]:
+    """The parts of answers that must be equal however they were decoded: ids, authors and finish reasons."""
+    return [(result.ids, result.nudged, result.reason) for result in results]
+
+
+def decode_with_oracle(
+    pair: Pair,
+    prompt: list[int],
+    nudging_prompt: list[int],
+    *,
+    nudge_threshold: float | None,
+    nudge_gate: str = "top1",
+    **settings: Any,
+) -> oracle.Answer:
+    """The answer of the oracle, which takes further settings by the names of [`oracle.decode`]."""
+    return oracle.decode(
+        pair.base,
+        pair.nudging_model,
+        pair.tokenizer,
+        pair.nudging_tokenizer,
+        prompt,
+        nudging_prompt,
+        threshold=nudge_threshold,
+        gate=nudge_gate,
+        **settings,
+    )
+
+
+def decode_in_every_way(
+    pair: Pair, prompts: list[list[int]], nudging_prompts: list[list[int]], **settings: Any
+) -> list[Outcome]:
+    """The nudged answers of a batch. It asserts that neither drafts nor the other rows change them.
+
+    A `logits_processor` counts the padding of its batch as part of the prompt, so with one the rows are not tried
+    alone.
+    """
+    answers = [
+        outcomes(nudge(pair, prompts, nudging_prompts, num_draft_tokens=length, **settings))
+        for length in SOME_DRAFT_LENGTHS
+    ]
+    assert answers[1:] == answers[:1] * (len(SOME_DRAFT_LENGTHS) - 1)
+    if "logits_processor" not in settings:
+        for i, (prompt, nudging_prompt) in enumerate(zip(prompts, nudging_prompts, strict=True)):
+            assert outcomes(nudge(pair, [prompt], [nudging_prompt], **settings)) == [answers[0][i]]
+    return answers[0]
+
+
+class ForbidTokens(LogitsProcessor):
+    """A logits processor as a caller may write it: it forbids the tokens that a function of the answer's ids returns.
+
+    Args:
+        prompt_length: the length of the prompts with padding.
+        forbidden: takes the answer's ids so far and returns the ids that must not come next.
+    """
+
+    def __init__(self, prompt_length: int, forbidden: Callable[[list[int]], Collection[int]]):
+        self.prompt_length = prompt_length
+        self.forbidden = forbidden
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            scores[row, sorted(self.forbidden(ids))] = float("-inf")
+        return scores
+
+
+def random_rule(
+    eos: int, size: int, seed: int, shares: Sequence[float] = (0.1, 0.5, 0.9)
+) -> Callable[[list[int]], frozenset[int]]:
+    """A random function from ids to the tokens that are forbidden after them. It always allows some token.
+
+    Args:
+        eos: the EOS id, which may be forbidden too, or be the only token that is allowed.
+        size: the size of the vocabulary.
+        seed: seeds the function.
+        shares: the share of forbidden tokens is drawn from these.
+    """
+
+    @functools.cache
+    def after(last: tuple[int, ...], length: int) -> frozenset[int]:
+        draw = random.Random(f"{seed} {last} {length % 5}")
+        share = draw.choice(shares)
+        forbidden = {token for token in range(size) if draw.random() < share}
+        if draw.random() < 0.5:
+            forbidden.discard(eos)
+        if draw.random() < 0.03 and length > 6:
+            forbidden = set(range(size)) - {eos}
+        if len(forbidden) == size or (forbidden == set(range(size)) - {eos} and length < 7):
+            forbidden.discard(draw.choice([token for token in range(size) if token != eos]))
+        return frozenset(forbidden)
+
+    return lambda ids: after(tuple(ids[-2:]), len(ids))

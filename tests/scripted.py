@@ -1,4 +1,4 @@
-"""Language models that say what they are told to: for text that random models do not write."""
+"""Language models with scripts, for text that random models do not write."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ Says = Callable[[list[int]], tuple[int, float]]
 
 
 class ScriptedLM(PreTrainedModel, GenerationMixin):
-    """A model whose next token is a function of the ids so far. It keeps no cache: `use_cache=False`.
+    """A model whose next token is a function of the ids so far. It has no cache, so pass `use_cache=False`.
 
     Args:
-        tokenizer: of its vocabulary.
-        says: from all ids to the next token and its probability; the rest is spread over the others.
+        tokenizer: the tokenizer of its vocabulary.
+        says: takes all ids and returns the next token and its probability. The other tokens share the rest evenly.
     """
 
     config_class = LlamaConfig
@@ -48,7 +48,13 @@ class ScriptedLM(PreTrainedModel, GenerationMixin):
 
 
 def writer_of(text: str, tokenizer, prompt_length: int) -> Says:
-    """Writes `text` and ends it, going on from wherever the answer stands in it; elsewhere it ends at once."""
+    """A script that writes `text` and then EOS. It continues any beginning of `text`; after other text it ends.
+
+    Args:
+        text: the text to write.
+        tokenizer: the tokenizer of the model.
+        prompt_length: the number of ids before the answer.
+    """
     vocabulary = Vocabulary(tokenizer)
     whole = vocabulary.encode_after("\n", text)
 
@@ -58,7 +64,7 @@ def writer_of(text: str, tokenizer, prompt_length: int) -> Says:
             rest = whole[len(answer) :]
         else:
             written = vocabulary.join(answer)
-            so_far = written.decode("utf-8", errors="ignore")  # Without a character that is still unfinished.
+            so_far = written.decode("utf-8", errors="ignore")  # An incomplete character is left out.
             begun = len(written) - len(so_far.encode())
             rest = vocabulary.encode_after(so_far, text[len(so_far) :]) if text.encode().startswith(written) else []
             while begun > 0 and rest:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from nudging_hf import NudgingConfig
 from nudging_hf.core.arguments import GenerateArguments, NudgingParameters
-from nudging_hf.core.validation import REFUSED
+from nudging_hf.core.validation import UNSUPPORTED
 
 # Fields of a generation config that mean nothing without beams or an assistant model, or are not a caller's to set.
 NOT_OF_A_CALL = set(
@@ -32,7 +32,7 @@ nudging_hf.generate(model, nudging_model="nudging", max_new_tokens="20")
 
 def test_every_field_of_a_generation_config_is_typed_or_refused():
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert fields <= set(GenerateArguments.__annotations__) | set(REFUSED) | NOT_OF_A_CALL
+    assert fields <= set(GenerateArguments.__annotations__) | set(UNSUPPORTED) | NOT_OF_A_CALL
 
 
 def test_the_parameters_are_those_of_the_config():

@@ -1,4 +1,4 @@
-"""Chats as the inputs of both models."""
+"""Both models' inputs from chats, and chat templates that refuse or leave out messages."""
 
 import copy
 
@@ -41,12 +41,12 @@ TEXT = st.text(alphabet="ab {}%\n\u00e9", max_size=8)
         ([{**USER, "content": [{"type": "text", "text": "W"}, {"type": "text", "text": "hy"}]}], "{user}", "Why"),
     ],
 )  # fmt: skip
-def test_a_base_is_given_plain_text(messages, template, prompt):
+def test_the_base_gets_plain_text(messages, template, prompt):
     assert plain_prompt(messages, template) == prompt
 
 
 @given(TEXT, TEXT)
-def test_what_is_filled_in_is_not_read_again(user, system):
+def test_text_that_is_filled_in_is_not_formatted_again(user, system):
     messages = messages_of(user, system)
     assert plain_prompt(messages, "<{system}|{user}>") == f"<{system}|{user}>"
     assert plain_prompt(messages[1:], "<{system} \n|{user}>") == f"<|{user}>"
@@ -57,12 +57,12 @@ def test_what_is_filled_in_is_not_read_again(user, system):
     [
         ([], "got messages of: nobody"),
         ([SYSTEM], "system"),
-        ([USER, SAID], "the user last; got messages of: user, assistant"),
+        ([USER, SAID], "the user first and last; got messages of: user, assistant"),
         ([USER, USER], "got messages of: user, user"),
         ([USER, SYSTEM, USER], "got messages of: user, system, user"),
         ([USER, SAID, {"role": "tool", "content": "7"}], "tool"),
-        ([{"role": "user"}], "A message is"),
-        (["Why?"], "A message is .* got 'Why\\?'"),
+        ([{"role": "user"}], "A message must be"),
+        (["Why?"], "A message must be .* got 'Why\\?'"),
         ([{"role": "user", "content": [{"type": "image"}]}], "must be text"),
         ([{"role": "user", "content": None}], "must be text, got None"),
         ([{"role": "user", "content": 7}], "must be text, got 7"),
@@ -72,27 +72,29 @@ def test_what_is_filled_in_is_not_read_again(user, system):
         ([{"role": "user", "content": [{"text": "Why?"}]}], "got a part {'text': 'Why\\?'}"),
         ([{"role": "user", "content": [None]}], "got a part None"),
         ([{"role": "user", "content": [["Why?"]]}], "got a part \\['Why\\?'\\]"),
-        ([{"role": None, "content": "Why?"}], "The role of a message is .* got None"),
-        ([USER, {"role": 7, "content": "So."}, USER], "The role of a message is .* got 7"),
-        ([{"role": ["user"], "content": "Why?"}], "The role of a message is"),
+        ([{"role": None, "content": "Why?"}], "The role of a message must be .* got None"),
+        ([USER, {"role": 7, "content": "So."}, USER], "The role of a message must be .* got 7"),
+        ([{"role": ["user"], "content": "Why?"}], "The role of a message must be"),
         ([USER, {**SAID, "tool_calls": [{"name": "sum"}]}, AGAIN], "A message has `tool_calls`"),
         ([USER, {**SAID, "content": None, "tool_calls": [{"name": "sum"}]}, AGAIN], "A message has `tool_calls`"),
         ([USER, {**SAID, "function_call": {"name": "sum"}}, AGAIN], "A message has `function_call`"),
-        (USER, "A chat is a list of messages .*: put the message into a list"),
-        ({"messages": [USER]}, "A chat is a list of messages .* got {'messages'"),
-        ("Why?", "A chat is a list of messages .* got 'Why\\?'"),
-        (None, "A chat is a list of messages .* got None"),
-        ([None], "A message is .* got None"),
-        ([[USER]], "A message is"),
-        ([{"role": "user", "content": "caf\udce9"}], "holds '.udce9' at position 3, which is no character"),
-        ([{"role": "user", "content": ["\ud83d"]}], "holds '.ud83d' at position 0, which is no character"),
+        (USER, "A chat must be a list of messages .*: put the message into a list"),
+        ({"messages": [USER]}, "A chat must be a list of messages .* got {'messages'"),
+        ("Why?", "A chat must be a list of messages .* got 'Why\\?'"),
+        (None, "A chat must be a list of messages .* got None"),
+        ([None], "A message must be .* got None"),
+        ([[USER]], "A message must be"),
+        ([{"role": "user", "content": "caf\udce9"}], "has '.udce9' at position 3, which is not a character"),
+        ([{"role": "user", "content": ["\ud83d"]}], "has '.ud83d' at position 0, which is not a character"),
     ],
 )
-def test_no_prompt_is_made_of_something_else(messages, match):
+def test_malformed_chats_are_refused(messages, match):
     with pytest.raises(ValueError, match=match):
         plain_prompt(messages)
     pair = tiny.pair("llama", 1, "two")
-    if messages and (not isinstance(messages, list) or isinstance(messages[0], dict)):  # Else several chats, or none.
+    if messages and (
+        not isinstance(messages, list) or isinstance(messages[0], dict)
+    ):  # Otherwise it would be several chats, or none.
         with pytest.raises(ValueError, match=match):
             chat_inputs(messages, pair.tokenizer, pair.nudging_tokenizer)
 
@@ -100,9 +102,9 @@ def test_no_prompt_is_made_of_something_else(messages, match):
 @pytest.mark.parametrize(
     "chats", [iter([USER]), 7, [7], [USER, [USER]], [[USER], USER], [[]], ["Why?"], [[USER], None]]
 )
-def test_what_is_no_chat_and_no_list_of_chats_is_refused(chats):
+def test_an_object_that_is_neither_a_chat_nor_a_list_of_chats_is_refused(chats):
     pair = tiny.pair("llama", 1, "two")
-    with pytest.raises(ValueError, match=r"A chat is a list|A message is|A chat goes|There is no chat"):
+    with pytest.raises(ValueError, match=r"A chat must be a list|A message must be|A chat may begin|There is no chat"):
         chat_inputs(chats, pair.tokenizer, pair.nudging_tokenizer)
 
 
@@ -126,7 +128,7 @@ def test_the_parts_of_a_content_are_joined(content):
         assert torch.equal(in_parts[name], ids)
 
 
-def test_what_a_message_has_besides_role_and_content_is_left_alone():
+def test_other_fields_of_a_message_are_ignored():
     more = {**SAID, "tool_calls": None, "finish_reason": "eos", "nudged_spans": [[0, 7]]}
     assert plain_prompt([USER, more, AGAIN]) == plain_prompt([USER, SAID, AGAIN])
 
@@ -141,10 +143,10 @@ def test_what_a_message_has_besides_role_and_content_is_left_alone():
         ("{}{user}", "got {}"),
         ("{user!r}", "a name alone"),
         ("{user:>9}", "a name alone"),
-        ("{user", "a brace itself is written twice"),
+        ("{user", "write a literal brace twice"),
     ],
 )
-def test_no_prompt_is_made_by_another_template(template, match):
+def test_malformed_base_templates_are_refused(template, match):
     with pytest.raises(ValueError, match=match):
         plain_prompt([USER], template)
 
@@ -171,10 +173,10 @@ def test_chats_are_the_inputs_of_both_models():
     assert torch.equal(out[0, width : width + len(new)], new)
 
 
-# What a chat says stands in the nudging model's prompt ---------------------------------------------------------------
+# Every content of a chat is in the nudging model's prompt -----------------------------------------------------------
 
 REFUSAL = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-# As Phi-3's first template: other roles are passed by.
+# Like Phi-3's first template: it leaves out other roles.
 NO_SYSTEM = (
     "{% for message in messages %}{% if message.role == 'user' %}<|user|>{{ message.content }}<|end|>"
     "{% elif message.role == 'assistant' %}<|assistant|>{{ message.content }}<|end|>{% endif %}{% endfor %}"
@@ -182,24 +184,24 @@ NO_SYSTEM = (
 )
 LAST = "<|user|>{{ messages[-1].content }}<|assistant|>"
 FIRST_AND_LAST = "{{ messages[0].content }}|{{ messages[-1].content }}|"
-# A template of a multimodal model may read parts alone: of a string it reads the letters, which have no type.
+# Templates of some multimodal models read only parts. Of a string they would read the letters, which have no type.
 PARTS = (
     "{% for message in messages %}{{ message.role }}: {% for part in message.content %}{% if part['type'] == 'text' %}"
     "{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
 )
-# As Mistral's: the system message stands in the last turn.
+# Like Mistral's: the system message is in the last turn.
 SYSTEM_LAST = (
     "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for message in messages %}"
     "{% if message.role == 'user' %}[INST]{{ system ~ '\n\n' if loop.last and system else '' }}"
     "{{ message.content }}[/INST]"
     "{% elif message.role == 'assistant' %}{{ message.content }}{% endif %}{% endfor %}"
 )
-# As Qwen3's and DeepSeek-R1's: the reasoning of an earlier answer is left out.
+# Like Qwen3's and DeepSeek-R1's: they leave out the reasoning of an earlier answer.
 NO_REASONING = (
     "{% for message in messages %}{% set said = message.content.split('</think>')[-1].lstrip('\n') "
     "if message.role == 'assistant' else message.content %}{{ message.role ~ ': ' ~ said ~ '\n' }}{% endfor %}"
 )
-# As SmolLM3's: a switch in the system message is heeded and taken out.
+# Like SmolLM3's: it obeys a switch in the system message and removes it from the text.
 SWITCH = (
     "{% for message in messages %}{{ message.content.replace('/no_think', '').rstrip() ~ '\n' }}{% endfor %}"
     "{% if '/no_think' in messages[0].content %}<think></think>{% endif %}"
@@ -220,7 +222,7 @@ def with_template(template):
 
 
 def nudging_text(chat, template, **kwargs):
-    """What the nudging model is given of a chat."""
+    """The text of the nudging model's prompt for a chat."""
     tokenizer = with_template(template)
     ids = chat_inputs(chat, tiny.pair("llama", 1, "two").tokenizer, tokenizer, chat_template_kwargs=kwargs)
     return tokenizer.decode(ids.nudging_input_ids[0])
@@ -228,19 +230,19 @@ def nudging_text(chat, template, **kwargs):
 
 @pytest.mark.parametrize("template", [REFUSAL + NO_SYSTEM, NO_SYSTEM])
 @pytest.mark.parametrize("chat", [[SYSTEM, USER], CONVERSATION])
-def test_a_template_that_knows_no_system_is_given_its_text_in_the_user_s_turn(template, chat):
+def test_without_system_support_the_system_message_moves_into_the_first_user_turn(template, chat):
     merged = [{"role": "user", "content": "Be brief.\n\nWhy?"}, *chat[2:]]
     assert nudging_text(chat, template) == nudging_text(merged, template)
     assert "Be brief." in nudging_text(chat, template)
 
 
 @pytest.mark.parametrize("system", ["user", "a", "Why?", "<|end|>", "?"])
-def test_a_system_message_that_stands_in_the_template_itself_is_not_lost(system):
+def test_a_system_message_that_occurs_in_the_template_itself_is_not_lost(system):
     merged = {"role": "user", "content": f"{system}\n\nWhy?"}
     assert nudging_text(messages_of("Why?", system), NO_SYSTEM) == nudging_text([merged], NO_SYSTEM)
 
 
-def test_an_empty_system_message_moves_nowhere():
+def test_an_empty_system_message_does_not_move():
     assert nudging_text(messages_of("Why?", " \n"), NO_SYSTEM) == nudging_text([USER], NO_SYSTEM)
 
 
@@ -248,7 +250,7 @@ SPOKEN = st.text(alphabet="a\u00e9<>&\"'{}\\\n /", max_size=6)
 
 
 @given(SPOKEN, SPOKEN, SPOKEN, SPOKEN, st.sampled_from([TRIMMED, ESCAPED, PARTS, SYSTEM_LAST, NO_REASONING, SWITCH]))
-def test_a_template_that_writes_all_that_is_said_is_given_the_chat_as_it_is(system, asked, said, again, template):
+def test_a_template_that_writes_every_message_gets_the_chat_unchanged(system, asked, said, again, template):
     chat = [*messages_of(asked, system), {"role": "assistant", "content": said}, {"role": "user", "content": again}]
     tokenizer = with_template(template)
     given = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in chat]
@@ -271,7 +273,7 @@ def test_a_template_may_leave_the_reasoning_out_of_an_earlier_answer(content, te
     assert templated_ids(tokenizer, chat) == expected
 
 
-def test_a_template_may_take_a_switch_out_of_a_message():
+def test_a_template_may_remove_a_switch_from_a_message():
     assert nudging_text(messages_of("Why?", "Be brief. /no_think"), SWITCH) == "Be brief.\nWhy?\n<think></think>"
 
 
@@ -280,37 +282,41 @@ def test_a_template_may_take_a_switch_out_of_a_message():
     [
         ([USER], "{{ raise_exception('Nothing is supported') }}", "refuses the messages: Nothing is supported"),
         ([USER], "{{ 1 + messages[0].content }}", "refuses the messages: "),
-        ([USER], "Hello.", "leaves out what message 1 of 1, of role 'user', says: 'Why\\?'. Set `nudging_tok"),
-        ([USER, SAID, AGAIN], LAST, "leaves out what message 1 of 3, of role 'user', says: 'Why\\?'"),
-        (CONVERSATION, LAST, "leaves out what message 1 of 3"),
-        ([USER, SAID, AGAIN], FIRST_AND_LAST, "leaves out what message 2 of 3, of role 'assistant', says: 'Because.'"),
-        (CONVERSATION, FIRST_AND_LAST, "leaves out what message 2 of 3"),
-        ([{**USER, "content": f"{'Why' * 30}?"}], CUT, "leaves out what message 1 of 1, .*\\.\\.\\. Set"),
-        ([{**USER, "content": "Why?\nAnd how?"}], NO_LINES, "leaves out what message 1 of 1"),
+        ([USER], "Hello.", "leaves out the content of message 1 of 1, of role 'user': 'Why\\?'. Set `nudging_tok"),
+        ([USER, SAID, AGAIN], LAST, "leaves out the content of message 1 of 3, of role 'user': 'Why\\?'"),
+        (CONVERSATION, LAST, "leaves out the content of message 1 of 3"),
+        (
+            [USER, SAID, AGAIN],
+            FIRST_AND_LAST,
+            "leaves out the content of message 2 of 3, of role 'assistant': 'Because",
+        ),
+        (CONVERSATION, FIRST_AND_LAST, "leaves out the content of message 2 of 3"),
+        ([{**USER, "content": f"{'Why' * 30}?"}], CUT, "leaves out the content of message 1 of 1, .*\\.\\.\\. Set"),
+        ([{**USER, "content": "Why?\nAnd how?"}], NO_LINES, "leaves out the content of message 1 of 1"),
         ([{**USER, "content": "<think>so</think>Why?"}], NO_REASONING.replace("assistant", "user"), "message 1 of 1"),
         ([USER, {**SAID, "content": "<think>so</think>So."}, AGAIN], CUT.replace("20", "-1"), "message 1 of 3"),
     ],
 )
-def test_a_template_that_leaves_out_what_is_said_is_refused(chat, template, match):
+def test_a_template_that_leaves_out_a_content_is_refused(chat, template, match):
     with pytest.raises(ValueError, match=match):
         nudging_text(chat, template)
 
 
-def test_what_a_template_is_told_may_decide_what_it_writes():
+def test_template_arguments_may_decide_what_is_written():
     template = "{% if all %}" + TRIMMED + "{% else %}" + LAST + "{% endif %}"
     assert "Because." in nudging_text(CONVERSATION, template, all=True)
-    with pytest.raises(ValueError, match="leaves out what message 1 of 3"):
+    with pytest.raises(ValueError, match="leaves out the content of message 1 of 3"):
         nudging_text(CONVERSATION, template)
 
 
-def test_how_a_tokenizer_is_told_to_encode_a_chat_it_encodes_it():
+def test_encoding_arguments_are_obeyed():
     tokenizer = with_template(TRIMMED)
     for kwargs in ({}, {"truncation": True, "max_length": 9}, {"tokenizer_kwargs": {"return_token_type_ids": False}}):
         expected = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, **kwargs)["input_ids"]
         assert templated_ids(tokenizer, CONVERSATION, kwargs) == expected
 
 
-def test_another_template_of_the_same_tokenizer_is_looked_at_anew():
+def test_a_new_template_of_the_same_tokenizer_is_checked_again():
     tokenizer = with_template(TRIMMED)
     templated_ids(tokenizer, CONVERSATION)
     tokenizer.chat_template = LAST
@@ -318,7 +324,7 @@ def test_another_template_of_the_same_tokenizer_is_looked_at_anew():
         templated_ids(tokenizer, CONVERSATION)
 
 
-def test_a_template_is_looked_at_once_for_chats_of_one_form(monkeypatch):
+def test_a_template_is_checked_once_for_chats_of_one_form(monkeypatch):
     tokenizer, calls = with_template(TRIMMED), []
     plain = tokenizer.apply_chat_template
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *args, **kw: calls.append(0) or plain(*args, **kw))
@@ -327,16 +333,16 @@ def test_a_template_is_looked_at_once_for_chats_of_one_form(monkeypatch):
     assert len(calls) == 11
     for turns in range(200):
         templated_ids(tokenizer, [*[USER, SAID] * turns, AGAIN])
-    assert len(prompts._ORDERS[tokenizer]) <= 64
+    assert len(prompts._CONTENT_ORDERS[tokenizer]) <= 64
 
 
 @pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize", "return_tensors", "continue_final_message"])
-def test_how_a_chat_is_encoded_is_nothing_that_a_template_is_told(name):
+def test_reserved_template_arguments_are_refused(name):
     with pytest.raises(ValueError, match=f"`chat_template_kwargs` .* got `{name}`"):
         nudging_text([USER], TRIMMED, **{name: True})
 
 
-def test_the_base_s_prompt_that_a_template_leaves_out_is_refused_and_one_in_parts_is_read():
+def test_the_default_nudging_prompt_is_checked_too():
     pair = tiny.pair("llama", 1, "two")
     ids = pair.tokenizer("Why is it so?", return_tensors="pt").input_ids
     settings = {"nudging_model": pair.nudging_model, "tokenizer": pair.tokenizer, "max_new_tokens": 4}
@@ -345,22 +351,22 @@ def test_the_base_s_prompt_that_a_template_leaves_out_is_refused_and_one_in_part
             nudging_hf.generate(pair.base, ids, **settings, nudging_tokenizer=with_template(template))
     [given] = prompts.nudging_prompts(ids.tolist(), pair.tokenizer, with_template(PARTS), False)
     assert pair.nudging_tokenizer.decode(given) == "user: Why is it so?"
-    # What is given is not made of a template.
+    # A given nudging prompt does not pass through the template.
     nudging_ids = pair.nudging_tokenizer("Why?", return_tensors="pt").input_ids
     given = {"nudging_tokenizer": with_template("Hello."), "nudging_input_ids": nudging_ids}
     nudging_hf.generate(pair.base, ids, **settings, **given)
 
 
-def test_a_system_message_that_neither_model_would_be_given_is_refused():
+def test_a_system_message_that_neither_model_would_get_is_refused():
     pair, plain = tiny.pair("llama", 1, "two"), with_template(None)
-    with pytest.raises(ValueError, match=r"Neither model would be given the system message: .* Put {system} into"):
+    with pytest.raises(ValueError, match=r"Neither model would get the system message: .* Put {system} into"):
         chat_inputs([[USER], [SYSTEM, USER]], pair.tokenizer, plain, "Question: {user}\n")
     for chat in ([USER], messages_of("Why?", "")):
         given = chat_inputs(chat, pair.tokenizer, plain, "Question: {user}\n")
         assert given.nudging_input_ids[0].tolist() == plain("Question: Why?\n").input_ids
 
 
-def test_the_nudging_model_s_template_may_be_told_more():
+def test_the_nudging_models_template_gets_further_arguments():
     pair = tiny.pair("llama", 1, "two")
     thinking = copy.deepcopy(pair.nudging_tokenizer)
     thinking.chat_template += "{% if think %}<think>{% endif %}"
@@ -371,7 +377,7 @@ def test_the_nudging_model_s_template_may_be_told_more():
     assert thinking.decode(told) == thinking.decode(plain) + "<think>"
 
 
-def test_a_nudging_model_without_a_template_is_given_the_base_s_prompt():
+def test_a_nudging_model_without_a_template_gets_the_bases_prompt():
     pair = tiny.pair("llama", 1, "two")
     plain = copy.deepcopy(pair.nudging_tokenizer)
     plain.chat_template = None
@@ -379,7 +385,7 @@ def test_a_nudging_model_without_a_template_is_given_the_base_s_prompt():
     assert given.nudging_input_ids[0].tolist() == plain("Be brief.\nQuestion: Why?\n").input_ids
 
 
-def test_no_chat_at_all_is_refused():
+def test_an_empty_list_of_chats_is_refused():
     pair = tiny.pair("llama", 1, "two")
     with pytest.raises(ValueError, match="There is no chat"):
         chat_inputs([], pair.tokenizer, pair.nudging_tokenizer)

@@ -187,7 +187,7 @@ def test_a_seed_makes_a_sample_repeatable(models, capsys):
     [
         (["--base", "/no/such/folder"], "--base: there is no folder /no/such/folder."),
         (["--nudging-model", "./nowhere"], "--nudging-model: there is no folder ./nowhere."),
-        (["--base-template", "{question}"], "knows the fields {user} and {system}, got {question}"),
+        (["--base-template", "{question}"], "may have the fields {user} and {system}, got {question}"),
         (["--base-template", "{user"], "The base's template: "),
         (["--base-template", "Answer:"], "needs {user} once"),
         (["--threshold", "-1"], "`nudge_threshold` must be >= 0"),
@@ -321,7 +321,7 @@ def test_an_argument_that_is_not_utf_8_is_one_line_and_exit_code_2(capsys, args)
             b'{"messages": [{"role": "user", "content": "a"}], "pattern": "(a)", "answer": 7}\n',
             "`answer` must be text",
         ),
-        (b'{"messages": "Why?"}\n', "A chat is a list of messages"),
+        (b'{"messages": "Why?"}\n', "A chat must be a list of messages"),
         (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n', "got a part {'type': 'text'}"),
     ],
 )

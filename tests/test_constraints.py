@@ -1,13 +1,20 @@
-"""What the caller's logits processors forbid is written by neither model, whatever is drafted and batched."""
+"""Neither model writes what the caller's logits processors forbid, whatever the drafts and the batch."""
 
-import functools
 import itertools
-import random
 
-import oracle
 import pytest
 import torch
-from running import inputs_of, nudge
+from running import (
+    KINDS,
+    SOME_DRAFT_LENGTHS,
+    ForbidTokens,
+    decode_in_every_way,
+    decode_with_oracle,
+    inputs_of,
+    nudge,
+    outcomes,
+    random_rule,
+)
 from tiny import pair, prompts
 from transformers import LogitsProcessor, TextIteratorStreamer
 from transformers.generation import (
@@ -18,42 +25,9 @@ from transformers.generation import (
 
 import nudging_hf
 
-DRAFTS = [0, 1, 4, "adaptive"]
-KINDS = ["shared", "two"]
-
-
-class Forbid(LogitsProcessor):
-    """A caller's own processor: forbids what a function of the answer's ids says."""
-
-    def __init__(self, prompt_length: int, forbidden):
-        self.prompt_length = prompt_length
-        self.forbidden = forbidden
-
-    def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            scores[row, sorted(self.forbidden(ids))] = float("-inf")
-        return scores
-
-
-def told(results):
-    return [(r.ids, r.nudged, r.reason) for r in results]
-
-
-def in_every_way(chosen, base_prompts, nudging_prompts, **settings):
-    """The answers of a batch, after asserting that drafts and neighbours change nothing."""
-    answers = [
-        told(nudge(chosen, base_prompts, nudging_prompts, num_draft_tokens=drafts, **settings)) for drafts in DRAFTS
-    ]
-    assert answers[1:] == answers[:1] * (len(DRAFTS) - 1)
-    if "logits_processor" not in settings:
-        for i, (prompt, nudging_prompt) in enumerate(zip(base_prompts, nudging_prompts, strict=True)):
-            assert told(nudge(chosen, [prompt], [nudging_prompt], **settings)) == [answers[0][i]]
-    return answers[0]
-
 
 def often_written(chosen, given, n: int = 6, **settings) -> list[int]:
-    """The tokens, EOS left out, that the nudging model and the base write most where nothing is forbidden."""
+    """The `n` tokens other than EOS that the answers have most often if nothing is forbidden."""
     results = nudge(chosen, *given, max_new_tokens=30, **settings)
     written = [token for result in results for token in result.ids if token != chosen.tokenizer.eos_token_id]
     return sorted(set(written), key=lambda token: (-written.count(token), token))[:n]
@@ -70,21 +44,21 @@ def test_a_forbidden_token_is_written_by_neither_model(kind, name):
         "bad_words_ids": [[token] for token in tokens],
         "sequence_bias": [[[token], float("-inf")] for token in tokens],
     }.get(name, tokens)
-    answers = in_every_way(chosen, *given, max_new_tokens=20, nudge_threshold=0.6, **{name: value})
+    answers = decode_in_every_way(chosen, *given, max_new_tokens=20, nudge_threshold=0.6, **{name: value})
     assert any(any(nudged) for _, nudged, _ in answers)
     for ids, _, _ in answers:
         assert set(ids[:1] if name == "begin_suppress_tokens" else ids).isdisjoint(tokens)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_forbidden_sequence_is_written_by_neither_model_nor_by_both(kind):
+def test_a_forbidden_sequence_is_written_by_neither_model_nor_by_both_together(kind):
     chosen = pair("llama", 0, kind)
     for seed in range(2):
         given = prompts(chosen, 2, seed)
         free = nudge(chosen, *given, max_new_tokens=24, nudge_threshold=0.6)
         pairs = {pair for result in free for pair in itertools.pairwise(result.ids) if 0 not in pair}
         bad = sorted(pairs - {p for p in pairs if chosen.tokenizer.eos_token_id in p})
-        answers = in_every_way(
+        answers = decode_in_every_way(
             chosen, *given, max_new_tokens=24, nudge_threshold=0.6, bad_words_ids=[list(pair) for pair in bad]
         )
         for ids, _, _ in answers:
@@ -95,7 +69,7 @@ def test_a_forbidden_sequence_is_written_by_neither_model_nor_by_both(kind):
 def test_no_n_gram_is_repeated_by_either_model(kind):
     chosen = pair("llama", 0, kind)
     base_prompts, nudging_prompts = prompts(chosen, 2, 1)
-    answers = in_every_way(
+    answers = decode_in_every_way(
         chosen, base_prompts, nudging_prompts, max_new_tokens=40, nudge_threshold=0.6, no_repeat_ngram_size=2
     )
     for prompt, (ids, _, reason) in zip(base_prompts, answers, strict=True):
@@ -104,67 +78,40 @@ def test_no_n_gram_is_repeated_by_either_model(kind):
         assert len(set(written)) == len(written) and set(before).isdisjoint(written)
 
 
-def random_rule(eos: int, size: int, seed: int, shares=(0.1, 0.5, 0.9)):
-    """A function of ids: which tokens of a vocabulary are forbidden after them; something is always allowed."""
-
-    @functools.cache
-    def after(last: tuple[int, ...], length: int) -> frozenset[int]:
-        draw = random.Random(f"{seed} {last} {length % 5}")
-        share = draw.choice(shares)
-        forbidden = {token for token in range(size) if draw.random() < share}
-        if draw.random() < 0.5:
-            forbidden.discard(eos)
-        if draw.random() < 0.03 and length > 6:
-            forbidden = set(range(size)) - {eos}
-        if len(forbidden) == size or (forbidden == set(range(size)) - {eos} and length < 7):
-            forbidden.discard(draw.choice([token for token in range(size) if token != eos]))
-        return frozenset(forbidden)
-
-    return lambda ids: after(tuple(ids[-2:]), len(ids))
-
-
 @pytest.mark.parametrize("threshold", [0, 0.4, 1.01])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", KINDS)
 def test_constrained_answers_are_those_of_a_plain_decoder(kind, seed, threshold):
-    """With a rule of the caller's own that says after any ids what is forbidden, EOS too."""
+    """The caller's own processor forbids random tokens after any ids, sometimes EOS too."""
     chosen = pair("llama", seed, kind)
     [prompt], [nudging_prompt] = prompts(chosen, 1, seed)
     shares = (0.02, 0.1, 0.5) if kind == "two" else (0.1, 0.5, 0.9)
     rule = random_rule(chosen.tokenizer.eos_token_id, len(chosen.tokenizer), seed, shares)
     settings = {"max_new_tokens": 24}
-    answer = in_every_way(
+    answer = decode_in_every_way(
         chosen,
         [prompt],
         [nudging_prompt],
         nudge_threshold=threshold,
-        logits_processor=[Forbid(len(prompt), rule)],
+        logits_processor=[ForbidTokens(len(prompt), rule)],
         **settings,
     )
-    expected = oracle.decode(
-        chosen.base,
-        chosen.nudging_model,
-        chosen.tokenizer,
-        chosen.nudging_tokenizer,
-        prompt,
-        nudging_prompt,
-        threshold=threshold,
-        forbidden=rule,
-        **settings,
+    expected = decode_with_oracle(
+        chosen, prompt, nudging_prompt, nudge_threshold=threshold, forbidden=rule, **settings
     )
-    assert answer == [(expected.ids, expected.nudged, expected.reason)]
+    assert answer == outcomes([expected])
     written = expected.ids
     assert all(token not in rule(written[:i]) for i, token in enumerate(written))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_allowed_set_holds_for_every_token_of_its_row(kind):
+def test_an_allowed_set_binds_every_token_of_its_row(kind):
     chosen = pair("qwen3", 3, kind)
     given = prompts(chosen, 2, 3)
     eos, size = chosen.tokenizer.eos_token_id, len(chosen.tokenizer)
     sets = [[*range(40, size, 2), eos], [*range(41, size, 2), eos]]
     fits = {"prefix_allowed_tokens_fn": lambda row, ids: sets[row], "max_new_tokens": 24, "nudge_threshold": 0.6}
-    answers = [told(nudge(chosen, *given, num_draft_tokens=drafts, **fits)) for drafts in DRAFTS]
+    answers = [outcomes(nudge(chosen, *given, num_draft_tokens=drafts, **fits)) for drafts in SOME_DRAFT_LENGTHS]
     assert answers[1:] == answers[:1] * 3
     for (ids, _, _), allowed in zip(answers[0], sets, strict=True):
         assert set(ids) <= set(allowed)
@@ -177,9 +124,9 @@ def test_an_allowed_set_holds_for_every_token_of_its_row(kind):
 
 
 class Json:
-    """A grammar as a state machine over tokens of one letter: {"a":1,...} with letters and digits, and then EOS.
+    """A grammar over tokens of one letter, for `prefix_allowed_tokens_fn`: {"a":1,...} and then EOS.
 
-    It is never asked about a text that it has not allowed, and raises `KeyError` if it is.
+    It must never be asked about a text that it has not allowed, and raises a `KeyError` if it is.
     """
 
     def __init__(self, tokenizer, prompt_length: int):
@@ -209,21 +156,21 @@ class Json:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
-def test_a_grammar_holds_to_its_end(kind, samples):
+def test_a_grammar_binds_the_whole_answer(kind, samples):
     complete = tried = 0
     for seed in (0, 2, 3) if kind == "shared" else range(6):
         chosen = pair("llama", seed, kind)
         if "{" not in chosen.tokenizer.get_vocab() or "##a" in chosen.tokenizer.get_vocab():
-            continue  # A small alphabet, or WordPiece, which has no single letters that go on with a word.
+            continue  # Its alphabet is too small, or it is WordPiece, where a single letter begins a word.
         given = prompts(chosen, 2, seed)
         width = max(map(len, given[0]))
         grammar = Json(chosen.tokenizer, width)
         tried += 1
         answers = []
-        for drafts in DRAFTS:
+        for drafts in SOME_DRAFT_LENGTHS:
             torch.manual_seed(seed)
             answers.append(
-                told(
+                outcomes(
                     nudge(
                         chosen,
                         *given,
@@ -253,10 +200,10 @@ def test_sampled_and_streamed_answers_are_bound_too(kind):
     try:
         for seed in range(3):
             answers = []
-            for drafts in DRAFTS:
+            for drafts in SOME_DRAFT_LENGTHS:
                 torch.manual_seed(seed)
                 settings = {"do_sample": True, "temperature": 1.5, "suppress_tokens": tokens, "max_new_tokens": 24}
-                answers.append(told(nudge(chosen, *given, num_draft_tokens=drafts, **settings)))
+                answers.append(outcomes(nudge(chosen, *given, num_draft_tokens=drafts, **settings)))
             assert answers[1:] == answers[:1] * 3
             assert set(answers[0][0][0]).isdisjoint(tokens)
     finally:
@@ -269,7 +216,7 @@ def test_sampled_and_streamed_answers_are_bound_too(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_only_the_end_is_allowed_the_answer_ends(kind):
+def test_an_answer_ends_if_only_eos_is_allowed(kind):
     chosen = pair("llama", 0, kind)
     [prompt], [nudging_prompt] = prompts(chosen, 1, 0)
     eos, size = chosen.tokenizer.eos_token_id, len(chosen.tokenizer)
@@ -278,19 +225,19 @@ def test_where_only_the_end_is_allowed_the_answer_ends(kind):
     def rule(ids):
         return rest if len(ids) >= 5 else frozenset({eos})
 
-    [(ids, nudged, reason)] = in_every_way(
+    [(ids, nudged, reason)] = decode_in_every_way(
         chosen,
         [prompt],
         [nudging_prompt],
         max_new_tokens=20,
         nudge_threshold=0.9,
-        logits_processor=[Forbid(len(prompt), rule)],
+        logits_processor=[ForbidTokens(len(prompt), rule)],
     )
     assert (len(ids), ids[-1], nudged[-1], reason) == (6, eos, False, "eos")
 
 
-def test_where_the_nudging_model_may_draw_nothing_the_base_goes_on():
-    """An allowed control token is no word of the nudging model's: the base writes it."""
+def test_the_base_goes_on_if_the_nudging_model_may_draw_nothing():
+    """The nudging model never draws a control token, so if nothing else is allowed, the base writes it."""
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 1, 0)
     bos, eos = chosen.tokenizer.bos_token_id, chosen.tokenizer.eos_token_id
@@ -304,7 +251,7 @@ def test_where_the_nudging_model_may_draw_nothing_the_base_goes_on():
     assert result.ids[:3] == [bos] * 3 and result.nudged[:3] == [False] * 3
 
 
-def test_a_processor_that_goes_by_scores_is_refused_unless_it_is_a_warper():
+def test_a_processor_that_depends_on_scores_is_refused_unless_it_is_a_warper():
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 1, 0)
 
@@ -320,11 +267,11 @@ def test_a_processor_that_goes_by_scores_is_refused_unless_it_is_a_warper():
     with pytest.raises(ValueError, match=r"Nucleus that forbids tokens by their scores.*`top_p`"):
         nudge(chosen, *given, max_new_tokens=6, logits_processor=[Nucleus()])
     free = nudge(chosen, *given, max_new_tokens=12)
-    assert told(nudge(chosen, *given, max_new_tokens=12, logits_processor=[Greatest(3)])) == told(free)
+    assert outcomes(nudge(chosen, *given, max_new_tokens=12, logits_processor=[Greatest(3)])) == outcomes(free)
 
 
 def test_soft_processors_shape_the_base_alone():
-    """At a threshold that the base never meets, a penalty of the call leaves the nudging model's words as they are."""
+    """If the base never reaches the threshold, a penalty of the call does not change the nudging model's words."""
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 2, 1)
     settings = {"max_new_tokens": 24, "nudge_threshold": 1.01, "takeover_on_agreement": False}
@@ -336,7 +283,7 @@ def test_soft_processors_shape_the_base_alone():
         assert with_penalty.ids[:n] == without.ids[:n] or eos in without.ids
 
 
-def test_processors_that_nudging_cannot_go_by_are_refused():
+def test_processors_that_nudging_cannot_obey_are_refused():
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 1, 0)
     with pytest.raises(ValueError, match=r"`exponential_decay_length_penalty`.*only the nudging model ends.*max_new"):
@@ -353,7 +300,7 @@ def test_processors_that_nudging_cannot_go_by_are_refused():
     [("guidance_scale", 1.5), ("watermarking_config", {"greenlist_ratio": 0.25, "bias": 2.0})],
     ids=["guidance_scale", "watermarking_config"],
 )
-def test_a_nudging_model_whose_processors_keep_a_state_is_refused(name, value):
+def test_a_nudging_model_with_stateful_processors_is_refused(name, value):
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 1, 0)
     config = chosen.nudging_model.generation_config

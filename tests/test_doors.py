@@ -1,4 +1,4 @@
-"""The same pair, prompts, knobs and seed give the same ids through every door. (Served text: test_serving.py.)"""
+"""The same pair, prompts, parameters and seed give the same ids through every door (test_serving.py: served text)."""
 
 import inspect
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import (
 import nudging_hf
 from nudging_hf import hub
 from nudging_hf.core import transformers_private
-from nudging_hf.core.validation import REFUSED
+from nudging_hf.core.validation import UNSUPPORTED
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "examples" / "mini" / "models"
@@ -108,9 +108,9 @@ def test_every_door_gives_the_same_ids(exported, base, nudging_model, tokenizer,
     assert all(expected) and expected[0] != expected[1]
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Unsupported arguments -----------------------------------------------------------------------------------------------
 
-# Fields of a generation config. Those that are refused stand in `refusals.REFUSED`.
+# Fields of a generation config that nudging obeys. Those that it refuses are in `validation.UNSUPPORTED`.
 HEEDED = set(
     """
     max_length max_new_tokens min_length min_new_tokens max_time stop_strings do_sample use_cache cache_implementation
@@ -121,7 +121,7 @@ HEEDED = set(
     pad_token_id bos_token_id eos_token_id
     """.split()
 )
-# Without what they belong to, which is refused, plain `generate` goes by none of them either.
+# These have an effect only together with other arguments, which are refused.
 HARMLESS = set(
     """
     early_stopping length_penalty
@@ -132,21 +132,21 @@ HARMLESS = set(
     transformers_version
     """.split()
 )
-# Arguments of `generate` itself, and those that it takes out of its keywords.
+# Arguments of `generate` itself that nudging obeys.
 ARGUMENTS_HEEDED = set(
     "inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer kwargs".split()
 )
 
 
-def test_every_argument_of_generate_is_heeded_or_refused_or_harmless():
-    """A new version's new field stands in none of the tables: look up what it does, and put it into one."""
+def test_every_argument_of_generate_is_obeyed_or_refused_or_harmless():
+    """A new field of a new version is in none of the tables. Look up what it does and add it to one."""
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert fields - HEEDED - HARMLESS - set(REFUSED) == set()
+    assert fields - HEEDED - HARMLESS - set(UNSUPPORTED) == set()
     arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self"}
-    assert arguments - ARGUMENTS_HEEDED - set(REFUSED) == set()
-    assert not HEEDED & set(REFUSED) and not HARMLESS & (HEEDED | set(REFUSED))
+    assert arguments - ARGUMENTS_HEEDED - set(UNSUPPORTED) == set()
+    assert not HEEDED & set(UNSUPPORTED) and not HARMLESS & (HEEDED | set(UNSUPPORTED))
     tried = {name for given in REFUSALS.values() for name in given} - {"top_k"}
-    assert tried | _OF_OTHER_VERSIONS == set(REFUSED)
+    assert tried | _OF_OTHER_VERSIONS == set(UNSUPPORTED)
 
 
 def _filled(base, ids):
@@ -155,11 +155,11 @@ def _filled(base, ids):
     return cache
 
 
-# Fields that older versions do not have, and names of a cache that this one's `generate` does not have.
+# Fields that older versions do not have, and names that other versions give to the cache.
 _OF_LATER_VERSIONS = {"assistant_ensemble_weight", "speculation_type", "use_mtp"}
 _OF_OTHER_VERSIONS = set(transformers_private.CACHE_NAMES) - {transformers_private.CACHE} | _OF_LATER_VERSIONS
 ONE = torch.ones(1, 1, dtype=torch.long)
-# What is given: a value, or what makes one of the base.
+# Values of the arguments, or functions that make the value from the base.
 REFUSALS = {
     "a filled cache": {transformers_private.CACHE: lambda base: _filled(base, ONE)},
     "an empty cache": {transformers_private.CACHE: lambda base: DynamicCache()},
@@ -202,7 +202,7 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def ways_in(base, nudging_model, tokenizer, exported, tmp_path_factory):
-    """Every door, as a function of what a user gives it besides a prompt."""
+    """Every door as a function of the arguments that a user gives besides a prompt."""
     folder = str(hub.write_code(tmp_path_factory.mktemp("code")).parent)
     inputs = dict(tokenizer(PROMPTS[:1], return_tensors="pt"))
     carrying = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
@@ -239,12 +239,12 @@ def ways_in(base, nudging_model, tokenizer, exported, tmp_path_factory):
 
 
 @pytest.mark.parametrize("given", REFUSALS.values(), ids=REFUSALS)
-def test_what_is_refused_is_refused_through_every_door(base, ways_in, given):
+def test_every_door_refuses_the_same_arguments(base, ways_in, given):
     name = next(iter(given))
     for door, call in ways_in.items():
         if name == "custom_generate" and door not in ("function", "carried", "nudged-text-generation"):
-            continue  # It is the door, or goes to plain `generate`.
-        # transformers itself refuses that for want of a tokenizer.
+            continue  # There `custom_generate` is the door itself, or leads to plain `generate`.
+        # transformers itself refuses token healing here, because it has no tokenizer.
         said = "token healing" if (name, door) == ("token_healing", "callable") else f"`{name}="
         made = {key: value(base) if callable(value) else value for key, value in given.items()}
         with pytest.raises(ValueError, match=said) as caught:
@@ -254,14 +254,14 @@ def test_what_is_refused_is_refused_through_every_door(base, ways_in, given):
 
 @pytest.mark.parametrize("kind", ["offloaded", "paged", "sliding_window"])
 def test_a_cache_that_cannot_roll_back_is_refused(ways_in, kind):
-    """`paged` calls no `custom_generate` function: nothing can be said there."""
+    """With `paged` transformers does not call a `custom_generate` function, so nudging cannot refuse it there."""
     for door, call in ways_in.items():
         if (kind, door) != ("paged", "callable"):
             with pytest.raises(ValueError, match="cache_implementation"):
                 call(max_new_tokens=4, cache_implementation=kind)
 
 
-def test_a_streamer_is_told_the_answer_and_its_end_through_every_door(ways_in, tokenizer):
+def test_every_door_streams_the_answer_and_its_end(ways_in, tokenizer):
     texts = {}
     for door, call in ways_in.items():
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
@@ -285,7 +285,7 @@ def test_a_streamer_of_several_rows_is_refused_through_a_callable(base, nudging_
         )
 
 
-def test_a_tokenizer_is_heeded_through_a_callable(nudging_model, tokenizer, inputs):
+def test_a_callable_uses_the_given_tokenizer(nudging_model, tokenizer, inputs):
     nameless = AutoModelForCausalLM.from_pretrained(MINI / "base")
     nameless.name_or_path = nameless.config.name_or_path = ""
     given = {"nudging_model": nudging_model, "max_new_tokens": 8}
@@ -295,8 +295,8 @@ def test_a_tokenizer_is_heeded_through_a_callable(nudging_model, tokenizer, inpu
     assert torch.equal(answers, nudging_hf.generate(nameless, **inputs, tokenizer=tokenizer, **given))
 
 
-def test_a_config_given_to_a_call_keeps_the_name_that_the_bases_own_has(base, nudging_model, tokenizer, inputs):
-    """As transformers merges them, and by position too."""
+def test_a_given_config_keeps_the_nudging_model_that_the_bases_config_names(base, nudging_model, tokenizer, inputs):
+    """transformers merges the configs in this way. The config may also be given by position."""
     config = GenerationConfig(max_new_tokens=8, do_sample=False)
     expected = nudging_hf.generate(base, **inputs, nudging_model=nudging_model, generation_config=config)
     naming = AutoModelForCausalLM.from_pretrained(MINI / "base")

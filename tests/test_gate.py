@@ -1,3 +1,5 @@
+"""The gates' formulas, and the hooks for plain `generate`."""
+
 import math
 
 import pytest
@@ -43,12 +45,12 @@ def test_a_plain_generate_ends_at_the_first_unsure_position():
         assert len(probabilities) < 30 and probabilities[-1] < threshold
 
 
-def test_a_forgotten_recorder_is_named():
+def test_a_missing_recorder_is_named_in_the_error():
     with pytest.raises(ValueError, match="logits_processor"):
         StopWhenUnsure(Top1Recorder(), 0.4)(torch.tensor([[1]]), None)
 
 
-def test_scores_are_those_of_their_formulas():
+def test_scores_follow_their_formulas():
     p = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.25, 0.25, 0.25, 0.25]])
     tokens = torch.tensor([1, 3])
     scores = {name: gate.scores(p, tokens).tolist() for name, gate in GATES.items()}
@@ -58,5 +60,5 @@ def test_scores_are_those_of_their_formulas():
     assert scores["kad"] == scores["rejection"] == pytest.approx([0.3, 0.25])
 
 
-def test_every_gate_has_a_threshold_of_its_own():
+def test_every_gate_has_its_own_default_threshold():
     assert set(GATES) == set(DEFAULT_THRESHOLDS)

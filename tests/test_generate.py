@@ -1,4 +1,4 @@
-"""The door: what plain `generate` takes, nudging takes likewise, or refuses with a reason."""
+"""Nudging accepts what plain `generate` accepts, or refuses it with a reason."""
 
 import copy
 import time
@@ -43,7 +43,7 @@ def new_tokens(sequences: torch.Tensor, inputs: dict) -> list[list[int]]:
     return sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-# Every way in --------------------------------------------------------------------------------------------------------
+# Ways of calling -----------------------------------------------------------------------------------------------------
 
 
 def test_every_door_gives_the_same_ids(shared, inputs):
@@ -67,7 +67,7 @@ def test_every_door_gives_the_same_ids(shared, inputs):
 
 
 @pytest.mark.parametrize("source", ["keyword", "nudging_config", "generation_config", "model"])
-def test_a_knob_may_stand_anywhere(shared, inputs, source):
+def test_a_parameter_may_be_given_anywhere(shared, inputs, source):
     expected = nudging_hf.generate(shared.base, **inputs, max_new_tokens=16, nudge_threshold=0.9, num_nudging_tokens=5)
     assert not torch.equal(expected, nudging_hf.generate(shared.base, **inputs, max_new_tokens=16))
     if source == "keyword":
@@ -106,7 +106,7 @@ def test_tokenizers_are_loaded_by_name(shared, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["shared", "two"])
-def test_a_left_out_nudging_prompt_is_the_base_prompt_as_a_user_turn(kind):
+def test_the_default_nudging_prompt_is_the_base_prompt_as_a_user_turn(kind):
     chosen = pair("llama", 0, kind)
     base_prompts, _ = prompts(chosen, 2, 3)
     texts = [chosen.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in base_prompts]
@@ -138,7 +138,7 @@ def test_without_a_chat_template_the_nudging_model_reads_the_base_prompt(shared)
         shared.nudging_tokenizer.chat_template = template
 
 
-# What comes back -----------------------------------------------------------------------------------------------------
+# Output --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_output_says_who_wrote_what(shared, inputs):
@@ -154,7 +154,7 @@ def test_the_output_says_who_wrote_what(shared, inputs):
     assert output.base_forward_passes > 0 and output.nudging_forward_passes > 0
     assert output.base_tokens_fed > output.base_forward_passes
     assert len(output.scores) == len(output.logits) == new
-    # The base's logits at every token, whoever wrote it, are those of one pass over the whole.
+    # The base's logits at every token, whichever model wrote it, are those of one pass over the whole text.
     for row in range(2):
         there = inputs["attention_mask"][row].bool()
         n = int((~output.base_top1_probs[row].isnan()).sum())
@@ -178,7 +178,7 @@ def test_drafts_save_passes_of_the_base(shared, inputs):
     assert passes[1] < passes[0]
 
 
-def test_the_end_mark_is_the_first_eos_of_the_base_and_nobodys_word(shared):
+def test_the_end_mark_is_the_bases_eos_and_not_nudged(shared):
     found = 0
     for seed in range(20):
         for result in nudge(shared, *prompts(shared, 3, seed), max_new_tokens=60, nudge_threshold=0.9):
@@ -189,8 +189,8 @@ def test_the_end_mark_is_the_first_eos_of_the_base_and_nobodys_word(shared):
     assert found
 
 
-def test_a_batch_is_padded_behind_its_ends(shared):
-    """`nudge` asserts it of each row; here rows of different ends really meet."""
+def test_rows_of_different_lengths_are_padded_after_their_ends(shared):
+    """`nudge` asserts the padding of each row. This test makes sure that rows of different lengths occur."""
     results = nudge(shared, *prompts(shared, 8, 1), nudge_threshold=0.9, max_new_tokens=50)
     assert len({len(result.ids) for result in results}) > 1
 
@@ -200,7 +200,7 @@ def test_a_batch_is_padded_behind_its_ends(shared):
 
 @pytest.mark.parametrize("kind", ["shared", "two"])
 def test_a_budget_cuts_anywhere_and_changes_nothing_before(kind):
-    """Also in the middle of a word and of a lookahead."""
+    """A budget may also end within a word or a lookahead."""
     chosen = pair("qwen3", 3, kind)
     given = prompts(chosen, 2, 1)
     longest = nudge(chosen, *given, max_new_tokens=24, nudge_threshold=0.6)
@@ -282,7 +282,7 @@ def test_an_eos_criterion_of_the_callers_own_ends_a_row(shared):
     assert new_tokens(stopped, inputs)[0] == free[: free.index(free[7]) + 1]
 
 
-def test_what_the_base_takes_for_its_end_is_a_word_like_any_other_of_the_nudging_models(shared):
+def test_the_bases_eos_is_an_ordinary_word_of_the_nudging_model(shared):
     given = prompts(shared, 1, 1)
     settings = {"max_new_tokens": 20, "nudge_threshold": 1.01, "takeover_on_agreement": False}
     [free] = nudge(shared, *given, **settings)
@@ -292,7 +292,7 @@ def test_what_the_base_takes_for_its_end_is_a_word_like_any_other_of_the_nudging
         [again] = nudge(shared, *given, **settings)
     finally:
         config.eos_token_id = eos
-    assert again.ids[:-1] == free.ids[:-1]  # The last is the end mark, or the budget's last.
+    assert again.ids[:-1] == free.ids[:-1]  # The last id is the end mark, or the last of the budget.
 
 
 def test_max_time_ends_all_rows_also_within_a_lookahead(shared, inputs):
@@ -321,8 +321,8 @@ def test_max_time_ends_all_rows_also_within_a_lookahead(shared, inputs):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_the_base_goes_by_logits_processors_as_in_plain_generate(shared, settings):
-    """At γ = 0 it writes what it would have written behind the first word; drafted, and beside other rows."""
+def test_the_base_obeys_logits_processors_as_in_plain_generate(shared, settings):
+    """At γ = 0 it writes what it would have written after the first word, with drafts and beside other rows too."""
     base_prompts, nudging_prompts = prompts(shared, 3, 2)
     together = nudge(shared, base_prompts, nudging_prompts, nudge_threshold=0, max_new_tokens=24, **settings)
     assert together == nudge(
@@ -331,7 +331,7 @@ def test_the_base_goes_by_logits_processors_as_in_plain_generate(shared, setting
     compared = 0
     for prompt, result in zip(base_prompts, together, strict=True):
         first = result.nudged.index(False)
-        # The processors count the answer's first word as part of the answer: plain generate must too.
+        # The processors count the first word as part of the answer, so plain `generate` must write it too.
         forced = result.ids[:first]
         plain = shared.base.generate(
             torch.tensor([prompt]),
@@ -349,7 +349,7 @@ def test_the_base_goes_by_logits_processors_as_in_plain_generate(shared, setting
 
 
 class Forced(LogitsProcessor):
-    """Makes a plain `generate` begin with given tokens."""
+    """A logits processor that makes a plain `generate` begin with the given tokens."""
 
     def __init__(self, prompt_length: int, tokens: list[int]):
         self.prompt_length = prompt_length
@@ -363,7 +363,7 @@ class Forced(LogitsProcessor):
         return scores
 
 
-def test_prefix_allowed_tokens_fn_knows_its_row(shared, inputs):
+def test_prefix_allowed_tokens_fn_gets_its_row(shared, inputs):
     seen = set()
 
     def allowed(row, ids):
@@ -410,7 +410,7 @@ def test_a_greedy_call_has_a_greedy_nudging_model(shared, inputs):
         shared.nudging_model.generation_config.do_sample = False
 
 
-def test_the_nudging_model_goes_by_its_own_generation_config(shared):
+def test_the_nudging_model_obeys_its_own_generation_config(shared):
     given = prompts(shared, 1, 4)
     settings = {"nudge_threshold": 1.01, "takeover_on_agreement": False, "max_new_tokens": 30}
     shared.nudging_model.generation_config.repetition_penalty = 1.7
@@ -506,7 +506,7 @@ def test_encoder_decoder_models_are_refused(shared, inputs):
 
 
 @pytest.mark.parametrize("which", ["base", "nudging model"])
-def test_what_cannot_generate_is_refused_by_its_name(shared, inputs, which):
+def test_a_model_that_cannot_generate_is_refused_by_its_name(shared, inputs, which):
     def given(model):
         base = model if which == "base" else shared.base
         return base, inputs | ({} if which == "base" else {"nudging_model": model})
@@ -522,7 +522,7 @@ def test_what_cannot_generate_is_refused_by_its_name(shared, inputs, which):
 
 def test_ranks_that_wait_for_each_other_are_refused(shared, inputs, monkeypatch):
     monkeypatch.setattr("transformers.generation.utils.is_fsdp_managed_module", lambda model: True)
-    # As newer and as older versions ask for it.
+    # Newer and older versions of transformers ask for the world size differently.
     for name, value in (
         ("_get_torch_distributed_world_size", 2),
         ("dist.get_world_size", 2),
@@ -532,7 +532,7 @@ def test_ranks_that_wait_for_each_other_are_refused(shared, inputs, monkeypatch)
     refused(shared.base, inputs, "FSDP")
 
 
-def test_a_version_that_was_not_tried_is_told_of_once_and_an_old_one_is_refused(caplog):
+def test_an_untried_version_is_logged_once_and_an_old_one_is_refused(caplog):
     for version in ("5.12.0", "5.24.0", "5.24.3", "5.12.1.dev0"):
         transformers_private.check_version.cache_clear()
         transformers_private.check_version(version)
@@ -553,7 +553,7 @@ def _mamba(size):
 
 
 def _deepseek(size):
-    """With an index of what to attend to, which is kept in the cache. Few heads would make many scores equal."""
+    """A model with an index of what to attend to, kept in the cache. Fewer heads would make many scores equal."""
     heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_n_heads": 16, "index_head_dim": 16}
     config = DeepseekV32Config(
         vocab_size=size,
@@ -578,7 +578,8 @@ def test_a_base_that_keeps_more_than_keys_and_values_is_cached_too(shared, input
     torch.manual_seed(0)
     model = base(len(shared.tokenizer)).double().eval()
     if base is _deepseek and Version(transformers.__version__) < Version("5.17"):
-        refused(model, inputs, "use_cache=False")  # There a pass over several tokens does not go on from an index.
+        # In those versions a pass over several tokens ignores the index in the cache.
+        refused(model, inputs, "use_cache=False")
         return
     answer = nudging_hf.generate(model, **inputs, max_new_tokens=6, use_cache=False)
     for drafts in (0, 4):
@@ -586,7 +587,7 @@ def test_a_base_that_keeps_more_than_keys_and_values_is_cached_too(shared, input
         assert torch.equal(answer, cached)
 
 
-def test_a_processor_is_as_good_as_its_tokenizer(shared, inputs):
+def test_a_processor_stands_for_its_tokenizer(shared, inputs):
     class Processor(ProcessorMixin):
         def __init__(self, tokenizer):
             self.tokenizer = tokenizer
@@ -615,7 +616,7 @@ def test_a_nudging_model_without_eos_is_refused(shared, inputs):
         config.eos_token_id, tokenizer.eos_token = eos, token
 
 
-def test_plain_generate_is_as_it_was(shared, inputs):
+def test_unregister_restores_plain_generate(shared, inputs):
     from transformers import GenerationMixin
 
     before = GenerationMixin.generate

@@ -235,7 +235,7 @@ def test_tools_and_images_are_refused(model, rows):
     [
         ({"nudging_model": None}, "-M nudging_model="),
         ({"nudge_threshold": -1}, "nudge_threshold"),
-        ({"base_template": "{question}"}, "knows the fields"),
+        ({"base_template": "{question}"}, "may have the fields"),
     ],
 )
 def test_what_a_user_can_mend_is_named(args, message):

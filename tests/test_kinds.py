@@ -351,7 +351,7 @@ def test_inputs_that_the_base_cannot_read_are_refused():
         nudging_hf.generate(chosen.base, **inputs, max_new_tokens=4, use_cache=False)
     with pytest.raises(ValueError, match="leave out `cache_implementation='static'`"):
         nudging_hf.generate(chosen.base, **inputs, max_new_tokens=4, cache_implementation="static")
-    with pytest.raises(ValueError, match="`generate` of its own"):
+    with pytest.raises(ValueError, match="its own `generate`"):
         nudging_hf.generate(WithOwnGenerate(chosen.base.config).double(), **inputs, max_new_tokens=4)
     config = GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=1, eos_token_id=1, bos_token_id=None)
     text = {name: value for name, value in inputs.items() if name != "pixel_values"}

@@ -3,11 +3,9 @@
 import itertools
 import random
 
-import oracle
 import pytest
 import torch
-from running import inputs_of, nudge
-from tiny import pair, prompts
+from running import DRAFT_LENGTHS, KINDS, decode_with_oracle, inputs_of, nudge, outcomes, pair_with_prompts
 from transformers import TextIteratorStreamer
 
 import nudging_hf
@@ -15,21 +13,15 @@ from nudging_hf.core.drafting import GuessLength
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
 THRESHOLDS = [0, 0.2, 0.4, 0.7, 1.01]
-DRAFTS = [0, 1, 4, 16, "adaptive"]
-EVERY_PAIR = list(itertools.product(ARCHITECTURES, ["shared", "two"]))
-
-
-def case(arch: str, kind: str, seed: int, rows: int):
-    chosen = pair(arch, seed, kind)
-    return chosen, *prompts(chosen, rows, seed)
+EVERY_PAIR = list(itertools.product(ARCHITECTURES, KINDS))
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
 def test_answers_are_those_of_a_plain_decoder(arch, kind, threshold):
-    """Batched, cached and drafted, against an oracle that has no batch, no cache and no draft."""
+    """Batched, cached and drafted answers equal those of an oracle without batch, cache or draft."""
     draw = random.Random(f"{arch} {kind} {threshold}")
-    chosen, base_prompts, nudging_prompts = case(arch, kind, draw.randrange(12), rows=draw.randint(1, 5))
+    chosen, base_prompts, nudging_prompts = pair_with_prompts(arch, kind, draw.randrange(12), rows=draw.randint(1, 5))
     settings = {"max_new_tokens": draw.choice([7, 24, 32]), "takeover_on_agreement": draw.random() < 0.8}
     if kind == "shared":
         settings["min_new_tokens"] = draw.choice([0, 5])
@@ -38,23 +30,12 @@ def test_answers_are_those_of_a_plain_decoder(arch, kind, threshold):
         base_prompts,
         nudging_prompts,
         nudge_threshold=threshold,
-        num_draft_tokens=draw.choice(DRAFTS),
+        num_draft_tokens=draw.choice(DRAFT_LENGTHS),
         **settings,
     )
     for prompt, nudging_prompt, result in zip(base_prompts, nudging_prompts, results, strict=True):
-        expected = oracle.decode(
-            chosen.base,
-            chosen.nudging_model,
-            chosen.tokenizer,
-            chosen.nudging_tokenizer,
-            prompt,
-            nudging_prompt,
-            threshold=threshold,
-            **settings,
-        )
-        assert result.ids == expected.ids
-        assert result.nudged == expected.nudged
-        assert result.reason == expected.reason
+        expected = decode_with_oracle(chosen, prompt, nudging_prompt, nudge_threshold=threshold, **settings)
+        assert outcomes([result]) == outcomes([expected])
         for place, probability in expected.top1.items():
             if place < len(result.ids):
                 assert result.top1[place] == pytest.approx(probability, abs=1e-5)
@@ -62,22 +43,22 @@ def test_answers_are_those_of_a_plain_decoder(arch, kind, threshold):
 
 @pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
 def test_drafted_is_sequential(arch, kind):
-    chosen, base_prompts, nudging_prompts = case(arch, kind, seed=1, rows=2)
+    chosen, base_prompts, nudging_prompts = pair_with_prompts(arch, kind, seed=1, rows=2)
     for i, threshold in enumerate(THRESHOLDS):
         answers = [
             nudge(
                 chosen, base_prompts, nudging_prompts, max_new_tokens=24, nudge_threshold=threshold, num_draft_tokens=k
             )
-            for k in (0, DRAFTS[1 + i % 4], DRAFTS[1 + (i + 2) % 4])
+            for k in (0, DRAFT_LENGTHS[1 + i % 4], DRAFT_LENGTHS[1 + (i + 2) % 4])
         ]
         for results in answers[1:]:
-            assert [(r.ids, r.nudged, r.reason) for r in results] == [(r.ids, r.nudged, r.reason) for r in answers[0]]
+            assert outcomes(results) == outcomes(answers[0])
 
 
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("kind", ["shared", "two"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_guesses_change_nothing(kind, samples, monkeypatch):
-    """What the nudging model reads beyond its own text, right or wrong, leaves what it writes as it is."""
+    """The nudging model writes the same whether the guesses that it reads are right or wrong."""
     found = {"right": 0, "wrong": 0}
     observe = GuessLength.observe
 
@@ -88,7 +69,7 @@ def test_guesses_change_nothing(kind, samples, monkeypatch):
 
     monkeypatch.setattr(GuessLength, "observe", observe_and_count)
     for seed, gate in itertools.product(range(4), ["top1", "rejection"]):
-        chosen, base_prompts, nudging_prompts = case("qwen3", kind, seed, rows=3)
+        chosen, base_prompts, nudging_prompts = pair_with_prompts("qwen3", kind, seed, rows=3)
         chosen.nudging_model.generation_config.do_sample = samples
         settings = {"max_new_tokens": 40, "do_sample": samples, "nudge_gate": gate, "min_new_tokens": 4 * (seed % 2)}
         answers = []
@@ -97,7 +78,7 @@ def test_guesses_change_nothing(kind, samples, monkeypatch):
                 monkeypatch.setattr(GuessLength, "choose", lambda self, rows, length=length: length)
                 torch.manual_seed(7)
                 results = nudge(chosen, base_prompts, nudging_prompts, num_draft_tokens=drafts, **settings)
-                answers.append([(r.ids, r.nudged, r.reason) for r in results])
+                answers.append(outcomes(results))
         finally:
             chosen.nudging_model.generation_config.do_sample = False
         assert answers[1:] == answers[:1] * 3
@@ -106,30 +87,30 @@ def test_guesses_change_nothing(kind, samples, monkeypatch):
 
 @pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
 def test_batch_is_singles(arch, kind):
-    chosen, base_prompts, nudging_prompts = case(arch, kind, seed=2, rows=4)
+    chosen, base_prompts, nudging_prompts = pair_with_prompts(arch, kind, seed=2, rows=4)
     for threshold in THRESHOLDS:
         settings = {"max_new_tokens": 24, "nudge_threshold": threshold}
         together = nudge(chosen, base_prompts, nudging_prompts, **settings)
         alone = [nudge(chosen, [p], [n], **settings)[0] for p, n in zip(base_prompts, nudging_prompts, strict=True)]
-        assert [(r.ids, r.nudged, r.reason) for r in together] == [(r.ids, r.nudged, r.reason) for r in alone]
+        assert outcomes(together) == outcomes(alone)
 
 
 @pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
 def test_cached_is_recomputed(arch, kind):
-    chosen, base_prompts, nudging_prompts = case(arch, kind, seed=3, rows=3)
+    chosen, base_prompts, nudging_prompts = pair_with_prompts(arch, kind, seed=3, rows=3)
     for threshold in (0.2, 0.7):
         settings = {"max_new_tokens": 24, "nudge_threshold": threshold, "num_draft_tokens": 4}
         cached = nudge(chosen, base_prompts, nudging_prompts, **settings)
         recomputed = nudge(chosen, base_prompts, nudging_prompts, use_cache=False, **settings)
-        assert [(r.ids, r.nudged, r.reason) for r in cached] == [(r.ids, r.nudged, r.reason) for r in recomputed]
+        assert outcomes(cached) == outcomes(recomputed)
     static = nudge(chosen, base_prompts, nudging_prompts, cache_implementation="static", **settings)
-    assert [(r.ids, r.nudged, r.reason) for r in static] == [(r.ids, r.nudged, r.reason) for r in recomputed]
+    assert outcomes(static) == outcomes(recomputed)
 
 
-@pytest.mark.parametrize("kind", ["shared", "two"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(6))
 def test_streamed_is_returned(kind, seed):
-    chosen, base_prompts, nudging_prompts = case("llama", kind, seed, rows=1)
+    chosen, base_prompts, nudging_prompts = pair_with_prompts("llama", kind, seed, rows=1)
     inputs = inputs_of(chosen, base_prompts, nudging_prompts)
     streamer = TextIteratorStreamer(chosen.tokenizer, skip_prompt=True, timeout=30, skip_special_tokens=True)
     pieces: list[tuple[str, bool]] = []
@@ -146,7 +127,7 @@ def test_streamed_is_returned(kind, seed):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_above_one_the_nudging_model_writes_alone(arch):
     for seed in range(3):
-        chosen, base_prompts, nudging_prompts = case(arch, "shared", seed, rows=1)
+        chosen, base_prompts, nudging_prompts = pair_with_prompts(arch, "shared", seed, rows=1)
         [result] = nudge(
             chosen, base_prompts, nudging_prompts, max_new_tokens=40, nudge_threshold=1.01, takeover_on_agreement=False
         )
@@ -163,7 +144,7 @@ def test_above_one_the_nudging_model_writes_alone(arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_at_zero_the_base_goes_on_alone_after_the_first_word(arch):
     for seed in range(3):
-        chosen, base_prompts, nudging_prompts = case(arch, "shared", seed, rows=1)
+        chosen, base_prompts, nudging_prompts = pair_with_prompts(arch, "shared", seed, rows=1)
         [result] = nudge(chosen, base_prompts, nudging_prompts, max_new_tokens=40, nudge_threshold=0)
         first = result.nudged.index(False) if False in result.nudged else len(result.nudged)
         begun = torch.tensor([base_prompts[0] + result.ids[:first]])
@@ -171,15 +152,15 @@ def test_at_zero_the_base_goes_on_alone_after_the_first_word(arch):
         eos = chosen.base.generation_config.eos_token_id
         alone = own[: own.index(eos)] if eos in own else own
         written = result.ids[: -1 if result.reason == "eos" else None][first : first + len(alone)]
-        if written or not alone:  # Else the nudging model ended the answer in its first lookahead.
+        if written or not alone:  # Otherwise the nudging model ended the answer in its first lookahead.
             assert written == alone[: len(written)] and not any(result.nudged[first : first + len(written)])
             assert len(written) == len(alone) or len(result.ids) == 40
 
 
-@pytest.mark.parametrize("kind", ["shared", "two"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_sampled_answer_depends_on_its_seed_alone(kind):
-    """Drafted = sequential, cached = recomputed and first row = single hold under sampling too, token for token."""
-    chosen, base_prompts, nudging_prompts = case("llama", kind, seed=4, rows=3)
+    """Drafts and the cache do not change a sampled answer either, seed by seed and token by token."""
+    chosen, base_prompts, nudging_prompts = pair_with_prompts("llama", kind, seed=4, rows=3)
     chosen.nudging_model.generation_config.do_sample = True
     try:
         answers = []

@@ -1,4 +1,4 @@
-"""Where answers end and where they cannot go on: stop tokens, last positions, rows of a model, logits, exceptions."""
+"""What ends answers or stops them with an error: stop tokens, last positions, embeddings, logits, exceptions."""
 
 import contextlib
 import copy
@@ -6,12 +6,20 @@ import itertools
 import random
 import time
 
-import oracle
 import pytest
 import torch
-from running import inputs_of, nudge
+from running import (
+    KINDS,
+    SOME_DRAFT_LENGTHS,
+    ForbidTokens,
+    decode_in_every_way,
+    decode_with_oracle,
+    inputs_of,
+    nudge,
+    outcomes,
+    random_rule,
+)
 from scripted import ScriptedLM
-from test_constraints import DRAFTS, KINDS, Forbid, in_every_way, random_rule, told
 from tiny import Pair, pair, prompts
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -22,7 +30,7 @@ from nudging_hf.core.transformers_private import greatest_length
 
 @contextlib.contextmanager
 def changed(target, **values):
-    """Attributes set for a while."""
+    """Sets attributes of an object within a `with` block."""
     before = {name: getattr(target, name) for name in values}
     for name, value in values.items():
         setattr(target, name, value)
@@ -37,8 +45,8 @@ def changed(target, **values):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stop_token_of_the_call_ends_an_answer_whoever_writes_it(kind):
-    """As in an answer that is cut at the first one, in the middle of a lookahead too."""
+def test_a_stop_token_of_the_call_ends_an_answer_whichever_model_writes_it(kind):
+    """The answer equals the one without the stop token up to there, also in the middle of a lookahead."""
     by = set()
     for seed in range(6):
         chosen = pair("llama", seed, kind)
@@ -50,11 +58,11 @@ def test_a_stop_token_of_the_call_ends_an_answer_whoever_writes_it(kind):
             if place >= len(free.ids) - 1 or free.ids[place] in (eos, *free.ids[:place]):
                 continue
             stop = free.ids[place]
-            [(ids, nudged, reason)] = in_every_way(chosen, *given, eos_token_id=stop, **settings)
+            [(ids, nudged, reason)] = decode_in_every_way(chosen, *given, eos_token_id=stop, **settings)
             assert (ids, nudged, reason) == (free.ids[: place + 1], free.nudged[: place + 1], "stop_token")
             by.add(nudged[-1])
             listed = {"generation_config": GenerationConfig(eos_token_id=[eos, stop], max_new_tokens=30)}
-            assert told(nudge(chosen, *given, nudge_threshold=0.5, **listed)) == [(ids, nudged, reason)]
+            assert outcomes(nudge(chosen, *given, nudge_threshold=0.5, **listed)) == [(ids, nudged, reason)]
             called = {key: value for key, value in inputs_of(chosen, *given).items() if key != "tokenizer"}
             through = chosen.base.generate(
                 **called,
@@ -74,7 +82,7 @@ def test_min_new_tokens_holds_back_a_stop_token(kind):
     [free] = nudge(chosen, *given, max_new_tokens=30, nudge_threshold=0.6)
     stops = sorted(set(free.ids[:8]) - {chosen.base.generation_config.eos_token_id})
     settings = {"max_new_tokens": 30, "min_new_tokens": 12, "nudge_threshold": 0.6, "eos_token_id": stops}
-    [(ids, _, _)] = in_every_way(chosen, *given, **settings)
+    [(ids, _, _)] = decode_in_every_way(chosen, *given, **settings)
     assert len(ids) >= 12 and set(ids[:12]).isdisjoint(stops)
 
 
@@ -90,22 +98,22 @@ def test_a_stop_token_that_is_the_nudging_models_eos_ends_the_answer_with_itself
                 chosen.nudging_model.generation_config, sequence_bias=[[[pad], 9.0]], repetition_penalty=None
             ):
                 [free] = nudge(chosen, *given, **settings)
-                [(ids, nudged, reason)] = in_every_way(chosen, *given, eos_token_id=pad, **settings)
+                [(ids, nudged, reason)] = decode_in_every_way(chosen, *given, eos_token_id=pad, **settings)
             if free.reason == "eos" and reason == "stop_token":
                 found += 1
                 assert ids == [*free.ids[:-1], pad] and nudged[-1]
     assert found
 
 
-def test_the_nudging_model_ends_by_its_tokenizers_eos_too():
-    """A generation config that names another one, padding say, does not keep it from ending."""
+def test_the_nudging_model_also_ends_with_its_tokenizers_eos():
+    """It still ends its answers if its generation config names another token as EOS."""
     chosen = pair("llama", 0, "shared")
     ended = 0
     for seed in range(6):
         given = prompts(chosen, 2, seed)
-        expected = told(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
+        expected = outcomes(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
         with changed(chosen.nudging_model.generation_config, eos_token_id=chosen.tokenizer.bos_token_id):
-            results = told(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
+            results = outcomes(nudge(chosen, *given, max_new_tokens=40, nudge_threshold=0.9))
         ended += sum(reason == "eos" for _, _, reason in results)
         assert [r for r in results if r[2] == "eos"] == [r for r in expected if r in results and r[2] == "eos"]
     assert ended
@@ -115,7 +123,7 @@ def test_the_nudging_model_ends_by_its_tokenizers_eos_too():
 
 
 def of_positions(model, positions: int):
-    """A GPT-2 that is cut to its first positions."""
+    """A copy of a GPT-2 with only its first positions."""
     small = copy.deepcopy(model)
     for name in ("n_positions", "max_position_embeddings"):
         if hasattr(small.config, name):
@@ -127,7 +135,7 @@ def of_positions(model, positions: int):
 
 
 def gpt2_pair(kind: str, seed: int, base_positions: int = 0, nudging_positions: int = 0) -> Pair:
-    chosen = pair("gpt2", seed, kind)  # Of even seeds, both are GPT-2s.
+    chosen = pair("gpt2", seed, kind)  # With an even seed both models are GPT-2s.
     base = of_positions(chosen.base, base_positions) if base_positions else chosen.base
     nudging = of_positions(chosen.nudging_model, nudging_positions) if nudging_positions else chosen.nudging_model
     return Pair(base, nudging, chosen.tokenizer, chosen.nudging_tokenizer)
@@ -142,21 +150,17 @@ def test_an_answer_ends_at_the_last_position_of_either_model(kind, base_position
     given = prompts(chosen, 2, seed)
     settings = {"max_new_tokens": 100, "nudge_threshold": threshold}
     settings |= {"num_nudging_tokens": 40} if threshold == 0.4 else {}
-    answers = in_every_way(chosen, *given, **settings)
+    answers = decode_in_every_way(chosen, *given, **settings)
     for prompt, nudging_prompt, answer in zip(*given, answers, strict=True):
-        expected = oracle.decode(
-            chosen.base,
-            chosen.nudging_model,
-            chosen.tokenizer,
-            chosen.nudging_tokenizer,
+        expected = decode_with_oracle(
+            chosen,
             prompt,
             nudging_prompt,
-            threshold=threshold,
             base_positions=base_positions or 1024,
             nudging_positions=nudging_positions or 1024,
-            **{name: value for name, value in settings.items() if name != "nudge_threshold"},
+            **settings,
         )
-        assert answer == (expected.ids, expected.nudged, expected.reason)
+        assert [answer] == outcomes([expected])
         if not nudging_positions:
             assert len(prompt) + len(answer[0]) <= 64
 
@@ -167,12 +171,12 @@ def test_max_length_may_be_the_last_position(kind):
     given = prompts(chosen, 1, 2)
     plain = chosen.base.generate(torch.tensor(given[0]), max_length=64, do_sample=False, eos_token_id=-1)
     assert plain.shape[1] == 64
-    for drafts in DRAFTS:
+    for drafts in SOME_DRAFT_LENGTHS:
         [result] = nudge(chosen, *given, max_length=64, num_draft_tokens=drafts, min_length=64)
         assert (len(given[0][0]) + len(result.ids), result.reason) == (64, "length")
 
 
-def test_positions_are_told_by_what_a_model_has():
+def test_the_greatest_length_is_that_of_the_position_embeddings():
     assert greatest_length(pair("gpt2", 0, "shared").base) == 1024
     assert greatest_length(of_positions(pair("gpt2", 0, "shared").base, 64)) == 64
     assert greatest_length(pair("llama", 0, "shared").base) is None
@@ -195,11 +199,11 @@ def test_a_prompt_that_fills_a_context_is_refused():
         nudge(chosen, [[5], [5]], [[5], [5] * 20], max_new_tokens=4)
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+# Embeddings ----------------------------------------------------------------------------------------------------------
 
 
 def with_rows(model, rows: int):
-    """The model with so many rows in its embeddings and its head; further ones are like the first word's."""
+    """A copy of a model with `rows` rows in its embeddings and its head. Added rows are copies of token 40's."""
     changed_model = copy.deepcopy(model)
     have = len(model.lm_head.weight)
     places = [*range(min(rows, have)), *[40] * max(0, rows - have)]
@@ -210,15 +214,15 @@ def with_rows(model, rows: int):
     return changed_model
 
 
-def test_a_nudging_tokenizer_may_have_a_token_more_than_its_model():
+def test_a_nudging_tokenizer_may_have_one_token_more_than_its_model():
     for kind in KINDS:
         chosen = pair("llama", 0, kind)
         given = prompts(chosen, 2, 0)
-        expected = told(nudge(chosen, *given, max_new_tokens=20))
+        expected = outcomes(nudge(chosen, *given, max_new_tokens=20))
         longer = copy.deepcopy(chosen.nudging_tokenizer)
         longer.add_special_tokens({"pad_token": "[PAD]"})
         padded = Pair(chosen.base, chosen.nudging_model, chosen.tokenizer, longer)
-        assert told(nudge(padded, *given, max_new_tokens=20)) == expected
+        assert outcomes(nudge(padded, *given, max_new_tokens=20)) == expected
         longer = copy.deepcopy(longer)
         longer.add_special_tokens({"eos_token": "[END]"})
         with changed(chosen.nudging_model.generation_config, eos_token_id=None):
@@ -227,28 +231,28 @@ def test_a_nudging_tokenizer_may_have_a_token_more_than_its_model():
                 nudge(ended, *given, max_new_tokens=4)
 
 
-def test_a_base_may_be_padded_by_a_token_that_it_has_no_row_for():
+def test_the_padding_token_need_not_have_an_embedding():
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 3, 0)
     settings = {"max_new_tokens": 20, "repetition_penalty": 1.2}
-    expected = told(nudge(chosen, *given, **settings))
+    expected = outcomes(nudge(chosen, *given, **settings))
     longer = copy.deepcopy(chosen.tokenizer)
     longer.add_special_tokens({"pad_token": "[PAD]"})
     padded = Pair(chosen.base, chosen.nudging_model, longer, longer)
-    assert told(nudge(padded, *given, pad_token_id=longer.pad_token_id, **settings)) == expected
+    assert outcomes(nudge(padded, *given, pad_token_id=longer.pad_token_id, **settings)) == expected
 
 
-def test_a_prompt_with_an_id_that_a_model_has_no_row_for_is_refused():
+def test_a_prompt_with_an_id_without_an_embedding_is_refused():
     chosen = pair("llama", 0, "shared")
     size = len(chosen.tokenizer)
     for base_prompt, nudging_prompt, whose in [([5, size], [5], "base"), ([5], [5, size + 3], "nudging model")]:
-        with pytest.raises(ValueError, match=rf"{whose}'s prompt in row 0 holds the id .*resize_token_embeddings"):
+        with pytest.raises(ValueError, match=rf"{whose}'s prompt in row 0 has the id .*resize_token_embeddings"):
             nudge(chosen, [base_prompt], [nudging_prompt], max_new_tokens=4)
 
 
 @pytest.mark.parametrize("more", ["base", "nudging model"])
-def test_one_vocabulary_may_have_rows_for_more_tokens_in_either_model(more):
-    """Rows beyond the tokenizer, as where both models pad their embeddings differently; some of them are drawn."""
+def test_with_one_vocabulary_either_model_may_have_more_embeddings(more):
+    """Models may pad their embeddings beyond the tokenizer differently. The base may draw its extra tokens."""
     chosen = pair("llama", 1 if more == "base" else 0, "shared")
     size = len(chosen.tokenizer)
     if more == "base":
@@ -261,28 +265,28 @@ def test_one_vocabulary_may_have_rows_for_more_tokens_in_either_model(more):
         wider = Pair(chosen.base, nudging, chosen.tokenizer, chosen.tokenizer)
     drawn = 0
     for seed in range(3):
-        answers = in_every_way(wider, *prompts(chosen, 2, seed), max_new_tokens=24, nudge_threshold=0.3)
+        answers = decode_in_every_way(wider, *prompts(chosen, 2, seed), max_new_tokens=24, nudge_threshold=0.3)
         drawn += sum(token >= size for ids, _, _ in answers for token in ids)
     assert drawn > 0 if more == "base" else drawn == 0
 
 
-def test_a_nudging_word_that_the_base_has_no_row_for_is_not_taken():
+def test_a_nudging_word_without_an_embedding_in_the_base_is_not_accepted():
     chosen = pair("llama", 0, "two")
     given = [[5], [6]], prompts(chosen, 2, 0)[1]
     free = nudge(chosen, *given, max_new_tokens=24, nudge_threshold=0.9)
     nudged = {token for r in free for token, mine in zip(r.ids, r.nudged, strict=True) if mine}
     rows = sorted(nudged)[-2]
     small = Pair(with_rows(chosen.base, rows), chosen.nudging_model, chosen.tokenizer, chosen.nudging_tokenizer)
-    answers = in_every_way(small, *given, max_new_tokens=24, nudge_threshold=0.9)
+    answers = decode_in_every_way(small, *given, max_new_tokens=24, nudge_threshold=0.9)
     assert all(token < rows for ids, _, _ in answers for token in ids)
     assert any(any(nudged) for _, nudged, _ in answers)
 
 
-# Logits that are no numbers ------------------------------------------------------------------------------------------
+# NaN and infinite logits ---------------------------------------------------------------------------------------------
 
 
 class Broken(LogitsProcessor):
-    """Sets all scores from a length on."""
+    """A logits processor that sets all scores to a value once the ids have a given length."""
 
     def __init__(self, length: int, value: float):
         self.length = length
@@ -293,7 +297,7 @@ class Broken(LogitsProcessor):
 
 
 def broken(model, value: float, after: int, tokens: slice = slice(None)):
-    """The model, whose logits of some tokens are a value from so many ids on."""
+    """A copy of a model whose logits of some tokens are `value` from position `after` on."""
     bad = copy.deepcopy(model)
     forward = bad.forward
 
@@ -313,7 +317,7 @@ def broken(model, value: float, after: int, tokens: slice = slice(None)):
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("gate", ["top1", "rejection"])
 @pytest.mark.parametrize("whose", ["base", "nudging model"])
-def test_logits_that_are_no_numbers_are_an_error_that_says_whose_and_where(whose, gate, samples, value):
+def test_nan_and_infinite_logits_are_an_error_that_names_the_model_and_the_place(whose, gate, samples, value):
     chosen = pair("llama", 0, "shared")
     given = ([[5, 40, 41]], [[5, 40, 41]])
     models = {"base": chosen.base, "nudging model": chosen.nudging_model}
@@ -330,8 +334,8 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_whose_and_where(whose
     assert len(said) == 1
 
 
-def test_single_tokens_may_have_no_chance_at_all():
-    """Some models give −inf to the rows that pad their vocabulary."""
+def test_single_tokens_may_have_a_logit_of_minus_infinity():
+    """Some models give −inf to the extra tokens that pad their vocabulary."""
     chosen = pair("llama", 0, "shared")
     given = prompts(chosen, 2, 0)
     minus = float("-inf")
@@ -342,14 +346,14 @@ def test_single_tokens_may_have_no_chance_at_all():
         chosen.tokenizer,
     )
     for gate in ("top1", "entropy", "margin", "rejection", "kad"):
-        for ids, _, _ in in_every_way(masked, *given, max_new_tokens=12, nudge_gate=gate):
+        for ids, _, _ in decode_in_every_way(masked, *given, max_new_tokens=12, nudge_gate=gate):
             assert max(ids) < len(chosen.tokenizer) - 30
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
-def test_processors_that_leave_no_token_are_an_error(kind, samples, value):
+def test_processors_that_forbid_every_token_are_an_error(kind, samples, value):
     chosen = pair("llama", 0, kind)
     given = prompts(chosen, 1, 0)
     processor = Broken(len(given[0][0]) + 3, value)
@@ -372,7 +376,7 @@ def test_processors_that_leave_no_token_are_an_error(kind, samples, value):
 
 
 @pytest.mark.parametrize("where", ["criterion", "processor", "streamer", "allowed"])
-def test_a_stop_iteration_of_the_callers_own_reaches_the_caller(where):
+def test_a_stop_iteration_of_the_callers_code_reaches_the_caller(where):
     chosen = pair("llama", 0, "shared")
     inputs = inputs_of(chosen, *prompts(chosen, 1, 0))
 
@@ -409,13 +413,11 @@ def test_a_long_lookahead_is_not_written_for_a_short_answer(kind):
         return_dict_in_generate=True,
     )
     assert output.nudging_forward_passes <= 3 * 36
-    answers = in_every_way(chosen, *given, max_new_tokens=60, num_nudging_tokens=50, nudge_threshold=0.7)
+    settings = {"max_new_tokens": 60, "num_nudging_tokens": 50, "nudge_threshold": 0.7}
+    answers = decode_in_every_way(chosen, *given, **settings)
     [prompt], [nudging_prompt] = given
-    expected = oracle.decode(
-        chosen.base, chosen.nudging_model, chosen.tokenizer, chosen.nudging_tokenizer, prompt, nudging_prompt,
-        threshold=0.7, max_new_tokens=60, num_nudging_tokens=50,
-    )  # fmt: skip
-    assert answers == [(expected.ids, expected.nudged, expected.reason)]
+    expected = decode_with_oracle(chosen, prompt, nudging_prompt, **settings)
+    assert answers == outcomes([expected])
 
 
 def test_max_time_ends_an_answer_within_a_lookahead():
@@ -438,8 +440,8 @@ def test_max_time_ends_an_answer_within_a_lookahead():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(6))
-def test_no_mixture_of_settings_makes_drafts_or_neighbours_matter(kind, seed):
-    """Thresholds, gates, lengths, stop strings and tokens, constraints and last positions at once."""
+def test_drafts_and_other_rows_change_nothing_under_any_mixture_of_settings(kind, seed):
+    """The settings are thresholds, gates, lengths, stop strings and tokens, constraints and last positions."""
     draw = random.Random(f"{kind} {seed}")
     arch = draw.choice(["llama", "qwen3", "gpt2"])
     chosen = pair(arch, draw.randrange(0, 12, 2), kind)
@@ -473,13 +475,13 @@ def test_no_mixture_of_settings_makes_drafts_or_neighbours_matter(kind, seed):
             settings["bad_words_ids"] = [list(each) for each in itertools.pairwise(free.ids[:8])] or [[9]]
         if draw.random() < 0.3:
             rule = random_rule(chosen.tokenizer.eos_token_id, len(chosen.tokenizer), seed, (0.02, 0.2))
-            settings["logits_processor"] = [Forbid(max(map(len, given[0])), rule)]
-        in_every_way(chosen, *given, **settings)
+            settings["logits_processor"] = [ForbidTokens(max(map(len, given[0])), rule)]
+        decode_in_every_way(chosen, *given, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_finish_reason_is_a_function_of_the_ids(kind):
-    """Short answers with stop strings that begin in the prompt, are one token, or end with the budget."""
+    """Stop strings begin in the prompt, are a single token, or end at the budget of a short answer."""
     draw = random.Random(kind)
     for seed in range(8):
         chosen = pair("llama", seed, kind)
@@ -490,6 +492,6 @@ def test_a_finish_reason_is_a_function_of_the_ids(kind):
         for stop in ("aa", text[-1:] or "a", text[len(last) - 1 : len(last) + 1] or "a"):
             try:
                 StopStringCriteria(chosen.tokenizer, [stop])
-            except ValueError:  # No token holds any of it.
+            except ValueError:  # No token contains any part of the stop string.
                 continue
-            in_every_way(chosen, *given, max_new_tokens=draw.choice([1, 1, 2]), stop_strings=[stop])
+            decode_in_every_way(chosen, *given, max_new_tokens=draw.choice([1, 1, 2]), stop_strings=[stop])

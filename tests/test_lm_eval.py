@@ -309,7 +309,7 @@ def test_texts_are_not_scored(pair, scores):
     ("kwargs", "message"),
     [
         ({"nudge_threshold": -1}, "nudge_threshold"),
-        ({"base_template": "{question}"}, "knows the fields"),
+        ({"base_template": "{question}"}, "may have the fields"),
         ({"think_end_token": 7}, "give the text that ends the thinking"),
         ({"nudging_model": None}, "--model_args nudging_model="),
         ({"nudging_model": "/no/such/folder"}, "/no/such/folder"),

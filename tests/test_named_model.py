@@ -1,4 +1,4 @@
-"""A nudging model that is given by its name."""
+"""Nudging models that are given by their names."""
 
 import copy
 import gc
@@ -16,14 +16,13 @@ from nudging_hf.core import named_model
 @pytest.fixture
 def pair():
     whole = tiny.pair("llama", 1, "two")
-    return tiny.Pair(
-        copy.deepcopy(whole.base), whole.nudging_model, whole.tokenizer, whole.nudging_tokenizer
-    )  # A base that nothing has been loaded for.
+    base = copy.deepcopy(whole.base)  # Nothing has been loaded for this base yet.
+    return tiny.Pair(base, whole.nudging_model, whole.tokenizer, whole.nudging_tokenizer)
 
 
 @pytest.fixture
 def folder(pair, tmp_path):
-    """The nudging model, saved."""
+    """A folder with the nudging model and its tokenizer."""
     pair.nudging_model.save_pretrained(tmp_path / "nudging")
     pair.nudging_tokenizer.save_pretrained(tmp_path / "nudging")
     return tmp_path / "nudging"
@@ -41,12 +40,12 @@ def expected(pair, inputs):
     return nudging_hf.generate(pair.base, **inputs, **models)
 
 
-def test_a_name_is_as_good_as_the_model(pair, folder, inputs, expected):
+def test_a_name_gives_the_same_answers_as_the_model(pair, folder, inputs, expected):
     assert torch.equal(nudging_hf.generate(pair.base, **inputs, nudging_model=str(folder)), expected)
     assert torch.equal(nudging_hf.generate(pair.base, **inputs, nudging_model=folder), expected)
 
 
-def test_the_generation_config_may_name_it(pair, folder, inputs, expected):
+def test_the_generation_config_may_name_the_nudging_model(pair, folder, inputs, expected):
     pair.base.generation_config.nudging_model_name_or_path = str(folder)
     assert torch.equal(nudging_hf.generate(pair.base, **inputs), expected)
     config = GenerationConfig(**pair.base.generation_config.to_diff_dict())
@@ -56,19 +55,19 @@ def test_the_generation_config_may_name_it(pair, folder, inputs, expected):
     assert torch.equal(nudging_hf.generate(pair.base, **inputs, generation_config=config), expected)
 
 
-def test_what_the_call_gives_comes_before_what_the_config_names(pair, inputs, expected):
+def test_the_call_takes_precedence_over_the_config(pair, inputs, expected):
     pair.base.generation_config.nudging_model_name_or_path = "./nowhere"
     given = {"nudging_model": pair.nudging_model, "nudging_tokenizer": pair.nudging_tokenizer}
     assert torch.equal(nudging_hf.generate(pair.base, **inputs, **given), expected)
 
 
-def test_a_folder_beside_the_base_is_named_from_the_base(pair, folder, inputs, expected):
+def test_a_relative_name_is_a_folder_beside_the_base(pair, folder, inputs, expected):
     pair.base.save_pretrained(folder.parent)
     base = AutoModelForCausalLM.from_pretrained(folder.parent)
     assert torch.equal(nudging_hf.generate(base, **inputs, nudging_model="./nudging"), expected)
 
 
-def test_it_is_loaded_once_for_a_base_and_goes_with_it(pair, folder, inputs, monkeypatch):
+def test_a_named_model_is_loaded_once_per_base_and_freed_with_it(pair, folder, inputs, monkeypatch):
     loads = []
     load = named_model._load
     monkeypatch.setattr(named_model, "_load", lambda *args: loads.append(args[1]) or load(*args))
@@ -85,7 +84,7 @@ def test_it_is_loaded_once_for_a_base_and_goes_with_it(pair, folder, inputs, mon
     assert len(named_model._LOADED) == before - 1
 
 
-def test_none_is_the_plain_base(pair, folder, inputs):
+def test_none_generates_plainly(pair, folder, inputs):
     plain = {name: inputs[name] for name in ("input_ids", "attention_mask", "max_new_tokens")}
     expected = pair.base.generate(**plain)
     for name in (None, str(folder)):
@@ -108,7 +107,7 @@ def test_a_registered_base_whose_config_names_one_is_nudged(pair, folder, inputs
         nudging_hf.unregister()
 
 
-def test_a_callable_finds_it_too(pair, folder, inputs, expected):
+def test_a_callable_loads_a_named_model_too(pair, folder, inputs, expected):
     inputs["base_tokenizer"] = inputs.pop("tokenizer")
     given = {"custom_generate": nudging_hf.generate, "nudging_model": str(folder)}
     assert torch.equal(pair.base.generate(**inputs, **given), expected)
@@ -118,17 +117,17 @@ def test_a_callable_finds_it_too(pair, folder, inputs, expected):
         pair.base.generate(**inputs, custom_generate=nudging_hf.generate)
 
 
-def test_beside_a_base_that_was_made_in_memory_lies_nothing(pair, inputs):
-    with pytest.raises(ValueError, match="which was not loaded from a folder"):
+def test_a_relative_name_needs_a_base_from_a_folder(pair, inputs):
+    with pytest.raises(ValueError, match="the base was not loaded from a folder"):
         nudging_hf.generate(pair.base, **inputs, nudging_model="./nudging")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no-such/name"])
-def test_what_cannot_be_loaded_is_refused(pair, inputs, name):
+def test_a_model_that_cannot_be_loaded_is_refused(pair, inputs, name):
     with pytest.raises(ValueError, match=f"(?s)'{name}' cannot be loaded.*`nudging_model=`"):
         nudging_hf.generate(pair.base, **inputs, nudging_model=name, local_files_only=True)
     pair.base.generation_config.nudging_model_name_or_path = name
-    with pytest.raises(ValueError, match=r"mend `nudging_model_name_or_path` in the base's generation_config.json"):
+    with pytest.raises(ValueError, match=r"correct `nudging_model_name_or_path` in the base's generation_config.json"):
         nudging_hf.generate(pair.base, **inputs, local_files_only=True)
 
 

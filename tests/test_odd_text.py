@@ -1,4 +1,4 @@
-"""Text that only scripted models write: what the nudging model says reaches the answer whole."""
+"""Text that only scripted models write: the nudging model's text reaches the answer unchanged."""
 
 import pytest
 import tiny
@@ -33,7 +33,11 @@ def tokenizer(name: str):
 
 
 def write(base_name: str, nudging_name: str, base_says, text: str, threshold=0.5, **kwargs):
-    """The nudged answer of a base that says what it is told and a nudging model that writes `text`."""
+    """The nudged output of a base with a script and a nudging model that writes `text`, and the prompt's length.
+
+    Args:
+        base_says: takes the answer's ids and returns the base's next token and its probability.
+    """
     ours, theirs = tokenizer(base_name), tokenizer(nudging_name)
     prompt = torch.tensor([Vocabulary(ours).encode_after("a", "Now:\n")])
     nudging_prompt = torch.tensor([Vocabulary(theirs).encode_after("a", "Now:\n")])
@@ -57,7 +61,7 @@ def text_of(output, prompt_length: int, name: str) -> str:
 
 
 def never_sure(name: str, thinks_of: str = "\x7f"):
-    """A base that is unsure everywhere, of a token that begins no word."""
+    """The script of a base that is never sure, and whose token begins no word."""
     token = Vocabulary(tokenizer(name)).encode_after("a", thinks_of)[-1]
     return lambda answer: (token, 0.1)
 
@@ -65,7 +69,7 @@ def never_sure(name: str, thinks_of: str = "\x7f"):
 @pytest.mark.parametrize("nudging_name", LOSSLESS)
 @pytest.mark.parametrize("base_name", LOSSLESS)
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_an_unsure_base_leaves_the_nudging_models_text_as_it_is(base_name, nudging_name, text):
+def test_with_an_unsure_base_the_nudging_models_text_is_the_answer(base_name, nudging_name, text):
     output, prompt_length = write(base_name, nudging_name, never_sure(base_name), text)
     assert text_of(output, prompt_length, base_name) == text
     assert output.finish_reasons == ["eos"]
@@ -77,7 +81,7 @@ def test_an_unsure_base_leaves_the_nudging_models_text_as_it_is(base_name, nudgi
 
 @settings(max_examples=25, deadline=None)
 @given(st.text(alphabet="abz \n.é😀<>|/", max_size=40), st.sampled_from(LOSSLESS), st.sampled_from(LOSSLESS))
-def test_any_text_reaches_the_answer_whole(text, base_name, nudging_name):
+def test_any_text_reaches_the_answer_unchanged(text, base_name, nudging_name):
     output, prompt_length = write(base_name, nudging_name, never_sure(base_name), text)
     assert text_of(output, prompt_length, base_name) == text
 
@@ -110,14 +114,14 @@ def test_a_base_that_is_unsure_within_a_character_finishes_it(nudging_name, draf
 
 
 def test_wordpiece_writes_what_it_can():
-    """Line breaks are not in its vocabulary: words without ids are joined with the next, and nothing loops."""
+    """It has no line breaks. Words without ids are joined with the next word, and decoding ends."""
     text = "\n\n the cat\n sat on the mat"
     output, prompt_length = write("wordpiece", "byte_bpe", never_sure("wordpiece", thinks_of=" 7"), text)
     assert text_of(output, prompt_length, "wordpiece").split() == text.split()
     assert output.finish_reasons == ["eos"]
 
 
-def test_where_nothing_can_be_written_the_base_goes_on_or_the_answer_ends():
+def test_if_no_nudging_word_can_be_written_the_base_goes_on_or_the_answer_ends():
     newlines = "\n" * 40
     eos = tokenizer("wordpiece").eos_token_id
     output, prompt_length = write("wordpiece", "byte_bpe", lambda answer: (eos, 0.9), newlines)

@@ -343,7 +343,7 @@ def test_prompts_of_a_list_are_streamed_one_after_another(mini):
     streamer = MarkingStreamer(mini.tokenizer, lambda text, nudged: pieces.append(text))
     records = nudged_pipeline(mini)(MINI_TEXTS, streamer=streamer, return_full_text=False)
     assert "".join(pieces) == "".join(record["generated_text"] for [record] in records)
-    with pytest.raises(ValueError, match="A streamer takes a single answer"):
+    with pytest.raises(ValueError, match="`streamer` takes a single answer"):
         nudged_pipeline(mini)(MINI_TEXTS, streamer=streamer, batch_size=2)
 
 
@@ -364,14 +364,14 @@ ASSISTANT = {"role": "assistant", "content": "Hello"}
         (["text", [USER]], "a list holds prompts of one kind; got .*'Hi'"),
         ([[USER], "text"], "a list holds prompts of one kind; got"),
         ([USER, ASSISTANT], "the user last; got messages of: user, assistant"),
-        ([ASSISTANT, USER], "then user and assistant by turns, .* got messages of: assistant, user"),
+        ([ASSISTANT, USER], "then user and assistant alternate, .* got messages of: assistant, user"),
         ([[USER], [USER, USER]], "got messages of: user, user"),
         ([{"role": "user", "content": 7}], "content of a message must be text, got 7"),
         ([{"role": "user", "content": [{"type": "text"}]}], "content of a message must be text, .* got a part"),
         ([{"role": None, "content": "Hi"}], "The role of a message is .* got None"),
         (USER, "A prompt is a string or a chat, .* got {'role': 'user'"),
-        ("caf\udce9", "The prompt holds '.udce9' at position 3, which is no character"),
-        ([{"role": "user", "content": "caf\udce9"}], "content of a message holds '.udce9' at position 3"),
+        ("caf\udce9", "The prompt has '.udce9' at position 3, which is not a character"),
+        ([{"role": "user", "content": "caf\udce9"}], "content of a message has '.udce9' at position 3"),
     ],
     ids=lambda value: None,
 )
@@ -393,8 +393,8 @@ def test_what_is_no_prompt_is_refused(prompt, message):
         (CHATS[0], {"continue_final_message": True}, "takes no `continue_final_message`"),
         (CHATS[0], {"truncation": True}, "`truncation` is for prompts that are strings, got a chat"),
         (CHATS[0], {"nudging_input_ids": torch.ones(1, 2)}, "`nudging_input_ids` is for prompts that are strings"),
-        (CHATS[0], {"base_template": "{question}"}, "knows the fields {user} and {system}"),
-        (TEXTS[0], {"num_beams": 2}, "`num_beams=2` does not go together with nudging"),
+        (CHATS[0], {"base_template": "{question}"}, "may have the fields {user} and {system}"),
+        (TEXTS[0], {"num_beams": 2}, "`num_beams=2` is not supported by nudging"),
         (TEXTS[0], {"nudge_treshold": 0.4}, "nudge_treshold"),
     ],
     ids=lambda value: None,

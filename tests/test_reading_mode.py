@@ -107,8 +107,8 @@ def test_images_are_refused_with_a_cache_of_the_models_own_class(monkeypatch):
     base = pair("llama", 0, "shared").base
     monkeypatch.setattr(validation, "reads_more_than_text", lambda model: True)
     monkeypatch.setattr(validation, "supports_row_rollback", lambda model: False)
-    with pytest.raises(ValueError, match="a kind of its own, and `pixel_values`"):
-        validation.refuse_what_the_base_cannot_read(base, ["pixel_values"], use_cache=True, is_static=False)
+    with pytest.raises(ValueError, match="its own kind of cache, into which `pixel_values`"):
+        validation.validate_multimodal_inputs(base, ["pixel_values"], use_cache=True, is_static=False)
 
 
 def test_a_model_in_training_needs_no_trial():

@@ -1,4 +1,4 @@
-"""Sampled answers: a drafted token is accepted by a rule that leaves the base's distribution as it is."""
+"""Sampled answers: the rule that accepts draft tokens does not change the base's distribution."""
 
 from collections import Counter
 
@@ -28,7 +28,7 @@ def chi_square(counts: Counter, others: Counter) -> tuple[float, float]:
 
 
 def toy_pair():
-    """Two models of eight words."""
+    """Two models with a vocabulary of eight words, and their tokenizer."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
@@ -47,7 +47,7 @@ def toy_pair():
 
 
 def sampled(num_draft_tokens: int, seed: int) -> Counter:
-    """How often each pair of second and third tokens was sampled: there the base writes most."""
+    """How often each pair of a second and a third token was sampled. The base writes most of these tokens."""
     base, nudging_model, tokenizer = toy_pair()
     ids, _ = padded([[2, 3]] * ROWS, 1)
     answers: Counter = Counter()
@@ -70,13 +70,13 @@ def sampled(num_draft_tokens: int, seed: int) -> Counter:
     return answers
 
 
-def test_drafted_answers_are_distributed_as_undrafted_ones():
+def test_drafted_answers_have_the_distribution_of_undrafted_ones():
     statistic, bound = chi_square(sampled(0, seed=1), sampled(4, seed=2))
     assert statistic < bound
 
 
 def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
-    """A rule that takes a drafted token wherever the base gives it half a chance is off by more than the bound."""
+    """A rule that accepts any draft token half of the time exceeds the bound."""
     read = NudgedDecoder._read
 
     def read_too_kindly(self, work, drafter):
@@ -105,7 +105,7 @@ def test_a_draw_has_the_distribution_of_its_scores():
     assert statistic < 16.27  # The 0.999 quantile for three degrees of freedom.
 
 
-def test_a_draw_belongs_to_its_key():
+def test_a_draw_is_a_function_of_its_key():
     scores = torch.randn(3, 50)
     keys = [1, 2, 3]
     assert choose(scores, keys).tolist() == [choose(scores[i : i + 1], [keys[i]]).item() for i in range(3)]

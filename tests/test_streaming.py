@@ -1,4 +1,4 @@
-"""A marking streamer: what it hands on is the answer, with its authors, nudged or plain, one answer after another."""
+"""A marking streamer streams whole answers with their authors, nudged or plain, one answer after another."""
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ def collected(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["shared", "two"])
-def test_the_spans_of_what_is_streamed_are_those_of_the_output(kind):
+def test_streamed_spans_are_those_of_the_output(kind):
     chosen = pair("llama", 1, kind)
     pieces, streamer = collected(chosen.tokenizer)
-    for seed in range(2):  # One streamer, one answer after another.
+    for seed in range(2):  # One streamer serves several answers.
         pieces.clear()
         output = nudging_hf.generate(
             chosen.base,
@@ -36,7 +36,7 @@ def test_the_spans_of_what_is_streamed_are_those_of_the_output(kind):
         assert pieces and spans(pieces) == spans_of(output, chosen.tokenizer)[0]
 
 
-def test_in_a_plain_generate_all_words_are_the_base_s(shared):
+def test_in_a_plain_generate_the_base_writes_everything(shared):
     inputs = inputs_of(shared, *prompts(shared, 1, 0))
     pieces, streamer = collected(shared.tokenizer)
     plain = {"input_ids": inputs["input_ids"], "max_new_tokens": 20, "streamer": streamer}
@@ -82,6 +82,6 @@ def test_without_a_callback_the_answer_goes_to_standard_output(capsys, monkeypat
     assert capsys.readouterr().out == " ⟦the other⟧ the other\n" * 2
 
 
-def test_what_is_no_tokenizer_is_refused_before_anything_is_written():
+def test_an_object_that_is_not_a_tokenizer_is_refused_at_once():
     with pytest.raises(ValueError, match="The tokenizer, a str, lacks"):
         MarkingStreamer("gpt2")

@@ -6,13 +6,13 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nudging_hf.terminal import Ink, is_coloured
+from nudging_hf.terminal import TerminalWriter, is_coloured
 
 
 @given(st.lists(st.tuples(st.text(alphabet="ab \n", min_size=1, max_size=3), st.booleans())))
 def test_ink_marks_exactly_what_was_nudged(pieces):
     out = io.StringIO()
-    with Ink(out, coloured=False, marked=True) as ink:
+    with TerminalWriter(out, coloured=False, marked=True) as ink:
         for text, nudged in pieces:
             ink.write(text, nudged)
     inside, marked = False, []
@@ -31,7 +31,7 @@ def test_ink_marks_exactly_what_was_nudged(pieces):
 
 def shown(text, **how):
     out = io.StringIO()
-    with Ink(out, **{"coloured": False, "marked": False, **how}) as ink:
+    with TerminalWriter(out, **{"coloured": False, "marked": False, **how}) as ink:
         ink.write(text, False)
     return out.getvalue()
 
@@ -54,7 +54,7 @@ def test_control_characters_are_shown_by_their_pictures():
 
 def test_an_ink_is_ready_for_another_answer():
     out = io.StringIO()
-    ink = Ink(out, coloured=False, marked=True)
+    ink = TerminalWriter(out, coloured=False, marked=True)
     for _ in range(2):
         ink.write("Well ", True)
         ink.end()

@@ -1,9 +1,9 @@
-"""Tiny random pairs for the tests. They know models and tokenizers, never nudging.
+"""Makes tiny random pairs for the tests. It knows models and tokenizers, never nudging.
 
-Everything is seeded, float64, made in memory and cached: treat what comes from here as read-only. A random model is
-made to behave like a language model where it matters to a decoder: its top-1 probability is spread over (0, 1), its
-greedy token depends on the whole context and not on the last token alone, its text has words of a few tokens, and its
-EOS is greedy now and then.
+Everything is seeded, in float64, made in memory and cached, so treat it as read-only. A random model is made to
+behave like a language model in what matters to a decoder: its top-1 probabilities spread over (0, 1), its greedy token
+depends on the whole context and not only on the last token, its text has words of a few tokens, and its EOS is greedy
+now and then.
 """
 
 import copy
@@ -92,13 +92,13 @@ def _byte_level(vocab_size: int, specials: list[str], use_regex: bool) -> Tokeni
 
 @functools.cache
 def byte_bpe(vocab_size: int = 320) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as GPT-2's: all 256 bytes, words split before they are merged. `vocab_size` in tokens."""
+    """Byte-level BPE like GPT-2's: all 256 bytes; text is split into words first. `vocab_size` is in tokens."""
     return _wrap(_byte_level(vocab_size, ["<bos>", "<eos>", "<pad>"], use_regex=True), "<bos>", "<eos>", "<pad>")
 
 
 @functools.cache
 def other_byte_bpe() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges cross spaces ("e t", "s  "), with specials and ids other than `byte_bpe`'s."""
+    """Byte-level BPE whose tokens may span spaces ("e t", "s  "). Its special tokens are not `byte_bpe`'s."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     return _wrap(_byte_level(360, specials, use_regex=False), "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
@@ -114,10 +114,10 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 @functools.cache
 def metaspace_bpe() -> PreTrainedTokenizerFast:
-    """SentencePiece-like BPE as Llama 2's: "\u2581" for a space, and all 256 `<0xNN>` tokens for the rest."""
+    """SentencePiece-like BPE like Llama 2's: "\u2581" for a space, and 256 byte tokens `<0xNN>` as a fallback."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    # A small alphabet: letters outside it (and most accents) are left to the byte tokens.
+    # The alphabet is small: other letters, and most accents, are written with byte tokens.
     trainer = trainers.BpeTrainer(vocab_size=130, limit_alphabet=60, show_progress=False)
     trained.train_from_iterator(CORPUS[:3] + CORPUS[5:7] + CORPUS[10:], trainer)
     bpe = json.loads(trained.to_str())["model"]
@@ -133,20 +133,20 @@ def metaspace_bpe() -> PreTrainedTokenizerFast:
     )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.decoder = _sentencepiece_decoder()
-    # As in Llama 2, there is no padding token of its own: the unknown token pads.
+    # As in Llama 2, the unknown token is the padding token.
     return _wrap(backend, "<s>", "</s>", "<unk>", "<unk>")
 
 
 @functools.cache
 def unigram() -> PreTrainedTokenizerFast:
-    """SentencePiece-like Unigram: pieces of up to 5 characters by their frequency, byte tokens for the rest."""
+    """SentencePiece-like Unigram: pieces of up to 5 characters by frequency, and byte tokens as a fallback."""
     count: dict[str, int] = {}
     for word in itertools.chain.from_iterable(re.findall(r" ?[^ ]+|  +", " " + line) for line in CORPUS[:7]):
         word = word.replace(" ", "\u2581")
         for start, size in itertools.product(range(len(word)), range(1, 6)):
             if start + size <= len(word) and word[start : start + size].isprintable():
                 count[word[start : start + size]] = count.get(word[start : start + size], 0) + 1
-    # All of ASCII has pieces: a letter without one costs more than a control piece, which must never be encoded.
+    # All of ASCII has pieces. A letter without one would cost more than a control piece, which must never be encoded.
     single = [*map(chr, range(32, 127)), "\n", "\u2581", "\u2581\u2581"]
     longer = sorted((piece for piece in count if len(piece) > 1), key=lambda p: (-count[p] * (len(p) - 1), p))[:90]
     total = sum(count.values())
@@ -161,7 +161,7 @@ def unigram() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def wordpiece() -> PreTrainedTokenizerFast:
-    """BERT-like WordPiece: "##" goes on with a word, white space is lost, [UNK] is what it has no pieces for."""
+    """BERT-like WordPiece: "##" continues a word, white space is lost, and [UNK] replaces unknown words."""
     words = re.findall(r"\w+|[^\w\s]", " ".join(CORPUS[:4] + CORPUS[5:7] + CORPUS[8:9] + CORPUS[10:]))
     letters = sorted({letter for word in words for letter in word if letter.isalnum()})
     ends: dict[str, int] = {}
@@ -188,7 +188,7 @@ def composing_byte_bpe() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def spaces_bpe() -> PreTrainedTokenizerFast:
-    """SentencePiece-like BPE as Gemma's: no space before a first word, and runs of spaces are added tokens."""
+    """SentencePiece-like BPE like Gemma's: no space before a first word, and added tokens for runs of spaces."""
     backend = Tokenizer.from_str(metaspace_bpe().backend_tokenizer.to_str())
     backend.normalizer = normalizers.Replace(" ", "\u2581")
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -241,8 +241,8 @@ _ARCHITECTURES = {
 }
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
-# Standard deviations of the layers' weights, and of the token embeddings against what the layers add to them: the
-# larger the embeddings, the less a greedy token depends on what stands far to the left.
+# Standard deviations of the layers' weights and of the token embeddings. The larger the embeddings are, compared with
+# what the layers add to them, the less a greedy token depends on distant tokens.
 _LAYER_STD = 0.25
 _EMBEDDING_STD = {
     "llama": 2.0,
@@ -297,15 +297,15 @@ def tiny_model(
 def relative(
     model: PreTrainedModel, noise: float, seed: int, *, rows: Sequence[int] | None = None, eos_rate: float = 0.008
 ) -> PreTrainedModel:
-    """A nudging model that writes much as `model` does: its weights with noise added.
+    """A nudging model that writes similarly to `model`: its weights are those of `model` with noise added.
 
     Args:
         model: The model to start from.
         noise: The noise's standard deviation, as a share of each weight matrix's own.
         seed: Seeds the noise.
-        rows: For another vocabulary: which row of `model`'s embeddings each of its tokens starts from. The first row
-            with `model`'s EOS is its EOS, the first with its padding token its padding token. A row's later uses get
-            as much noise as they keep.
+        rows: For another vocabulary: the row of `model`'s embeddings that each of its tokens starts from. The first
+            token that starts from `model`'s EOS is its EOS, and likewise for the padding token. If several tokens
+            start from one row, all but the first get as much noise as they keep.
         eos_rate: The share of positions at which EOS is greedy.
     """
     config, generation_config = copy.deepcopy(model.config), GenerationConfig(**_ids(model))
@@ -324,7 +324,7 @@ def relative(
             if weight.dim() == 2:
                 fresh = torch.randn_like(weight) * weight.std()
                 weight += noise * fresh
-                if rows is not None and len(weight) == len(rows):  # a row used again is half another's
+                if rows is not None and len(weight) == len(rows):  # A repeated row is half noise.
                     weight.copy_(torch.where(repeated, (weight + fresh) / 2**0.5, weight))
         copied = type(model)(config).double().eval()
     copied.load_state_dict(state)
@@ -341,8 +341,8 @@ def _ids(model: PreTrainedModel) -> dict[str, int]:
 def _sharpen(model: PreTrainedModel, eos_rate: float) -> PreTrainedModel:
     """Scales the head so that half of the top-1 probabilities are above 0.45, and EOS so that it wins at `eos_rate`.
 
-    EOS is measured along the model's own greedy text; the top-1 there and along random ids, since greedy text may
-    loop. A scale moves no argmax, so the text stays what it was.
+    EOS is measured along the model's own greedy text. The top-1 probability is measured there and along random ids,
+    because greedy text may loop. A scale changes no argmax, so the text stays the same.
     """
     head, eos = model.lm_head.weight, model.config.eos_token_id
     cap = getattr(model.config, "final_logit_softcapping", None)
@@ -357,13 +357,13 @@ def _sharpen(model: PreTrainedModel, eos_rate: float) -> PreTrainedModel:
     others = hidden @ head.T
     at_eos = others[:, eos].clone()
     others[:, eos] = -torch.inf
-    # EOS wins where its row's factor is above this ratio.
+    # EOS wins if the factor of its row is above this ratio.
     needed = torch.where(at_eos > 0, others.amax(-1) / at_eos, torch.inf)
     head[eos] *= needed.quantile(eos_rate, interpolation="lower")
     ids = torch.randint(0, model.config.vocab_size, (48, 28), generator=generator)
     hidden = torch.cat([hidden, model.base_model(ids, use_cache=False).last_hidden_state[:, 4:].flatten(0, 1)])
     logits = hidden @ head.T
-    for step in range(160):  # from flat to sharp: with a soft cap on the logits, a large scale is flat again
+    for step in range(160):  # From flat to sharp. With a soft cap on the logits, a large scale is flat again.
         scale = 2.0 ** (step / 8 - 10)
         scaled = cap * torch.tanh(scale * logits / cap) if cap else scale * logits
         if scaled.softmax(-1).amax(-1).median() >= 0.45:
@@ -386,7 +386,7 @@ class Pair:
 
 
 def _spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Each token's spelling with a plain space for "\u0120", "\u2581" and WordPiece's word starts, by id."""
+    """The spelling of each token by id, with a plain space for "\u0120", "\u2581" and the word starts of WordPiece."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     continues = any(piece.startswith("##") for piece in pieces)
     spelled = []
@@ -398,7 +398,7 @@ def _spellings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def _loudness(tokenizer: PreTrainedTokenizerFast) -> list[float]:
-    """Louder words, so that text has spaces; softer bytes, so that most of it is text; few control tokens."""
+    """Factors for the logits: high for words, so that text has spaces, and low for bytes and control tokens."""
     spelled = _spellings(tokenizer)
     rarely_starts = sum(piece.startswith(" ") for piece in spelled) < 0.3 * len(spelled)
     loudness = []
@@ -407,7 +407,7 @@ def _loudness(tokenizer: PreTrainedTokenizerFast) -> list[float]:
             loudness.append(0.5)
         elif re.fullmatch(r"<0x..>", piece) or (len(piece) == 1 and not piece.isascii()):
             loudness.append(0.85)
-        elif piece.startswith(" ") and len(piece) <= 2:  # begins many a word: where base and nudging model agree
+        elif piece.startswith(" ") and len(piece) <= 2:  # It begins many words, so base and nudging model agree there.
             loudness.append(2.0)
         elif piece.startswith(" "):
             loudness.append(1.4 if rarely_starts else 1.0)
@@ -422,7 +422,7 @@ def _model_for(tokenizer: PreTrainedTokenizerFast, arch: str, seed: int, eos_rat
 
 
 def _rows(tokenizer: PreTrainedTokenizerFast, nudging_tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """For each token of `nudging_tokenizer`, the token of `tokenizer` that is spelled so, or begins so, or any."""
+    """For each token of `nudging_tokenizer`, a token of `tokenizer` that is spelled so, or begins so, or any token."""
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     for_special = {getattr(nudging_tokenizer, f"{name}_token_id"): row for name, row in special.items()}
     spelled = {piece: row for row, piece in enumerate(_spellings(tokenizer)) if row not in special.values()}
@@ -441,10 +441,10 @@ def pair(arch: str, seed: int, kind: str) -> Pair:
 
     Args:
         arch: The base's architecture, one of `ARCHITECTURES`.
-        seed: Seeds the weights and chooses the rest: 10 seeds in a row cover all five tokenizers of `kind="shared"`
-            with a nudging model that is a relative of the base (even seeds) and with one that is not, 40 in a row all
-            twenty ordered pairs of tokenizers of `kind="two"`, likewise. A nudging model that is no relative is of
-            the next architecture.
+        seed: Seeds the weights and chooses the rest. With `kind="shared"`, 10 successive seeds cover all five
+            tokenizers, each with a nudging model that is a relative of the base (even seeds) and with one that is
+            not. With `kind="two"`, 40 successive seeds cover all twenty ordered pairs of tokenizers likewise. A
+            nudging model that is no relative has the next architecture.
         kind: "shared" for one vocabulary, "two" for two.
     """
     other_arch = ARCHITECTURES[(ARCHITECTURES.index(arch) + 1) % len(ARCHITECTURES)]
@@ -467,9 +467,9 @@ def pair(arch: str, seed: int, kind: str) -> Pair:
 
 
 def prompts(pair: Pair, n: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """`n` ragged prompts for the base and `n` others for the nudging model, of 1 to about 40 tokens each.
+    """`n` prompts for the base and `n` others for the nudging model, of 1 to about 40 tokens each.
 
-    Some begin with a bos token; there are no other control tokens in them.
+    Some begin with a BOS token. They have no other control tokens.
     """
     choose = random.Random(seed)
     words = [word for line in CORPUS for word in re.findall(r" ?[^ ]+| ", line)]

@@ -219,7 +219,7 @@ class NudgedDecoder:
         while isinstance(step, Accept):
             for token in step.ids:
                 self._append(row, token, step.nudged)
-                if reason := self.limits.reached(row):
+                if reason := self.limits.finish_reason(row):
                     return self._finish(row, reason)
             step = _next_step(row, None)
         if isinstance(step, Question):

@@ -1,4 +1,4 @@
-"""What ends an answer wherever it stands, also in the middle of a word. It knows ids and clocks, never models."""
+"""The limits that can end an answer at any token, also within a word. They know ids and clocks, never models."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Limits:
     """The stopping criteria of a call.
 
     Args:
-        criteria: as `generate` prepared them.
-        base_eos: the base's EOS ids. They end no answer: the base never writes one, and what the nudging model writes
-            as a word is one.
-        stop_tokens: the `eos_token_id` of the call where it is none of the base's own. It ends an answer.
+        criteria: the stopping criteria as `generate` prepared them.
+        base_eos: the base's EOS ids. They do not end an answer: the base never writes one, and one that the nudging
+            model writes is an ordinary word.
+        stop_tokens: ids in the `eos_token_id` of the call that are not the base's own. Each of them ends an answer.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, base_eos: Sequence[int], stop_tokens: Collection[int] = ()):
         self._stop_tokens = frozenset(stop_tokens)
-        self._last_tokens: set[int] = set()
+        self._criterion_eos_tokens: set[int] = set()
         self._lengths: list[MaxLengthCriteria] = []
         self._times: list[MaxTimeCriteria] = []
         self._others: list[Any] = []
@@ -41,19 +41,19 @@ class Limits:
             elif isinstance(criterion, MaxTimeCriteria):
                 self._times.append(criterion)
             elif isinstance(criterion, EosTokenCriteria):
-                self._last_tokens |= set(criterion.eos_token_id.tolist()) - set(base_eos)
+                self._criterion_eos_tokens |= set(criterion.eos_token_id.tolist()) - set(base_eos)
             else:
                 self._others.append(criterion)
 
     def time_is_up(self) -> bool:
-        """Whether `max_time` has passed."""
+        """Whether `max_time` (in seconds) has passed."""
         return any(time.time() - limit.initial_timestamp > limit.max_time for limit in self._times)
 
-    def reached(self, row: Row) -> str | None:
-        """Why the row ends with the token that it has just accepted, if it does: a finish reason."""
+    def finish_reason(self, row: Row) -> str | None:
+        """The finish reason of a row that ends with the token that it has just accepted; `None` if it goes on."""
         if row.answer.ids[-1] in self._stop_tokens:
             return "stop_token"
-        if row.answer.ids[-1] in self._last_tokens:
+        if row.answer.ids[-1] in self._criterion_eos_tokens:
             return "stopping_criteria"
         for criterion in self._others:
             if criterion(row.ids(), None).all():
@@ -62,9 +62,9 @@ class Limits:
             return "length"
         for limit in self._lengths:
             if limit.max_position_embeddings is not None and row.length > limit.max_position_embeddings:
-                limit(row.ids(), None)  # It warns once, as in plain `generate`.
+                limit(row.ids(), None)  # This call warns once, as in plain `generate`.
         return "time" if self.time_is_up() else None
 
     def room(self, row: Row) -> float:
-        """How many more tokens of the base the row's answer can take."""
+        """How many more tokens the row's answer can have, in the base's vocabulary."""
         return min(self._max_length - row.length, row.base.room - len(row.answer.ids))

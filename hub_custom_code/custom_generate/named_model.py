@@ -1,4 +1,4 @@
-"""A nudging model that is given by its name: loaded once for a base, where the base is and of its dtype."""
+"""Loads a nudging model that is given by its name: once for each base, on the base's device and in its dtype."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from .transformers_private import input_device
 
 
-class _Named:
-    """A nudging model and its tokenizer, once they are loaded, and the lock that lets one thread load or move it."""
+class _Entry:
+    """A nudging model and its tokenizer once they are loaded, and a lock for loading and moving them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.loaded: tuple[Any, Any] | None = None
 
 
-_LOADED: WeakKeyDictionary[Any, dict[str, _Named]] = WeakKeyDictionary()
+_LOADED: WeakKeyDictionary[Any, dict[str, _Entry]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 def named_nudging_model(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The nudging model `name` and its tokenizer, for `base`.
+    """Loads a nudging model and its tokenizer for a base, or returns them if they have been loaded.
 
     Args:
-        name: a folder, a name on the Hugging Face Hub, or `./` and a folder of the repository that the base itself
-            was loaded from.
-        hub: how to reach the Hub, as `from_pretrained` takes it (`token`, `cache_dir`, `local_files_only`, ...).
+        base: the base. The nudging model is kept for as long as the base lives.
+        name: a folder, a name on the Hugging Face Hub, or `./` and a folder in the repository that the base was
+            loaded from.
+        hub: keywords of `from_pretrained` that say how to reach the Hub (`token`, `cache_dir`, ...).
+
+    Returns:
+        The model and its tokenizer.
 
     Raises:
-        ValueError: if it cannot be loaded; its weights must be safetensors, and code of its own is never run.
+        ValueError: if it cannot be loaded. Its weights must be safetensors, and its own code is never run.
     """
     with _LOCK:
-        named = _LOADED.setdefault(base, {}).setdefault(name, _Named())
-    # Weights that are made in inference mode would not be good for all that may follow outside of it.
+        named = _LOADED.setdefault(base, {}).setdefault(name, _Entry())
+    # Weights that are created in inference mode could not be used for everything outside of it.
     with named.lock, torch.inference_mode(False), torch.no_grad():
         if named.loaded is None:
             named.loaded = _load(base, name, hub)
@@ -55,7 +59,7 @@ def _load(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any
         where = base.name_or_path
         if not where:
             raise ValueError(
-                f"The nudging model {name!r} is beside the base, which was not loaded from a folder: "
+                f"The nudging model {name!r} is a folder beside the base, but the base was not loaded from a folder: "
                 "give the model itself as `nudging_model=`."
             )
         if Path(where).is_dir():
@@ -70,7 +74,7 @@ def _load(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The nudging model {name!r} cannot be loaded: {error} Give the model itself as `nudging_model=`, or mend "
-            "`nudging_model_name_or_path` in the base's generation_config.json."
+            f"The nudging model {name!r} cannot be loaded: {error} Give the model itself as `nudging_model=`, or "
+            "correct `nudging_model_name_or_path` in the base's generation_config.json."
         ) from error
     return model.to(input_device(base)), tokenizer

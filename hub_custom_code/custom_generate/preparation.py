@@ -1,4 +1,4 @@
-"""Makes the rows of a call from what transformers has prepared. It checks prompts, and starts no forward pass."""
+"""Makes the rows of a call from what transformers has prepared. It checks prompts and runs no forward pass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .config import NudgingConfig
 from .constraints import (
     Constraint,
     hard_processors,
-    refuse_processors_of_base,
-    refuse_processors_of_nudging_model,
+    validate_base_processors,
+    validate_nudging_generation_config,
 )
 from .gate import Confidence
-from .prompts import nudging_prompts, unpadded
+from .prompts import nudging_prompts, unpad
 from .rounds import rounds
 from .row import Row, Side
 from .sampling import new_seeds
@@ -48,7 +48,16 @@ _answer_class = lru_cache(maxsize=8)(answer_class)
 
 @dataclass(frozen=True)
 class NudgingCall:
-    """What a call says about nudging, checked. It is handed past transformers to the decoding loop."""
+    """The checked arguments of a call that concern nudging. transformers passes them on to the decoding loop.
+
+    Args:
+        nudging_model: the nudging model.
+        vocabulary, nudging_vocabulary: the base's and the nudging model's.
+        nudging_input_ids: the nudging model's prompts, of shape (batch_size, length). `None` if none were given.
+        nudging_attention_mask: their mask, of the same shape, or `None`.
+        config: the parameters of nudging.
+        streamer: the caller's streamer, or `None`.
+    """
 
     nudging_model: PreTrainedModel
     vocabulary: Vocabulary
@@ -68,15 +77,15 @@ class NudgingCall:
 
 
 class Preparation:
-    """A call's rows and rules.
+    """Prepares the rows and the rules of a call.
 
     Args:
         model: the base.
-        call: what the call says about nudging.
+        call: the arguments of the call that concern nudging.
         input_ids: the base's prompts as `generate` prepared them, of shape (batch_size, prompt_length).
-        attention_mask: their mask, where they are padded.
+        attention_mask: their mask, of the same shape, or `None` if they are not padded.
         logits_processor, generation_config: as `generate` prepared them.
-        has_placeholders: whether images, sounds or videos stand in the base's prompts.
+        has_placeholders: whether the base's prompts have placeholders for images, sounds or videos.
 
     Attributes:
         prompts: the base's prompts, ids without padding.
@@ -84,7 +93,7 @@ class Preparation:
         rows: the answers to write.
 
     Raises:
-        ValueError: for prompts that are missing, empty or too long, or hold ids that a model cannot read, and for
+        ValueError: if prompts are missing, empty or too long or have ids that a model cannot read, or if there are
             logits processors that nudging cannot obey.
     """
 
@@ -101,21 +110,19 @@ class Preparation:
         self._model, self._call, self._config = model, call, generation_config
         self._nudging_config = own_generation_config(call.nudging_model, bool(generation_config.do_sample))
         placeholders = placeholder_ids(model)
-        self.prompts = unpadded(input_ids, attention_mask)
+        self.prompts = unpad(input_ids, attention_mask)
         given = self._nudging_prompts(placeholders)
-        refuse_processors_of_base(logits_processor)
-        refuse_processors_of_nudging_model(self._nudging_config)
-        refuse_prompts_without_room(
-            self.prompts, model, "base", "tokenizer", placeholders if has_placeholders else set()
-        )
-        refuse_prompts_without_room(given, call.nudging_model, "nudging model", "nudging_tokenizer")
+        validate_base_processors(logits_processor)
+        validate_nudging_generation_config(self._nudging_config)
+        validate_prompts(self.prompts, model, "base", "tokenizer", placeholders if has_placeholders else set())
+        validate_prompts(given, call.nudging_model, "nudging model", "nudging_tokenizer")
         self.rules = self._token_rules(input_ids.shape[1])
-        self.rows = self._rows(given, self._shown(input_ids), input_ids, logits_processor)
+        self.rows = self._rows(given, self._processor_prompts(input_ids), input_ids, logits_processor)
 
     def _nudging_prompts(self, placeholders: set[int]) -> list[list[int]]:
-        """The nudging model's prompts, one for each row. Rows of `num_return_sequences` in succession share one.
+        """The nudging model's prompts, one for each row. `num_return_sequences` successive rows share one.
 
-        Where they are made from the base's prompts, what stands there for images is left out.
+        If they are made from the base's prompts, placeholders for images are left out.
         """
         call, copies = self._call, self._config.num_return_sequences
         if call.nudging_input_ids is None:
@@ -126,15 +133,15 @@ class Preparation:
                 one_vocabulary=call.one_vocabulary,
             )
         else:
-            given = unpadded(call.nudging_input_ids, call.nudging_attention_mask)
+            given = unpad(call.nudging_input_ids, call.nudging_attention_mask)
             if len(given) * copies != len(self.prompts):
                 raise ValueError(
-                    f"`nudging_input_ids` holds {len(given)} prompts, and the base was given "
-                    f"{len(self.prompts) // copies}: each row needs one of each."
+                    f"`nudging_input_ids` has {len(given)} prompts, and `input_ids` has "
+                    f"{len(self.prompts) // copies}: give as many prompts in `nudging_input_ids` as in `input_ids`."
                 )
             given = [prompt for prompt in given for _ in range(copies)]
         if not all(given):
-            raise ValueError("The nudging model's prompt is empty: give it at least one token in `nudging_input_ids`.")
+            raise ValueError("A prompt of the nudging model is empty: give at least one token in `nudging_input_ids`.")
         return given
 
     def _token_rules(self, prompt_length: int) -> TokenRules:
@@ -144,7 +151,7 @@ class Preparation:
         nudging_eos = end_tokens(model, tokenizer)
         if not nudging_eos:
             raise ValueError(
-                "The nudging model has no EOS token, and only it ends an answer: set "
+                "The nudging model has no EOS token, but only it can end an answer: set "
                 f"`nudging_model.generation_config.eos_token_id` to an id below {num_scored}, which it can write."
             )
         control = sorted(i for i in call.nudging_vocabulary.control if i < num_scored and i not in nudging_eos)
@@ -165,10 +172,11 @@ class Preparation:
             nudging_positions=positions or math.inf,
         )
 
-    def _shown(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The base's prompts as logits processors are shown them.
+    def _processor_prompts(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The base's prompts as logits processors see them.
 
-        Only processors look at padding, and they have a score for each id that they are shown.
+        Processors may index the scores by the padding id. If the base has no row for it, each prompt's first id stands
+        in for padding.
         """
         pad = pad_token_id(self._config)
         if pad is None or pad < (input_rows(self._model) or math.inf):
@@ -213,39 +221,40 @@ class Preparation:
         self, logits_processor: LogitsProcessorList, row: int, input_ids: torch.Tensor
     ) -> LogitsProcessorList:
         processors = processors_of_row(logits_processor, row, len(self.prompts))
-        fewest, ends = self.rules.min_new_tokens, eos_token_ids(self._config)
-        if fewest and (missed := [token for token in self.rules.base_eos if token not in ends]):
-            # transformers suppresses the call's EOS alone, and the base's own must not come too early either.
-            processors.insert(0, _not_before(fewest, missed, input_ids))
+        min_new_tokens, ends = self.rules.min_new_tokens, eos_token_ids(self._config)
+        if min_new_tokens and (missed := [token for token in self.rules.base_eos if token not in ends]):
+            # transformers suppresses only the call's EOS, but the base's own EOS must not come too early either.
+            processors.insert(0, _suppress_until(min_new_tokens, missed, input_ids))
         return processors
 
     def _nudging_num_ids(self) -> float:
-        """How many ids the nudging model can read, if it may be given an id that it cannot read; else infinity."""
+        """How many ids the nudging model can read; infinity if it can never be given an id that it cannot read."""
         call = self._call
         num_ids = input_rows(call.nudging_model) or math.inf
         given = output_rows(self._model) if call.one_vocabulary else len(call.nudging_vocabulary.tokenizer)
         return num_ids if given > num_ids else math.inf
 
     def _constraint(self, processors: LogitsProcessorList, prompt: torch.Tensor) -> Constraint | None:
-        """What a row's hard processors forbid; `None` if there are none."""
+        """What a row's hard processors forbid; `None` if it has no hard processors."""
         rules = self.rules
         hard = hard_processors(processors)
         if rules.min_new_tokens and rules.stop_tokens and not rules.one_vocabulary:
-            hard.append(_not_before(rules.min_new_tokens, list(rules.stop_tokens), prompt))
+            hard.append(_suppress_until(rules.min_new_tokens, list(rules.stop_tokens), prompt))
         if not hard:
             return None
         ends = rules.base_eos or list(rules.stop_tokens)
         return Constraint(hard, prompt, output_rows(self._model), ends, list(rules.stop_tokens))
 
 
-def refuse_prompts_without_room(
+def validate_prompts(
     prompts: list[list[int]], model: Any, whose: str, argument: str, placeholders: Collection[int] = ()
 ) -> None:
-    """Raises a `ValueError` for an id that a model cannot read, and for a prompt that fills its context.
+    """Raises a `ValueError` if a prompt has an id that the model cannot read, or leaves no room for an answer.
 
     Args:
         prompts: ids without padding.
-        whose, argument: how the error calls the model and its tokenizer.
+        model: the model that reads them.
+        whose, argument: how the error calls the model, and the argument that gives its tokenizer.
         placeholders: ids that are not looked up in the embeddings.
     """
     rows, most = input_rows(model) or math.inf, greatest_length(model) or math.inf
@@ -253,24 +262,26 @@ def refuse_prompts_without_room(
         wrong = next((token for token in ids if not 0 <= token < rows and token not in placeholders), None)
         if wrong is not None:
             raise ValueError(
-                f"The {whose}'s prompt in row {number} holds the id {wrong}, and the model has embeddings for the ids "
-                f"from 0 to {int(rows) - 1} alone: give the model's own tokenizer as `{argument}=`, or make room for "
-                "its added tokens by `resize_token_embeddings(len(tokenizer))`."
+                f"The {whose}'s prompt in row {number} has the id {wrong}, but the model has embeddings only for the "
+                f"ids from 0 to {int(rows) - 1}: give the model's own tokenizer as `{argument}=`, or make room for "
+                "added tokens with `resize_token_embeddings(len(tokenizer))`."
             )
         if len(ids) >= most:
             raise ValueError(
-                f"The {whose}'s prompt in row {number} has {len(ids)} tokens, and the model has {int(most)} "
-                "positions: there is no room for an answer. Give a shorter prompt, or a model with more positions."
+                f"The {whose}'s prompt in row {number} has {len(ids)} tokens, but the model has only {int(most)} "
+                "positions, which leaves no room for an answer: give a shorter prompt, or a model with more positions."
             )
 
 
 def _room(model: Any, prompt: list[int]) -> float:
-    """How many tokens can stand after a prompt, up to the model's last position."""
+    """How many tokens fit after a prompt, up to the model's last position."""
     return (greatest_length(model) or math.inf) - len(prompt)
 
 
-def _not_before(min_new_tokens: int, tokens: list[int], prompts: torch.Tensor) -> MinNewTokensLengthLogitsProcessor:
-    """Forbids these tokens until the answer has so many."""
+def _suppress_until(
+    min_new_tokens: int, tokens: list[int], prompts: torch.Tensor
+) -> MinNewTokensLengthLogitsProcessor:
+    """A processor that forbids these tokens until the answer has `min_new_tokens` tokens."""
     return MinNewTokensLengthLogitsProcessor(
         prompts.shape[1], min_new_tokens, torch.tensor(tokens, device=prompts.device), device=str(prompts.device)
     )

@@ -1,52 +1,60 @@
-"""What a text may go on with, by what was written before: prompt lookup. It knows ids, never models.
+"""Guesses what a text continues with from what was written before: prompt lookup. It knows ids, never models.
 
-The nudging model's text is left where the base writes something else, and mostly goes on after it as it would have
-gone on: with what it had written there, or as it went on after the same words before. Such a guess is read in one
-pass, and what is good of it was written without a pass for each token. Source: prompt lookup decoding (Saxena, 2023),
-and n-grams of the model's own rejected text as in lookahead decoding (Fu et al., arXiv 2402.02057).
+Where the base writes something else than the nudging model, the nudging model's text is abandoned. After the
+difference the nudging model mostly writes what it would have written anyway: what it had written there, or what came
+after the same words before. Such a guess is read in one pass, and the part of it that was right needed no pass for
+each token. Source: prompt lookup decoding (Saxena, 2023), and n-grams of the model's own rejected text as in lookahead
+decoding (Fu et al., arXiv 2402.02057).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_LONGEST = 3  # Ids by which a place is found again.
-_SAME_LENGTH = 2  # Ids behind another one for which it is thought that it stands for just one that was left.
-_LOOK_BACK = 1024  # Ids of the text that are searched, so that a long one costs no more than a short one.
+_MAX_MATCHING_NGRAM_SIZE = 3  # A place is found by at most this many ids.
+_MAX_TOKENS_SINCE = 2  # Up to here one written id is taken to have replaced one abandoned id.
+_MAX_SEARCHED = 1024  # Only the last ids of a text are searched, so that a long text costs no more than a short one.
 
 
-def guess(text: Sequence[int], left: Sequence[int], since: int, most: int) -> list[int]:
-    """At most so many ids that may follow a text.
+def guess(text: Sequence[int], abandoned: Sequence[int], tokens_since: int, num_output_tokens: int) -> list[int]:
+    """Guesses ids that may follow a text.
 
     Args:
-        text: with what the guess is to go on; its end is looked for.
-        left: what had been written after a beginning of the text, from behind the id where it went another way.
-        since: how many ids of the text stand behind that id.
-        most: how many ids are guessed.
+        text: the ids to continue. Their last n-gram is looked for.
+        abandoned: what had been written where the text went another way, from one id after the divergence on.
+        tokens_since: how many ids the text has from the position of `abandoned[0]` on.
+        num_output_tokens: the most ids to guess.
+
+    Returns:
+        At most `num_output_tokens` ids; none where nothing is found.
     """
-    if most < 1 or not text:
+    if num_output_tokens < 1 or not text:
         return []
-    if place := _behind(left[:-1], text, fewest=1):
-        return list(left[place : place + most])
-    if 0 <= since <= min(_SAME_LENGTH, len(left) - 1):
-        return list(left[since : since + most])
-    before = text[-_LOOK_BACK - 1 : -1]
-    if place := _behind(before, text, fewest=2):
-        return [*before, text[-1]][place : place + most]
+    if place := _find_continuation(abandoned[:-1], text, min_matched=1):
+        return list(abandoned[place : place + num_output_tokens])
+    if 0 <= tokens_since <= min(_MAX_TOKENS_SINCE, len(abandoned) - 1):
+        return list(abandoned[tokens_since : tokens_since + num_output_tokens])
+    before = text[-_MAX_SEARCHED - 1 : -1]
+    if place := _find_continuation(before, text, min_matched=2):
+        return [*before, text[-1]][place : place + num_output_tokens]
     return []
 
 
-def _behind(ids: Sequence[int], text: Sequence[int], fewest: int) -> int:
-    """Where `ids` go on behind most of the last ids of a text, the last such place; 0 where it is behind too few."""
-    best, place = fewest - 1, 0
+def _find_continuation(ids: Sequence[int], text: Sequence[int], min_matched: int) -> int:
+    """Finds the place in `ids` after the longest match with the end of a text, and of several the last one.
+
+    Returns:
+        The index of the id after the match; 0 where fewer than `min_matched` ids match.
+    """
+    best, place = min_matched - 1, 0
     last = text[-1]
     for i in range(len(ids) - 1, -1, -1):
         if ids[i] == last:
-            alike = 1
-            while alike < _LONGEST and alike <= i and alike < len(text) and ids[i - alike] == text[-1 - alike]:
-                alike += 1
-            if alike > best:
-                best, place = alike, i + 1
-                if best == _LONGEST:
+            matched, limit = 1, min(_MAX_MATCHING_NGRAM_SIZE, i + 1, len(text))
+            while matched < limit and ids[i - matched] == text[-1 - matched]:
+                matched += 1
+            if matched > best:
+                best, place = matched, i + 1
+                if best == _MAX_MATCHING_NGRAM_SIZE:
                     break
     return place

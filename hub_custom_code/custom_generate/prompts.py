@@ -1,4 +1,4 @@
-"""The prompts of a batch as ids, and what a chat template makes of messages. It knows tokenizers, never models."""
+"""The prompts of a batch as ids, and chat templates applied to messages. It knows tokenizers, never models."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedTokenizerBase
 
-# What ends the reasoning in front of an answer. Templates of models that reason leave it out of earlier answers, as
-# their models were trained to read them: Qwen3's, DeepSeek-R1's, EXAONE-Deep's, Seed-OSS's.
-_ENDS_OF_REASONING = ("</think>", "</thought>", "</seed:think>")
-# Switches of templates, which they heed and take out of the text: SmolLM3's, Nemotron's.
-_SWITCHES = ("/think", "/no_think", "/system_override")
-# What a template may not change: all but white space, and characters that it may escape.
+# These marks end the reasoning before an answer. The templates of reasoning models (Qwen3, DeepSeek-R1, EXAONE-Deep,
+# Seed-OSS) leave the reasoning out of earlier answers, because the models were trained so.
+_REASONING_END_MARKS = ("</think>", "</thought>", "</seed:think>")
+# Some templates (SmolLM3's, Nemotron's) obey these switches in a message and remove them from its text.
+_TEMPLATE_SWITCHES = ("/think", "/no_think", "/system_override")
+# A template must not change these characters. It may change white space and escape the others.
 _WORD = re.compile(r"""[^\s\\"'<>&]+""")
-# What `apply_chat_template` is told of the encoding, and not the template.
-_OF_ENCODING = {"max_length", "padding", "sanitize_control_tokens", "tokenizer_kwargs", "truncation"}
-_MOST_ORDERS = 64
+# These arguments of `apply_chat_template` concern the encoding, not the template.
+_ENCODING_KWARGS = {"max_length", "padding", "sanitize_control_tokens", "tokenizer_kwargs", "truncation"}
+_MAX_CACHED_ORDERS = 64
 
-# For each tokenizer, by template, roles and keywords: in which order the contents of messages are written.
-_ORDERS: WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[int, ...] | None]] = WeakKeyDictionary()
+# For each tokenizer, by template, roles and keywords: the order in which the template writes the messages' contents.
+_CONTENT_ORDERS: WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[int, ...] | None]] = WeakKeyDictionary()
 
 
 class TemplateRefusal(ValueError):
-    """A chat template raises an error for some messages, or leaves out what one of them says."""
+    """A chat template raises an error for some messages, or leaves out the content of one of them."""
 
 
-def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     """The rows of a padded batch as lists of ids.
 
     Args:
         input_ids: of shape (batch, length).
-        attention_mask: of the same shape, 0 on padding; `None` where nothing is padded.
+        attention_mask: of the same shape, 0 on padding. `None` if no row is padded.
     """
     if attention_mask is None:
         return input_ids.tolist()
@@ -44,17 +44,22 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
 def nudging_prompts(
     prompts: Sequence[Sequence[int]], tokenizer: Any, nudging_tokenizer: Any, one_vocabulary: bool
 ) -> list[list[int]]:
-    """The nudging model's prompts where none were given.
+    """Makes the nudging model's prompts from the base's.
 
-    Each is the text of the base's prompt as one user turn of the nudging tokenizer's chat template, or as it is where
-    there is no template.
+    Each prompt is the text of the base's prompt as one user turn of the nudging tokenizer's chat template. Without a
+    chat template it is that text itself.
 
     Args:
         prompts: the base's prompts, ids without padding.
-        one_vocabulary: whether the base's ids may be passed on as they are.
+        tokenizer: the base's.
+        nudging_tokenizer: the nudging model's.
+        one_vocabulary: whether the nudging model can read the base's ids.
+
+    Returns:
+        Ids of the nudging model without padding, one list for each prompt.
 
     Raises:
-        ValueError: for a chat template that refuses a user turn or leaves out what it says.
+        ValueError: if the chat template refuses a user turn or leaves out its content.
     """
     if not nudging_tokenizer.chat_template and one_vocabulary:
         return [list(prompt) for prompt in prompts]
@@ -67,73 +72,81 @@ def nudging_prompts(
 def templated_ids(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """The ids that the nudging model's chat template makes of messages, in which each message's text stands.
+    """Applies the nudging model's chat template to messages and checks that the result has each message's content.
 
     A template may change white space, escape quotation marks and angle brackets, and leave the reasoning out of an
-    earlier answer. A template that reads no strings, as some of multimodal models, is given the contents in parts.
+    earlier answer. Some templates of multimodal models cannot read a content that is a string. They get it as a list
+    of parts.
 
     Args:
-        messages: `{"role": ..., "content": ...}`, the contents strings.
-        template_kwargs: what the template is told besides.
+        tokenizer: the nudging model's.
+        messages: `{"role": ..., "content": ...}` with strings as contents.
+        template_kwargs: further arguments of the template.
+
+    Returns:
+        Ids of the nudging model's vocabulary.
 
     Raises:
-        TemplateRefusal: for a template that raises an error for these messages, or leaves out what one says.
+        TemplateRefusal: if the template raises an error for these messages, or leaves out a content.
     """
     kwargs = dict(template_kwargs or {})
-    order = _order_of_contents(tokenizer, messages, kwargs)
+    order = _find_content_order(tokenizer, messages, kwargs)
     given: Sequence[Mapping[str, Any]] = messages
     if order == ():
         in_parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
-        if in_order := _order_of_contents(tokenizer, in_parts, kwargs):
+        if in_order := _find_content_order(tokenizer, in_parts, kwargs):
             order, given = in_order, in_parts
-    text = _rendered(tokenizer, given, kwargs)
-    for i in _left_out(messages, text, order):
-        said = messages[i]["content"]
+    text = _render(tokenizer, given, kwargs)
+    for i in _missing_messages(messages, text, order):
+        content = messages[i]["content"]
         raise TemplateRefusal(
-            f"The nudging model's chat template leaves out what message {i + 1} of {len(messages)}, of role "
-            f"{messages[i]['role']!r}, says: {said[:60]!r}{'...' * (len(said) > 60)}. Set "
+            f"The nudging model's chat template leaves out the content of message {i + 1} of {len(messages)}, of role "
+            f"{messages[i]['role']!r}: {content[:60]!r}{'...' * (len(content) > 60)}. Set "
             "`nudging_tokenizer.chat_template` to one that writes every message, or give the nudging model's prompt "
             "as `nudging_input_ids`."
         )
-    if kwargs.keys() & _OF_ENCODING or not _encodes_what_it_renders(tokenizer):
+    if kwargs.keys() & _ENCODING_KWARGS or not _uses_standard_encoding(tokenizer):
         encoded = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True, **kwargs)
-    else:  # What that does, without rendering the messages a second time.
+    else:  # The same, without rendering the messages a second time.
         encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False)
     return encoded["input_ids"]
 
 
-def _encodes_what_it_renders(tokenizer: Any) -> bool:
-    """Whether a chat is encoded as transformers does it, and not by a tokenizer's own way."""
+def _uses_standard_encoding(tokenizer: Any) -> bool:
+    """Whether the tokenizer has transformers' own `apply_chat_template` and does not override it."""
     return getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
 
 
-def _left_out(messages: Sequence[Mapping[str, str]], text: str, order: tuple[int, ...] | None) -> list[int]:
-    """Which messages' contents do not stand in a text.
+def _missing_messages(messages: Sequence[Mapping[str, str]], text: str, order: tuple[int, ...] | None) -> list[int]:
+    """The indices of the messages whose contents are not in a text.
 
     Args:
-        order: which contents a template writes, in the order in which it writes them; `None` where that is not known.
+        messages: with strings as contents.
+        text: the rendered chat.
+        order: the indices of the messages whose contents the template writes, in the order in which it writes them.
+            `None` if the order is unknown.
     """
     found, end = set(), 0
     for i in range(len(messages)) if order is None else order:
         content, role = messages[i]["content"], messages[i]["role"]
         wanted = [content]
         if role == "assistant":
-            wanted += [content.rpartition(mark)[2] for mark in _ENDS_OF_REASONING if mark in content]
-        ends = [at for each in wanted if (at := _end_of(each, text, 0 if order is None else end)) is not None]
+            wanted += [content.rpartition(mark)[2] for mark in _REASONING_END_MARKS if mark in content]
+        ends = [at for each in wanted if (at := _find_end(each, text, 0 if order is None else end)) is not None]
         if ends:
             found.add(i)
             end = ends[0]
     return [i for i, message in enumerate(messages) if i not in found and message["content"].strip()]
 
 
-def _end_of(content: str, text: str, start: int) -> int | None:
-    """Where a content ends that stands in `text[start:]`, whole or word for word; `None` where it does not."""
+def _find_end(content: str, text: str, start: int) -> int | None:
+    """Where a content ends in `text[start:]`, found as a whole or word by word; `None` if it is not there."""
     content = content.strip()
     at = text.find(content, start)
     if at >= 0:
         return at + len(content)
     for word in _WORD.findall(content):
-        if word not in _SWITCHES:
+        if word not in _TEMPLATE_SWITCHES:
             at = text.find(word, start)
             if at < 0:
                 return None
@@ -141,47 +154,47 @@ def _end_of(content: str, text: str, start: int) -> int | None:
     return start
 
 
-def _order_of_contents(
+def _find_content_order(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]
 ) -> tuple[int, ...] | None:
-    """Which messages' contents the template writes, in the order in which it writes them.
+    """Finds out which messages' contents the template writes, and in which order.
 
-    It is found with stand-ins, for a short content may well stand in the template's own text. Some templates write the
-    system message behind the other ones.
+    The template is tried with stand-ins as contents, because a short content may occur in the template's own text.
+    The order matters because some templates write the system message after the others.
 
     Returns:
-        The messages' places in the chat; `None` where the template refuses the stand-ins.
+        The indices of the messages in that order. `None` if the template refuses the stand-ins.
     """
     template = tokenizer.chat_template
-    known = _ORDERS.setdefault(tokenizer, {})
+    known = _CONTENT_ORDERS.setdefault(tokenizer, {})
     in_parts = not all(isinstance(message["content"], str) for message in messages)
     roles = tuple(message["role"] for message in messages)
     key = (template if isinstance(template, str) else repr(template), roles, in_parts, repr(sorted(kwargs.items())))
     if key in known:
         return known[key]
-    marks = [f"zq{i}qz" for i in range(len(messages))]
-    contents: list[Any] = [[{"type": "text", "text": mark}] for mark in marks] if in_parts else marks
+    stand_ins = [f"zq{i}qz" for i in range(len(messages))]
+    contents: list[Any] = [[{"type": "text", "text": mark}] for mark in stand_ins] if in_parts else stand_ins
     chat = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
     order = None
     try:
-        text = _rendered(tokenizer, chat, kwargs)
-    except TemplateRefusal:  # Of the stand-ins; whether it takes the messages themselves is seen with them.
+        text = _render(tokenizer, chat, kwargs)
+    except TemplateRefusal:  # It refuses the stand-ins. Whether it accepts the messages is seen later.
         pass
     else:
-        places = sorted((text.find(mark), i) for i, mark in enumerate(marks))
+        places = sorted((text.find(mark), i) for i, mark in enumerate(stand_ins))
         order = tuple(i for place, i in places if place >= 0)
-    if len(known) >= _MOST_ORDERS:
+    if len(known) >= _MAX_CACHED_ORDERS:
         known.clear()
     known[key] = order
     return order
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]) -> str:
-    """What the template writes. How control tokens in it are encoded is no matter here."""
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]) -> str:
+    """The text that the template writes. How control tokens in it will be encoded does not matter here."""
     kwargs = {name: value for name, value in kwargs.items() if name != "sanitize_control_tokens"}
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs)
     except ImportError:  # Jinja is not installed.
         raise
-    except Exception as error:  # A template is a program of somebody else's, which may raise whatever it likes.
+    except Exception as error:  # A template is a program, which may raise anything.
         raise TemplateRefusal(f"The nudging model's chat template refuses the messages: {error}") from error

@@ -1,7 +1,7 @@
-"""From logits to tokens: logits processors, then the greatest score or a draw. It knows scores and ids, never text.
+"""Turns logits into tokens: logits processors, then argmax or a random draw. It knows scores and ids, never text.
 
-A draw is a function of a key and the scores: the same key and scores give the same token. Keys are made of the row's
-seed and of where the token stands, so a position asked for early, late, alone or in a batch draws the same token.
+A draw is a function of a key and the scores: the same key and scores give the same token. A key is made from the row's
+seed and the token's place, so a position draws the same token early or late, alone or in a batch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-# Processors that look at the scores alone: many positions can go through them at once.
-_BLIND_TO_IDS = (
+# These processors ignore the ids, so that they can process many positions at once.
+_SCORE_ONLY_PROCESSORS = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     InfNanRemoveLogitsProcessor,
@@ -42,13 +42,14 @@ _BLIND_TO_IDS = (
 
 
 class Positions(NamedTuple):
-    """The last positions of one row.
+    """The last positions of one row, at which tokens are chosen.
 
     Args:
-        processors: of the row.
+        processors: the row's logits processors.
         prompt: ids of shape (1, prompt_length).
-        answer: the ids behind it; read only where the row has processors.
-        number: of the positions; the last stands after the whole answer, those before after one id fewer each.
+        answer: the ids after the prompt. They are read only if the row has processors.
+        number: how many positions there are. The last one follows the whole answer, and each position before it
+            follows one id fewer.
     """
 
     processors: LogitsProcessorList
@@ -58,21 +59,22 @@ class Positions(NamedTuple):
 
 
 def processed_scores(logits: torch.Tensor, rows: Sequence[Positions]) -> torch.Tensor:
-    """The scores at the last positions of rows, as `generate` would process them one at a time.
+    """Applies each row's logits processors at its last positions, as `generate` would at one position at a time.
 
     Args:
         logits: float32 of shape (positions of all rows, vocab_size). They are not changed.
+        rows: each row's positions, in the order in which they stand in `logits`.
 
     Returns:
-        float32 scores of the same shape; the logits themselves where no row has a processor.
+        float32 scores of the same shape. They are the logits themselves if no row has a processor.
     """
     if not any(row.processors for row in rows):
         return logits
     own = logits.split([row.number for row in rows])
-    return joined([_processed(row, row_logits) for row, row_logits in zip(rows, own, strict=True)])
+    return joined([_process_row(row, row_logits) for row, row_logits in zip(rows, own, strict=True)])
 
 
-def _processed(row: Positions, logits: torch.Tensor) -> torch.Tensor:
+def _process_row(row: Positions, logits: torch.Tensor) -> torch.Tensor:
     if not row.processors:
         return logits
     scores = logits.clone()
@@ -80,7 +82,7 @@ def _processed(row: Positions, logits: torch.Tensor) -> torch.Tensor:
     ids = torch.cat([row.prompt, answer], dim=1)
     before = ids.shape[1] - row.number + 1
     for processor in row.processors:
-        if isinstance(processor, _BLIND_TO_IDS):
+        if isinstance(processor, _SCORE_ONLY_PROCESSORS):
             scores = processor(ids, scores)
         else:
             scores = joined([processor(ids[:, : before + i], scores[i : i + 1]) for i in range(row.number)])
@@ -88,24 +90,24 @@ def _processed(row: Positions, logits: torch.Tensor) -> torch.Tensor:
 
 
 def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """One behind the other; a single one is not copied."""
+    """Concatenates tensors along their first dimension. A single tensor is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def choose(scores: torch.Tensor, keys: Sequence[int] | None) -> torch.Tensor:
-    """A token at each position.
+    """Chooses a token at each position.
 
     Args:
-        scores: of shape (positions, vocab_size).
-        keys: one a position, to draw by; `None` takes the greatest score.
+        scores: processed scores of shape (positions, vocab_size).
+        keys: one key for each position, to draw by. With `None` the token with the greatest score is chosen.
 
     Returns:
         Tokens of shape (positions,), int64, on the device of the scores.
     """
     if keys is None:
         return scores.argmax(dim=-1)
-    # The greatest of p / Exp(1) falls on each token with its probability: the exponential race, as in
-    # `torch.multinomial`, with noise that belongs to the key.
+    # The exponential race, as in `torch.multinomial`: p / Exp(1) is greatest at each token with that token's
+    # probability. The key seeds the noise.
     generator = torch.Generator(scores.device)
     noise = torch.empty_like(scores)
     for i, key in enumerate(keys):
@@ -114,11 +116,12 @@ def choose(scores: torch.Tensor, keys: Sequence[int] | None) -> torch.Tensor:
 
 
 def best_scores(scores: torch.Tensor, tokens: torch.Tensor, is_greedy: bool) -> torch.Tensor:
-    """The greatest score at each position: NaN or infinite where no token can be chosen there.
+    """The greatest score at each position. It is NaN or infinite where no token can be chosen.
 
     Args:
-        scores: of shape (positions, vocab_size).
-        tokens: those that were chosen, of shape (positions,); `argmax` takes NaN for the greatest.
+        scores: processed scores of shape (positions, vocab_size).
+        tokens: the chosen tokens, of shape (positions,).
+        is_greedy: whether they were chosen by `argmax`, which treats NaN as the greatest score.
 
     Returns:
         Scores of shape (positions,).
@@ -127,7 +130,7 @@ def best_scores(scores: torch.Tensor, tokens: torch.Tensor, is_greedy: bool) -> 
 
 
 def fold_in(key: int, value: int) -> int:
-    """A key made of a key and a value, 63 bits well mixed (the finalizer of splitmix64, Steele et al. 2014)."""
+    """Derives a key from a key and a value: 63 bits, mixed by the finalizer of splitmix64 (Steele et al. 2014)."""
     mask = (1 << 64) - 1
     x = (key * 0x9E3779B97F4A7C15 + value + 0x632BE59BD9B4E019) & mask
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -136,5 +139,5 @@ def fold_in(key: int, value: int) -> int:
 
 
 def new_seeds(rows: int) -> list[int]:
-    """A seed for each row, from torch's global generator: `torch.manual_seed` makes a sampled answer repeatable."""
+    """Draws a seed for each row from torch's global generator, so `torch.manual_seed` makes an answer repeatable."""
     return torch.randint(2**62, (rows,)).tolist()

@@ -1,4 +1,4 @@
-"""What nudging refuses, and what to give instead. It knows a call and what a model can do, never text."""
+"""Refuses what nudging cannot do, and says what to give instead. It knows calls and what models can do, never text."""
 
 from __future__ import annotations
 
@@ -20,126 +20,137 @@ from .transformers_private import (
 )
 
 
-def refuse_what_is_no_language_model(model: Any, whose: str, argument: str) -> None:
-    """Raises a `ValueError` for what is no causal language model of transformers, with weights, that can be called.
+def validate_causal_lm(model: Any, whose: str, argument: str) -> None:
+    """Raises a `ValueError` unless a model is a decoder-only language model of transformers that has weights.
 
     Args:
-        whose, argument: how the error calls the model and the argument that it came as.
+        model: the argument that was given.
+        whose, argument: how the error calls the model and the argument.
     """
     name = type(model).__name__
     if not hasattr(model, "generation_config"):
         if hasattr(getattr(model, "module", None), "generation_config"):
             raise ValueError(
-                f"The {whose} is wrapped in {name}, which cannot generate: give the model inside, its `.module`."
+                f"The {whose} is wrapped in {name}, which cannot generate: give the wrapped model, its `.module`."
             )
         raise ValueError(
             f"`{argument}` must be a causal language model of transformers, got {name}: "
-            "load it with `AutoModelForCausalLM.from_pretrained`."
+            "load one with `AutoModelForCausalLM.from_pretrained`."
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"The {whose} is an encoder-decoder model, {name}: give a decoder-only one.")
     if has_no_weights(model):
         raise ValueError(
             f"The {whose}, {name}, is on the meta device, where it has no weights: load it with `from_pretrained`, or "
-            "call its `to_empty(device=...)` and fill it."
+            "call its `to_empty(device=...)` and load the weights."
         )
 
 
-def refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` that says what was given and what to give instead.
+def validate_call(model: Any, nudging_model: Any, config: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` if a call asks for something that nudging cannot do.
 
     Args:
-        model, nudging_model: causal language models, or `None` for a nudging model that was not given.
+        model: the base.
+        nudging_model: the nudging model, or `None` if none was given.
         config: the generation config, as `generate` merges it.
-        arguments: of `generate`, by the names that the caller gave them.
+        arguments: the arguments of `generate` as the caller gave them, by their names.
     """
     if nudging_model is None:
         raise ValueError(
             "There is no nudging model: give one as `nudging_model=`, or name one as `nudging_model_name_or_path` in "
             "the base's generation_config.json."
         )
-    refuse_what_is_no_language_model(nudging_model, "nudging model", "nudging_model")
+    validate_causal_lm(nudging_model, "nudging model", "nudging_model")
     models: dict[str, Any] = {"base": model, "nudging model": nudging_model}
     for whose, lm in models.items():
         if not reading_mode(lm).is_causal:
             raise ValueError(
-                f"The {whose}, {type(lm).__name__}, does not read ids from left to right alone (what it says after a "
-                "token depends on later ones, or on more than its ids): give a decoder-only model; BERT's kind is one "
-                "with `is_decoder=True` in its config."
+                f"The {whose}, {type(lm).__name__}, does not read ids strictly from left to right (its output after "
+                "a token depends on later tokens, or on more than the ids): give a decoder-only model. A model like "
+                "BERT is one with `is_decoder=True` in its config."
             )
         if config.use_cache:
-            refuse_a_cache_of_its_own(lm, whose, config.cache_implementation == "static")
-    for name, why in REFUSED.items():
+            validate_cache(lm, whose, config.cache_implementation == "static")
+    for name, why in UNSUPPORTED.items():
         given = getattr(config, name) if hasattr(config, name) else arguments.get(name)
-        if not _asks_for_nothing(name, given):
-            raise ValueError(f"`{name}={_short(given)}` does not go together with nudging: {why}.")
+        if not _is_disabled(name, given):
+            raise ValueError(f"`{name}={_quote(given)}` is not supported by nudging: {why}.")
     mode = config.get_generation_mode(arguments.get("assistant_model"))
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):  # Of a later version.
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):  # A later version may have other modes.
         raise ValueError(
-            f"Nudging decodes greedily or by sampling, got {mode.value!r}: leave out what asks for another way."
+            f"Nudging decodes greedily or by sampling, got the mode {mode.value!r}: leave out the arguments that "
+            "select it."
         )
     if config.cache_implementation not in (None, "dynamic", "dynamic_full", "static"):
         raise ValueError(
-            f"Nudging rolls its caches back row by row, which `cache_implementation={config.cache_implementation!r}` "
-            "cannot do: leave it out, or take 'static', whose passes can be compiled."
+            "Nudging rolls its caches back row by row, which is impossible with "
+            f"`cache_implementation={config.cache_implementation!r}`: leave it out, or give 'static', whose passes "
+            "can be compiled."
         )
     if waits_for_other_ranks(model):
         raise ValueError(
-            "The base is sharded by DeepSpeed ZeRO-3 or FSDP, whose ranks must make as many passes each, and rows go "
-            "on at their own pace: gather its weights on each rank before it generates."
+            "The base is sharded by DeepSpeed ZeRO-3 or FSDP, where all ranks must make the same number of passes, "
+            "but nudging makes as many as its rows need: gather the weights on each rank before generating."
         )
 
 
-def refuse_streamer_of_several_rows(streamer: Any, rows: int) -> None:
-    """Raises a `ValueError` where a streamer would be given the tokens of several answers."""
+def validate_streamer(streamer: Any, rows: int) -> None:
+    """Raises a `ValueError` if a streamer would receive the tokens of several answers."""
     if streamer is not None and rows > 1:
-        raise ValueError(f"A streamer takes a single answer, got {rows} rows: generate them one at a time.")
+        raise ValueError(f"`streamer` takes a single answer, got {rows} rows: generate them one at a time.")
 
 
-def refuse_a_cache_of_its_own(model: Any, whose: str, is_static: bool = False) -> None:
-    """Raises a `ValueError` where a model's cache is of a kind whose rows cannot be rolled back.
+def validate_cache(model: Any, whose: str, is_static: bool = False) -> None:
+    """Raises a `ValueError` if the rows of a model's cache cannot be rolled back.
 
     Args:
-        is_static: whether the cache is to be of a fixed size.
+        model: a causal language model.
+        whose: how the error calls the model.
+        is_static: whether the cache is to have a fixed size.
     """
     if cache_argument(model) is None:
         return
     name = type(model).__name__
     if (problem := reading_mode(model).cache_problem) is not None:
         raise ValueError(
-            f"The cache of the {whose}, {name}, cannot be used, for {problem}: give another model, or "
+            f"The cache of the {whose}, {name}, cannot be used, because {problem}: give another model, or "
             "`use_cache=False`, with which each pass reads the whole text."
         )
     shares_cache = reading_mode(model).rows_share_cache
     if is_static and (has_recurrent_state(model) or not shares_cache or not takes_static_cache(model)):
         raise ValueError(
-            f"The {whose}, {name}, cannot be read over a cache of a fixed size: leave out "
-            "`cache_implementation='static'`."
+            f"The {whose}, {name}, cannot use a cache of a fixed size: leave out `cache_implementation='static'`."
         )
 
 
-def refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: bool, is_static: bool) -> None:
-    """Raises a `ValueError` where inputs besides ids, of these names, cannot be read once and for all."""
+def validate_multimodal_inputs(model: Any, more: list[str], use_cache: bool, is_static: bool) -> None:
+    """Raises a `ValueError` if inputs other than ids cannot be read into the cache once, before decoding.
+
+    Args:
+        model: the base.
+        more: the names of these inputs.
+        use_cache, is_static: whether a cache is used, and whether it has a fixed size.
+    """
     name, given = type(model).__name__, ", ".join(f"`{each}`" for each in more)
     if not reads_more_than_text(model):
-        raise ValueError(f"The base, {name}, reads text alone, and nudging gives it nothing but ids: got {given}.")
+        raise ValueError(f"The base, {name}, reads text alone, got {given}: leave out everything but text.")
     if overrides_generate(model):
         raise ValueError(
-            f"The base, {name}, reads {given} by a `generate` of its own, which nudging does not go through: "
-            "give its language model and text alone."
+            f"The base, {name}, reads {given} in its own `generate`, which nudging does not call: give its language "
+            "model, with text alone."
         )
     if not supports_row_rollback(model):
         raise ValueError(
-            f"The base, {name}, keeps a cache of a kind of its own, and {given} would be read into it by padded rows: "
-            "give its language model and text alone."
+            f"The base, {name}, has its own kind of cache, into which {given} cannot be read with padded rows: give "
+            "its language model, with text alone."
         )
     if not use_cache:
         raise ValueError(
-            f"What goes beyond text is read once, into the cache: with {given} leave out `use_cache=False`."
+            f"Inputs other than text are read once, into the cache, got {given}: leave out `use_cache=False`."
         )
     if is_static:
         raise ValueError(
-            f"What goes beyond text takes a cache that grows: with {given} leave out `cache_implementation='static'`."
+            f"Inputs other than text need a cache that grows, got {given}: leave out `cache_implementation='static'`."
         )
 
 
@@ -147,15 +158,15 @@ _BEAMS = "it decodes greedily or by sampling; leave it out"
 _ASSISTED = "the nudging model's text is the draft; leave it out, and set `num_draft_tokens` for its length"
 _NEGATIVE = "it belongs to `guidance_scale`; leave it out"
 
-# Arguments of `generate` and fields of its config, and what to give instead.
-REFUSED = {
-    "custom_generate": "it is a way of generating of its own; leave it out",
+# Arguments of `generate` and fields of its config that nudging does not support: why not, and what to give instead.
+UNSUPPORTED = {
+    "custom_generate": "it replaces the whole decoding loop; leave it out",
     **dict.fromkeys(CACHE_NAMES, "each row's cache is rolled back on its own; pass the whole text as `input_ids`"),
-    "inputs_embeds": "the nudging model reads the prompt's text; pass `input_ids`",
+    "inputs_embeds": "the nudging model reads the text of the prompt; pass `input_ids`",
     "position_ids": "positions are counted from `attention_mask`; leave them out",
     "negative_prompt_ids": _NEGATIVE,
     "negative_prompt_attention_mask": _NEGATIVE,
-    "synced_gpus": "rows go on at their own pace; leave it out",
+    "synced_gpus": "each rank makes as many passes as its rows need; leave it out",
     "num_beams": _BEAMS,
     "num_beam_groups": _BEAMS,
     "diversity_penalty": _BEAMS,
@@ -170,25 +181,31 @@ REFUSED = {
     "assistant_ensemble_weight": _ASSISTED,
     "speculation_type": _ASSISTED,
     "use_mtp": _ASSISTED,
-    "guidance_scale": "its processor keeps a cache of its own, which does not roll back; leave it out",
-    "watermarking_config": "its processor counts on being called once a token, in order; leave it out",
-    "token_healing": "it rewrites the base's prompt alone; leave it out",
-    "forced_bos_token_id": "the nudging model writes the first word; write the token at the end of the prompt",
+    "guidance_scale": "its processor keeps its own cache, which cannot be rolled back; leave it out",
+    "watermarking_config": "its processor needs one call for each token, in order; leave it out",
+    "token_healing": "it changes the base's prompt, but not the nudging model's; leave it out",
+    "forced_bos_token_id": "the nudging model writes the first word; put the token at the end of the prompt",
     "forced_eos_token_id": "only the nudging model ends an answer; use `max_new_tokens`",
     "prefill_chunk_size": "the prompt is read in the pass that verifies the first draft; leave it out",
     "output_attentions": "passes read several tokens at a time; leave it out",
     "output_hidden_states": "passes read several tokens at a time; leave it out",
 }
-# Numbers with which such an argument asks for nothing.
-_NOTHING = {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0, "guidance_scale": 1}
+# Values with which a number among these arguments has no effect.
+_DISABLED_VALUES = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0,
+    "penalty_alpha": 0,
+    "guidance_scale": 1,
+}
 
 
-def _asks_for_nothing(name: str, value: Any) -> bool:
+def _is_disabled(name: str, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value is None or value is False
-    return value == _NOTHING.get(name)
+    return value == _DISABLED_VALUES.get(name)
 
 
-def _short(value: Any) -> str:
+def _quote(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 40 else f"<{type(value).__name__}>"

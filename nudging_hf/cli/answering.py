@@ -12,7 +12,7 @@ from ..core.generate import generate
 from ..core.output import NudgingOutput
 from ..provenance import Piece, count_nudged_words, pieces_of
 from ..streaming import MarkingStreamer
-from ..terminal import CLOSING, OPENING, Ink, is_coloured
+from ..terminal import CLOSING, OPENING, TerminalWriter, is_coloured
 from .arguments import LoadedPair, add_color
 
 
@@ -39,7 +39,7 @@ class Answer:
         messages: Sequence[dict[str, Any]],
         base_template: str,
         decoding: dict[str, Any],
-        ink: Ink,
+        ink: TerminalWriter,
     ) -> None:
         """Lets a pair answer a chat, and shows it as it comes.
 
@@ -96,8 +96,8 @@ def add_output(parser: argparse.ArgumentParser) -> Any:
     return output
 
 
-def ink_of(args: argparse.Namespace) -> Ink:
+def ink_of(args: argparse.Namespace) -> TerminalWriter:
     """How answers are written to standard output."""
     coloured = is_coloured(args.color)
     marked = sys.stdout.isatty() and not coloured if args.marks is None else args.marks
-    return Ink(sys.stdout, coloured, marked)
+    return TerminalWriter(sys.stdout, coloured, marked)

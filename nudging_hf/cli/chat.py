@@ -13,7 +13,7 @@ from typing import Any
 from .. import __version__
 from ..chats import INSTRUCTION_TEMPLATE, turn_template
 from ..provenance import spans
-from ..terminal import Ink
+from ..terminal import TerminalWriter
 from .answering import Answer, add_output, ink_of
 from .arguments import (
     LoadedPair,
@@ -119,7 +119,7 @@ class Chat:
         ink: what answers are shown with.
     """
 
-    def __init__(self, args: argparse.Namespace, pair: LoadedPair, decoding: dict[str, Any], ink: Ink):
+    def __init__(self, args: argparse.Namespace, pair: LoadedPair, decoding: dict[str, Any], ink: TerminalWriter):
         self._args = args
         self._pair = pair
         self._decoding = decoding

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..core.config import NudgingConfig
 from ..study import comparison, demo
-from ..terminal import Ink
+from ..terminal import TerminalWriter
 from .arguments import add_color, add_threshold, count, loading_bars, positive
 
 _DESCRIPTION = (
@@ -79,13 +79,13 @@ def run(args: argparse.Namespace) -> None:
 def _show_examples(pair: demo.Pair, args: argparse.Namespace) -> None:
     questions = comparison.first_of_each_task(pair.questions, args.examples)
     if questions:
-        with Ink.of_stdout(args.color) as ink:
+        with TerminalWriter.of_stdout(args.color) as ink:
             ink.write("In the answers below ", False)
             ink.write("words like these", True)
             ink.write(" are the nudging model's, and all others the base's.\n", False)
     for question in questions:
         print(f"\n[{question.task}] {question.text}", flush=True)
-        with Ink.of_stdout(args.color) as ink:
+        with TerminalWriter.of_stdout(args.color) as ink:
             answer = demo.stream_answer(pair, question, args.threshold, ink.write)
         given = "no answer" if answer.given is None else answer.given
         print("-> " + (f"{given}: right" if answer.correct else f"{given}: wrong, it is {question.answer}"))

@@ -1,8 +1,8 @@
-"""Text and ids, in one vocabulary and across two. The bridge knows vocabularies, never models.
+"""An answer's text and ids, in one vocabulary or across two. It knows vocabularies, never models.
 
-Text is kept as bytes: byte-level tokens may end inside a UTF-8 character, and a word ends at the byte 0x20, which is
-part of no other character. An answer is kept by `OneVocabulary` or `TwoVocabularies`; both say what the nudging model
-reads, how its lookahead splits into words, and what ids a draft of it has for the base.
+Text is kept as UTF-8 bytes, because byte-level tokens may end inside a character. A word ends at the byte 0x20, which
+is part of no other character. `OneVocabulary` and `TwoVocabularies` keep an answer; both say what the nudging model
+reads, how its lookahead splits into words, and which ids of the base its text has as a draft.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ from .vocabulary import Vocabulary, to_text
 
 SPACE = b" "
 _WORD_END = re.compile(rb"(?<=\S) (?=\S)")
-_LEFT_CHARACTERS = 64  # Text to the left with which a word is encoded: longer than what any tokenizer looks back.
-_CHUNK_CHARACTERS = 256  # Text of a finished answer that is encoded once and for all, in pieces of about this length.
-_LONGEST_CHUNK = _CHUNK_CHARACTERS + _LEFT_CHARACTERS  # In characters, where no word ends.
-_CHARACTER_BYTES = 4  # Of UTF-8, at the most.
-_ENDS_TRIED = 16  # Places for the end of a chunk without spaces, at the most.
-_CLUSTER_CHARACTERS = 16  # Of a base character and what is written on it, at the most: more are cut.
-_JOINER = "\u200d"  # Emoji are joined by it.
+_CONTEXT_CHARACTERS = 64  # A word is encoded after this much text, more than any tokenizer looks back.
+_CHUNK_CHARACTERS = 256  # Finished text is encoded once, in chunks of about this length.
+_MAX_CHUNK_CHARACTERS = _CHUNK_CHARACTERS + _CONTEXT_CHARACTERS  # A chunk is no longer, even if no word ends.
+_MAX_CHARACTER_BYTES = 4  # In UTF-8.
+_MAX_ENDS_TRIED = 16  # This many places are tried as the end of a chunk without spaces.
+_MAX_CLUSTER_CHARACTERS = 16  # A longer cluster (a letter with accents, a joined emoji) may be cut.
+_ZERO_WIDTH_JOINER = "\u200d"  # It joins emoji into one.
 
 
 class _Answer:
-    """The answer so far: its ids in the base's vocabulary and its text.
+    """The answer so far.
 
     Args:
         vocabulary: the base's.
         nudging_vocabulary: the nudging model's.
         prompt: the base's prompt, ids without padding.
-        nudging_prompt: the nudging model's.
+        nudging_prompt: the nudging model's prompt, ids without padding.
+
+    Attributes:
+        ids: the answer in the base's vocabulary.
+        text: the answer in UTF-8.
     """
 
     def __init__(
@@ -58,27 +62,32 @@ class _Answer:
     ) -> list[float]:
         """The nudging model's top-1 probability at each id of a draft.
 
-        Where a draft id spells several ids of the nudging model, it is the product over those that begin in its text.
+        If the text of a draft id covers several ids of the nudging model, its probability is the product over those
+        that begin within it.
 
         Args:
             draft: the first ids of the continuation, in the base's vocabulary.
-            continuation: ids of the nudging model.
-            top1_probs: its top-1 probability at each of them.
+            continuation: the continuation in the nudging model's vocabulary.
+            top1_probs: the nudging model's top-1 probability at each id of the continuation.
+
+        Returns:
+            One probability for each id of the draft.
         """
         ends = accumulate(len(self.vocabulary.bytes_of(token)) for token in draft)
         starts = accumulate((len(self.nudging_vocabulary.bytes_of(token)) for token in continuation), initial=0)
         begun = list(zip(starts, top1_probs, strict=False))
-        found, place = [], 0
+        probabilities, place = [], 0
         for end in ends:
             probability = 1.0
             while place < len(begun) and begun[place][0] < end:
                 probability *= begun[place][1]
                 place += 1
-            found.append(probability)
-        return found
+            probabilities.append(probability)
+        return probabilities
 
     @property
     def inside_character(self) -> bool:
+        """Whether the answer ends inside a UTF-8 character."""
         return ends_inside_character(bytes(self.text[-3:]))
 
     def is_one_unfinished_word(self, lookahead: Sequence[int]) -> bool:
@@ -88,21 +97,22 @@ class _Answer:
 
 
 class OneVocabulary(_Answer):
-    """An answer that both models read as the same ids."""
+    """An answer of two models that share one vocabulary: both read the same ids."""
 
     def nudging_ids(self) -> list[int]:
         """The answer so far in the nudging model's vocabulary."""
         return self.ids
 
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
-        """The words of a lookahead. A split inside a token moves to its start, and the first token is always taken."""
+        """Splits a lookahead into words. A split inside a token moves to its start, but not to the first token's."""
         pieces = [self.vocabulary.bytes_of(token) for token in lookahead]
         starts = list(accumulate(map(len, pieces), initial=0))[:-1]  # The byte at which each token starts.
         splits = {max(bisect_right(starts, split) - 1, 1) for split in word_starts(b"".join(pieces))}
         words: list[Word] = []
         for begin, end in pairwise(sorted({0, *splits, len(pieces)})):
             text, ids = to_text(b"".join(pieces[begin:end])), tuple(lookahead[begin:end])
-            if words and words[-1].is_empty and len(words) > 1:  # What moved splits left of a run of spaces.
+            # Splits that moved within a run of spaces can leave an empty word, which joins the word before it.
+            if words and words[-1].is_empty and len(words) > 1:
                 before, spaces = words[-2:]
                 words[-2:] = [Word(before.text + spaces.text, before.ids + spaces.ids)]
             words.append(Word(text, ids))
@@ -118,126 +128,129 @@ class OneVocabulary(_Answer):
 
 
 class TwoVocabularies(_Answer):
-    """An answer whose ids differ between the models: they meet in its text.
+    """An answer of two models with different vocabularies, which exchange text.
 
-    The base keeps the ids it emitted, and nudging words are encoded into them. What the nudging model reads is a pure
-    function of the text: pieces of about 256 characters, each encoded after what stands before it, so that only the
-    last piece is encoded anew as the text grows. A piece ends where a word does; in a text without spaces, where the
-    nudging model's tokenizer ends a token too. What is encoded at once has a bound, whatever the script.
+    The base's ids are those that it emitted, and nudging words encoded into its vocabulary. The ids that the nudging
+    model reads are a pure function of the text. The text is encoded in chunks of about 256 characters, each after the
+    text before it, so that only the last chunk is encoded anew as the text grows. A chunk ends where a word ends,
+    or in a text without spaces where the nudging model's tokenizer ends a token too. The amount of text that is
+    encoded at once is bounded, whatever the script.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._left = _text_behind_control(self.prompt, self.vocabulary)
-        self._nudging_left = _text_behind_control(self.nudging_prompt, self.nudging_vocabulary)
-        self._chunks_end = 0  # Of the text, in bytes.
-        self._nudging_ids: list[int] = []  # Those of the chunks, and after them those of the text that follows.
+        self._prompt_context = _text_after_control(self.prompt, self.vocabulary)
+        self._nudging_prompt_context = _text_after_control(self.nudging_prompt, self.nudging_vocabulary)
+        self._chunks_end = 0  # Where the finished chunks end in the text, in bytes.
+        self._nudging_ids: list[int] = []  # The ids of the chunks, then those of the text after them.
         self._num_chunk_ids = 0
-        self._grew = False
+        self._is_stale = False
 
     def append(self, token: int) -> None:
         super().append(token)
-        self._grew = True
+        self._is_stale = True
 
     def nudging_ids(self) -> list[int]:
-        """The answer so far in the nudging model's vocabulary. The list changes as the answer grows: copy it."""
-        if self._grew:
-            while (end := self._next_chunk_end()) is not None:
-                self._read_to(end)
+        """The answer so far in the nudging model's vocabulary. The list changes as the answer grows."""
+        if self._is_stale:
+            while (end := self._find_chunk_end()) is not None:
+                self._encode_to(end)
                 self._num_chunk_ids, self._chunks_end = len(self._nudging_ids), end
-            self._read_to(len(self.text))
-            self._grew = False
+            self._encode_to(len(self.text))
+            self._is_stale = False
         return self._nudging_ids
 
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
-        """The words of a lookahead; a word for which the base has no ids is joined with the word after it."""
+        """Splits a lookahead into words. A word for which the base has no ids is joined with the word after it."""
         text = self.nudging_vocabulary.join(lookahead)
-        left = self._base_left()
+        context = self._base_context()
         words: list[Word] = []
         start = 0
         for end in (*word_starts(text), len(text)):
             word = to_text(text[start:end])
-            ids = tuple(self.vocabulary.encode_after(left, word))
+            ids = tuple(self.vocabulary.encode_after(context, word))
             if ids or (end == len(text) and words):
-                self.vocabulary.tell_of_loss(word, ids, "write")
+                self.vocabulary.warn_if_lossy(word, ids, "write")
                 words.append(Word(word, ids))
-                left += word
-                if len(left) > 2 * _CHUNK_CHARACTERS:
-                    left = window(left)
+                context += word
+                if len(context) > 2 * _CHUNK_CHARACTERS:
+                    context = recent_context(context)
                 start = end
         return tuple(words)
 
     def draft(self, continuation: Sequence[int], length: int) -> list[int]:
         """The first `length` ids, for the base, of what the nudging model writes after the answer so far.
 
-        Encoded in one piece: where words on their own have other ids, the draft is wrong there, and costs that.
+        The text is encoded in one piece. If its words have other ids on their own, the draft is wrong there and only
+        costs time.
         """
         text = to_text(self.nudging_vocabulary.join(continuation))
-        return self.vocabulary.encode_after(self._base_left(), text)[:length]
+        return self.vocabulary.encode_after(self._base_context(), text)[:length]
 
     def count(self, continuation: Sequence[int]) -> int:
         """How many tokens of the base the answer and a continuation of it come to."""
         return len(self.ids) + sum(len(word.ids) for word in self.words(continuation))
 
-    def _base_left(self) -> str:
-        """What stands before the next word for the base, as far as its tokenizer looks back.
+    def _base_context(self) -> str:
+        """The text before the next word, as far as the base's tokenizer looks back.
 
-        Where it begins moves in steps: what was encoded for a text is often asked for again when that has grown.
+        Its start moves in steps, so that an encode is often found in the cache after the text has grown.
         """
-        step = (len(self.text) // _LEFT_CHARACTERS - 1) * _LEFT_CHARACTERS
+        step = (len(self.text) // _CONTEXT_CHARACTERS - 1) * _CONTEXT_CHARACTERS
         if step <= 0:
-            return self._left + to_text(bytes(self.text))
-        space = self.text.find(SPACE, step, step + _LEFT_CHARACTERS // 2)
+            return self._prompt_context + to_text(bytes(self.text))
+        space = self.text.find(SPACE, step, step + _CONTEXT_CHARACTERS // 2)
         return to_text(bytes(self.text[max(self._character_start(step), space + 1) :]))
 
-    def _read_to(self, end: int) -> None:
-        """Encodes the text from the last chunk's end to `end`, in bytes, in the place of what was encoded there."""
+    def _encode_to(self, end: int) -> None:
+        """Encodes the text from the last chunk's end to the byte `end`, and replaces the ids after the chunks."""
         text = to_text(bytes(self.text[self._chunks_end : end]))
-        ids = self.nudging_vocabulary.encode_after(self._nudging_left_of(self._chunks_end), text) if text else []
-        self.nudging_vocabulary.tell_of_loss(text, ids, "read")
+        ids = self.nudging_vocabulary.encode_after(self._nudging_context_at(self._chunks_end), text) if text else []
+        self.nudging_vocabulary.warn_if_lossy(text, ids, "read")
         self._nudging_ids[self._num_chunk_ids :] = ids
 
-    def _nudging_left_of(self, place: int) -> str:
-        """What stands before a place in the text, in bytes, for the nudging model."""
-        start = self._character_start(max(0, place - _CHARACTER_BYTES * _LEFT_CHARACTERS))
-        left = to_text(bytes(self.text[start:place]))
-        return window(left if start else self._nudging_left + left)
+    def _nudging_context_at(self, place: int) -> str:
+        """The nudging model's text before a byte of the answer, as far as its tokenizer looks back."""
+        start = self._character_start(max(0, place - _MAX_CHARACTER_BYTES * _CONTEXT_CHARACTERS))
+        context = to_text(bytes(self.text[start:place]))
+        return recent_context(context if start else self._nudging_prompt_context + context)
 
     def _character_start(self, place: int) -> int:
-        """The first place from this one on, in bytes, at which a character starts."""
+        """The first byte from `place` on at which a character starts."""
         while self.text[place : place + 1] and 0x80 <= self.text[place] < 0xC0:
             place += 1
         return place
 
-    def _next_chunk_end(self) -> int | None:
-        """Where the next chunk ends, in bytes, where the text has got far enough to tell.
+    def _find_chunk_end(self) -> int | None:
+        """Where the next chunk ends, in bytes; `None` while the text is too short to decide.
 
-        At the first word end that makes it long enough, or before it becomes too long. More text must not tell
-        otherwise: so it is told by whole characters, and by a certain number of them.
+        The chunk ends at the first word end that makes it long enough, or before it becomes too long. Later text must
+        not change the decision, so it is made on whole characters and on a fixed number of them.
         """
         start = self._chunks_end
-        most = start + _CHARACTER_BYTES * _LONGEST_CHUNK
-        match = _WORD_END.search(self.text, start + _CHUNK_CHARACTERS, most + 2)  # The space and what follows it.
-        if match and match.start() - start <= _LONGEST_CHUNK:
+        limit = start + _MAX_CHARACTER_BYTES * _MAX_CHUNK_CHARACTERS
+        match = _WORD_END.search(self.text, start + _CHUNK_CHARACTERS, limit + 2)  # The space and the byte after it.
+        if match and match.start() - start <= _MAX_CHUNK_CHARACTERS:
             return match.start()
-        read = _LONGEST_CHUNK + _LEFT_CHARACTERS
-        text = _whole_characters(self.text[start : start + _CHARACTER_BYTES * read])[:read]
-        if match and match.start() <= start + _num_bytes(text[:_LONGEST_CHUNK]):
+        read = _MAX_CHUNK_CHARACTERS + _CONTEXT_CHARACTERS
+        text = _decode_whole_characters(self.text[start : start + _MAX_CHARACTER_BYTES * read])[:read]
+        if match and match.start() <= start + _num_bytes(text[:_MAX_CHUNK_CHARACTERS]):
             return match.start()
-        return start + _num_bytes(text[: self._end_within(text)]) if len(text) == read else None
+        return start + _num_bytes(text[: self._find_end_without_spaces(text)]) if len(text) == read else None
 
-    def _end_within(self, text: str) -> int:
+    def _find_end_without_spaces(self, text: str) -> int:
         """Where a chunk of a text without spaces ends, in characters.
 
-        Where the ids of what is before do not depend on what follows, if such a place is found.
+        It prefers a place at which the ids of the text before do not depend on the text after.
         """
-        places = [i for i in range(_CHUNK_CHARACTERS, _LONGEST_CHUNK) if not _is_joined(text, i)]
+        places = [i for i in range(_CHUNK_CHARACTERS, _MAX_CHUNK_CHARACTERS) if not _continues_cluster(text, i)]
         places = places or [_CHUNK_CHARACTERS]
-        places.sort(key=lambda i: _kind(text[i - 1]) == _kind(text[i]))  # First where letters or signs end.
-        for place in islice(places, _ENDS_TRIED):
-            left = self._nudging_left_of(self._chunks_end + _num_bytes(text[:place]))
-            following = to_text(_to_bytes(text[place : place + _LEFT_CHARACTERS]))
-            if self.nudging_vocabulary.encode_behind(left, following) is not None:
+        # Prefer the end of a run of letters, digits or signs.
+        places.sort(key=lambda i: _character_class(text[i - 1]) == _character_class(text[i]))
+        for place in islice(places, _MAX_ENDS_TRIED):
+            context = self._nudging_context_at(self._chunks_end + _num_bytes(text[:place]))
+            following = to_text(_encode_characters(text[place : place + _CONTEXT_CHARACTERS]))
+            if self.nudging_vocabulary.encode_suffix(context, following) is not None:
                 return place
         return places[0]
 
@@ -245,10 +258,10 @@ class TwoVocabularies(_Answer):
 def answer_class(
     vocabulary: Vocabulary, nudging_vocabulary: Vocabulary
 ) -> type[OneVocabulary] | type[TwoVocabularies]:
-    """`OneVocabulary` where the models may exchange ids.
+    """`OneVocabulary` if the models can exchange ids, else `TwoVocabularies`.
 
-    They may where the nudging model's vocabulary holds the base's, id by id, and adds control tokens alone: those
-    never cross.
+    They can if the nudging model's vocabulary contains the base's with the same ids and adds only control tokens,
+    because control tokens are never exchanged.
     """
     ours, theirs = vocabulary.tokenizer.get_vocab(), nudging_vocabulary.tokenizer.get_vocab()
     holds = all(theirs.get(token) == i for token, i in ours.items())
@@ -257,59 +270,61 @@ def answer_class(
 
 
 def word_starts(text: bytes) -> list[int]:
-    """Where each word but the first starts in a lookahead, in bytes: at the space before it.
+    """Where each word but the first starts in a lookahead, in bytes: at the space before the word.
 
-    Leading spaces belong to the first word; of a run of spaces the last belongs to the word after it. A trailing
-    space starts an empty word.
+    Leading spaces belong to the first word. In a run of spaces the last belongs to the word after it. A trailing space
+    starts an empty word.
     """
     lead = len(text) - len(text.lstrip(SPACE))
     return [i for i in range(lead, len(text)) if text[i : i + 1] == SPACE and text[i + 1 : i + 2] != SPACE]
 
 
 def ends_inside_character(text: bytes) -> bool:
-    """Whether the text ends in a proper beginning of a UTF-8 character. Bytes that are no UTF-8 are not inside one."""
+    """Whether the text ends in the incomplete beginning of a UTF-8 character. Invalid bytes begin no character."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(text[-3:])
     begun = decoder.getstate()[0]
-    # Python waits for the third byte of a surrogate, though none makes it a character.
+    # Python waits for the third byte of a surrogate, although no byte makes it a valid character.
     return begun != b"" and not b"\xed\xa0" <= begun <= b"\xed\xbf"
 
 
-def window(left: str) -> str:
-    """The end of a text, from some words back: more than any tokenizer looks at. Words without end are cut."""
-    start = left.rfind(" ", 0, max(0, len(left) - _LEFT_CHARACTERS)) + 1
-    least = max(0, len(left) - _CHUNK_CHARACTERS)
+def recent_context(context: str) -> str:
+    """The last words of a text, more of it than any tokenizer looks back. An endless word is cut."""
+    start = context.rfind(" ", 0, max(0, len(context) - _CONTEXT_CHARACTERS)) + 1
+    least = max(0, len(context) - _CHUNK_CHARACTERS)
     if start < least:
-        start = next((i for i in range(least, least + _CLUSTER_CHARACTERS) if not _is_joined(left, i)), least)
-    return left[start:]
+        start = next(
+            (i for i in range(least, least + _MAX_CLUSTER_CHARACTERS) if not _continues_cluster(context, i)), least
+        )
+    return context[start:]
 
 
-def _text_behind_control(ids: list[int], vocabulary: Vocabulary) -> str:
-    """The end of what follows the last control token."""
+def _text_after_control(ids: list[int], vocabulary: Vocabulary) -> str:
+    """The end of the text after the last control token of a prompt."""
     last = max((i for i, token in enumerate(ids) if token in vocabulary.control), default=-1)
-    return window(to_text(vocabulary.join(ids[last + 1 :])))
+    return recent_context(to_text(vocabulary.join(ids[last + 1 :])))
 
 
-def _whole_characters(text: bytes | bytearray) -> str:
-    """A text up to the character that it may end inside of, each byte that is no UTF-8 as a character of its own."""
+def _decode_whole_characters(text: bytes | bytearray) -> str:
+    """Decodes UTF-8 without an incomplete character at the end. Each invalid byte becomes a character of its own."""
     return codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(bytes(text))
 
 
-def _to_bytes(characters: str) -> bytes:
-    """The bytes of `_whole_characters`."""
+def _encode_characters(characters: str) -> bytes:
+    """The inverse of `_decode_whole_characters`."""
     return characters.encode("utf-8", "surrogateescape")
 
 
 def _num_bytes(characters: str) -> int:
-    return len(_to_bytes(characters))
+    return len(_encode_characters(characters))
 
 
-def _is_joined(text: str, place: int) -> bool:
-    """Whether the character there belongs to the one before it: an accent, a joined emoji, the rest of a bad byte."""
+def _continues_cluster(text: str, place: int) -> bool:
+    """Whether the character at `place` belongs to the one before it: an accent, part of an emoji, an invalid byte."""
     before, character = text[place - 1 : place], text[place]
     return (
         unicodedata.category(character)[0] == "M"
-        or _JOINER in (before, character)
+        or _ZERO_WIDTH_JOINER in (before, character)
         or "\U0001f3fb" <= character <= "\U0001f3ff"  # Skin tones.
         or "\u1160" <= character <= "\u11ff"  # Vowels and ends of Hangul syllables.
         or ("\U0001f1e6" <= character <= "\U0001f1ff" and "\U0001f1e6" <= before <= "\U0001f1ff")  # Flags.
@@ -317,7 +332,7 @@ def _is_joined(text: str, place: int) -> bool:
     )
 
 
-def _kind(character: str) -> str:
+def _character_class(character: str) -> str:
     if character.isalpha() or unicodedata.category(character)[0] == "M":
         return "letter"
     return "digit" if character.isdigit() else "space" if character.isspace() else "sign"

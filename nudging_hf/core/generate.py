@@ -37,10 +37,10 @@ from .transformers_private import (
     without_wrapper,
 )
 from .validation import (
-    refuse_streamer_of_several_rows,
-    refuse_what_is_no_language_model,
-    refuse_what_nudging_cannot_do,
-    refuse_what_the_base_cannot_read,
+    validate_call,
+    validate_causal_lm,
+    validate_multimodal_inputs,
+    validate_streamer,
 )
 from .vocabulary import Vocabulary
 
@@ -126,12 +126,14 @@ def generate(
     if is_prepared(arguments.get("generation_config")):  # transformers calls, because of `custom_generate=`.
         if is_plain:
             raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
+        validate_causal_lm(model, "base", "model")
         given = arguments_of_caller()
         arguments["nudging_call"] = _checked_call(model, own, hub, arguments["generation_config"], given, len(args[0]))
         return _decode(model, *args, **arguments)
     if is_plain:
         return plain_generate(model)(model, *args, **arguments)
 
+    validate_causal_lm(model, "base", "model")
     arguments = _by_name(model, args, arguments)
     generation_config = merged_generation_config(
         model, **{name: value for name, value in arguments.items() if name != "tokenizer"}
@@ -185,7 +187,7 @@ def _decode(
     of_text = {"attention_mask", "position_ids", "logits_to_keep"}
     more = sorted(name for name, value in model_kwargs.items() if name not in of_text and value not in (None, {}))
     if more:
-        refuse_what_the_base_cannot_read(model, more, use_cache, is_static)
+        validate_multimodal_inputs(model, more, use_cache, is_static)
     batch, pad = input_ids.shape[0], pad_token_id(generation_config)
     if batch > 1 and pad is None:
         raise ValueError(f"{batch} answers must be padded to one length: set `pad_token_id`, or the base's EOS.")
@@ -239,9 +241,8 @@ def _checked_call(
     Raises:
         ValueError: for what nudging cannot do, and for arguments of the wrong kind.
     """
-    refuse_what_is_no_language_model(model, "base", "model")
     nudging_model, nudging_tokenizer = _nudging_model(model, own, generation_config, hub)
-    refuse_what_nudging_cannot_do(model, nudging_model, generation_config, arguments)
+    validate_call(model, nudging_model, generation_config, arguments)
     tokenizer = arguments.get("tokenizer")
     tokenizer = tokenizer if tokenizer is not None else own["base_tokenizer"]
     ids, mask = own["nudging_input_ids"], own["nudging_attention_mask"]
@@ -260,7 +261,7 @@ def _checked_call(
         config=NudgingConfig.resolve([own, _parameters(own["nudging_config"]), generation_config.to_dict()]),
         streamer=arguments.get("streamer"),
     )
-    refuse_streamer_of_several_rows(call.streamer, rows)
+    validate_streamer(call.streamer, rows)
     return call
 
 

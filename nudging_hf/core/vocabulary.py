@@ -1,6 +1,6 @@
 """One tokenizer as text and ids. It knows bytes and tokens, never models or answers.
 
-Nothing of the user's tokenizer is changed, not even for a moment: what encodes and decodes here is a copy of its own.
+The user's tokenizer is never changed, not even for a moment: encoding and decoding use a private copy.
 """
 
 from __future__ import annotations
@@ -19,174 +19,177 @@ from transformers import PreTrainedTokenizerFast
 logger = logging.getLogger(__name__)
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# What a tokenizer must have for text and ids to be told from one another.
-_NEEDED = ("convert_ids_to_tokens", "get_vocab", "decode")
-_SPACE_OF_PIECES = "\u2581"
-_TOLD_CHARACTERS = 20  # Of a text in a warning, at the most.
-_JOIN_CHARACTERS = 32  # Text to the left in which a place is looked for where the ids end with the text.
-_HEAD_CHARACTERS = 256  # Text to the right by which such a place is found.
+# The methods of a tokenizer that translating between text and ids needs.
+_REQUIRED_METHODS = ("convert_ids_to_tokens", "get_vocab", "decode")
+_SENTENCEPIECE_SPACE = "\u2581"
+_MAX_QUOTED_CHARACTERS = 20  # A warning quotes at most this much of a text.
+# A place where the text to encode can be cut off from its context is looked for within this end of the context, ...
+_JOIN_CHARACTERS = 32
+_HEAD_CHARACTERS = 256  # ... and tested with this beginning of the text.
 
 
-class _Remembered(dict[int, bytes]):
-    """A function of tokens, asked once for each."""
+class _CachedBytes(dict[int, bytes]):
+    """The bytes of tokens, computed once for each token."""
 
-    def __init__(self, find: Callable[[int], bytes]):
-        self._find = find
+    def __init__(self, compute: Callable[[int], bytes]):
+        self._compute = compute
 
     def __missing__(self, token: int) -> bytes:
-        self[token] = self._find(token)
+        self[token] = self._compute(token)
         return self[token]
 
 
 class Vocabulary:
-    """One tokenizer: what its tokens add to a text, and how text is encoded where other text stands before it.
+    """What the tokens of one tokenizer add to a text, and which ids a text has after other text.
 
-    Several threads may use it at once. A token that is added to the tokenizer later is not seen: make another
-    `Vocabulary` then.
+    Several threads may use one `Vocabulary` at once. It does not see a token that is added to the tokenizer later:
+    make another `Vocabulary` then.
 
     Args:
-        tokenizer: a `PreTrainedTokenizerBase`; it stays as it is.
+        tokenizer: a `PreTrainedTokenizerBase`. It is not changed.
 
     Raises:
-        ValueError: for what lacks something that a crossing between two vocabularies needs.
+        ValueError: if the tokenizer lacks something that translating text between two vocabularies needs.
     """
 
     def __init__(self, tokenizer: Any):
-        _refuse_what_is_no_tokenizer(tokenizer)
+        _validate_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self.control = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self._added = {i: token.content for i, token in added.items()}
         self._scheme = _byte_scheme(tokenizer)
-        self._bytes = _Remembered(self._find_bytes)
+        self._bytes = _CachedBytes(self._compute_bytes)
         self._anchor: list[int] | None = None
         self._encode = lru_cache(maxsize=4096)(self._tokenize)
         self._codec: _Codec | None = None
         self._lock = threading.Lock()
-        self._told: set[str] = set()
+        self._warned_purposes: set[str] = set()
 
     def bytes_of(self, token: int) -> bytes:
-        """What the token adds to a text, whatever stands before it; nothing for a control token."""
+        """The bytes that a token adds to a text, whatever stands before it. A control token adds none."""
         return self._bytes[token]
 
     def join(self, ids: Sequence[int]) -> bytes:
-        """The text of the ids, without control tokens."""
+        """The text of the ids in UTF-8, without control tokens."""
         return b"".join(map(self._bytes.__getitem__, ids))
 
-    def encode_after(self, left: str, text: str) -> list[int]:
-        """The ids of `text` as the tokenizer would write it after `left`, where the ids of `left` stand already.
+    def encode_after(self, context: str, text: str) -> list[int]:
+        """The ids of `text` as the tokenizer would write it after `context`, whose own ids are already fixed.
 
-        `encode(left) + encode(text)` is not `encode(left + text)`: `left` is encoded with and without `text`, and
-        where its ids stay the same the others are those of `text`. Where they do not (`text` goes on within a word,
-        and its beginning would have merged with what is there), less and less of `left` is taken. How many encodes
-        that takes has a bound, whatever the script.
+        `encode(context) + encode(text)` is not `encode(context + text)`. So `context` is encoded with and without
+        `text`: if its ids stay the same, the ids after them are those of `text`. They change if `text` continues a
+        word and its beginning would have merged with the end of `context`. Then shorter and shorter ends of `context`
+        are tried. The number of encodes is bounded, whatever the script.
 
         Args:
-            left: as far as a tokenizer looks back.
+            context: the text before, at least as far as a tokenizer looks back.
+            text: the text to encode.
         """
         head = text[:_HEAD_CHARACTERS]
-        for start in _starts_of_left(left):
-            ids = self.encode_behind(left[start:], head)
-            if ids is not None and len(head) < len(text):  # The place is likely one; the whole text says.
-                ids = self.encode_behind(left[start:], text)
+        for start in _context_starts(context):
+            ids = self.encode_suffix(context[start:], head)
+            if ids is not None and len(head) < len(text):  # The beginning fits; now try the whole text.
+                ids = self.encode_suffix(context[start:], text)
             if ids is not None:
                 return ids
         alone = self._encode(text)
         ids = None
-        if self.join(alone) != text.encode():  # It puts a space before a first word: let that be a line break.
-            ids = self.encode_behind("\n", text)
+        if self.join(alone) != text.encode():  # It adds a space before a first word, so a line break goes before it.
+            ids = self.encode_suffix("\n", text)
         return list(alone) if ids is None else ids
 
-    def encode_behind(self, left: str, text: str) -> list[int] | None:
-        """The ids of `text` after those of `left`, where these stay the same."""
-        ids, both = self._encode(left), self._encode(left + text)
+    def encode_suffix(self, context: str, text: str) -> list[int] | None:
+        """The ids of `text` after those of `context`; `None` where `text` changes the ids of `context`."""
+        ids, both = self._encode(context), self._encode(context + text)
         return list(both[len(ids) :]) if both[: len(ids)] == ids else None
 
-    def tell_of_loss(self, text: str, ids: Sequence[int], deed: str) -> None:
-        """Warns where the ids do not hold the text that they were made of: once for each tokenizer and deed.
+    def warn_if_lossy(self, text: str, ids: Sequence[int], purpose: str) -> None:
+        """Warns once for each purpose if the ids do not decode to the text that they were made from.
 
-        A tokenizer may not be able to write all text: Qwen's composes characters (NFC), those of SentencePiece have
-        one sign for U+2581 and the space, and WordPiece knows no white space.
+        Not every tokenizer can represent every text: Qwen's composes characters (NFC), SentencePiece has one symbol
+        for both U+2581 and the space, and WordPiece drops white space.
 
         Args:
-            deed: what the ids are for, "write" or "read".
+            purpose: what the model does with the ids, "write" or "read".
         """
-        if deed in self._told or (got := self.join(ids)) == text.encode():
+        if purpose in self._warned_purposes or (got := self.join(ids)) == text.encode():
             return
-        self._told.add(deed)
+        self._warned_purposes.add(purpose)
         start, given, held = _difference(text, to_text(got))
         logger.warning(
-            "The tokenizer %s(name_or_path=%r) cannot hold all text that the other model writes: it will %s %s for %s "
-            "(at character %d of %d). Each tokenizer is told of once.",
+            "The tokenizer %s(name_or_path=%r) cannot represent all text that the other model writes: its model will "
+            "%s %s in the place of %s (at character %d of %d). This warning appears once for each tokenizer.",
             type(self.tokenizer).__name__,
             getattr(self.tokenizer, "name_or_path", ""),
-            deed,
+            purpose,
             ascii(held),
             ascii(given),
             start,
             len(text),
         )
 
-    def _own_codec(self) -> _Codec:
+    def _get_codec(self) -> _Codec:
         with self._lock:
             if self._codec is None:
-                self._codec = _BackendCodec(self.tokenizer) if _is_backend_alone(self.tokenizer) else None
+                self._codec = _BackendCodec(self.tokenizer) if _uses_backend_only(self.tokenizer) else None
                 self._codec = self._codec or _TokenizerCodec(self.tokenizer)
             return self._codec
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
-        encode = self._own_codec().encode
+        encode = self._get_codec().encode
         ids = encode(text)
         if self.control.isdisjoint(ids):
             return tuple(ids)
-        # Unigram has control tokens among its pieces, and finds them all the same: cut each spelling in two.
+        # Unigram has control tokens among its pieces and encodes a control token that is spelt out as one. So each
+        # spelling is cut in two and the parts are encoded on their own.
         found: list[int] = []
         rest, guard = text, ""
         line_break = encode("\n")
-        while (cut := self._in_a_spelling(rest, ids, len(guard))) is not None:
+        while (cut := self._find_cut(rest, ids, len(guard))) is not None:
             found += encode(rest[:cut])[len(line_break) if guard else 0 :]
             rest, guard = "\n" + rest[cut:], "\n"
             ids = encode(rest)
         return tuple(found + ids[len(line_break) if guard else 0 :])
 
-    def _in_a_spelling(self, text: str, ids: Sequence[int], start: int) -> int | None:
-        """The place after the first character of the first control token that is both spelt out and encoded."""
+    def _find_cut(self, text: str, ids: Sequence[int], start: int) -> int | None:
+        """The place after the first character of the first control token that is in `ids` and spelt out."""
         spellings = map(self.tokenizer.convert_ids_to_tokens, self.control.intersection(ids))
         places = [place for spelt in spellings if (place := text.find(spelt, start)) >= 0]
         return min(places) + 1 if places else None
 
-    def _find_bytes(self, token: int) -> bytes:
+    def _compute_bytes(self, token: int) -> bytes:
         if token in self.control:
             return b""
         added = self._added.get(token)
-        # Gemma's runs of spaces are added tokens, written as its pieces are: the decoder reads them.
-        if added is not None and (self._scheme == "ByteLevel" or _SPACE_OF_PIECES not in added):
+        # Gemma's runs of spaces are added tokens, but are spelt with U+2581 as its pieces are: the decoder reads them.
+        if added is not None and (self._scheme == "ByteLevel" or _SENTENCEPIECE_SPACE not in added):
             return added.encode()
         piece = self.tokenizer.convert_ids_to_tokens(token)
-        if piece is None:  # Rows of the embedding matrix beyond the vocabulary.
+        if piece is None:  # The embedding matrix has more rows than the vocabulary has tokens.
             return b""
         if self._scheme == "ByteLevel" and _BYTE_OF_CHARACTER.keys() >= set(piece):
             return bytes(map(_BYTE_OF_CHARACTER.__getitem__, piece))
-        if self._scheme == "ByteLevel":  # A piece that is not spelt in bytes is its own text.
+        if self._scheme == "ByteLevel":  # A piece outside GPT-2's alphabet stands for its own text.
             return piece.encode()
         if self._scheme == "ByteFallback" and (match := _BYTE_FALLBACK.fullmatch(piece)):
             return bytes.fromhex(match[1])
-        if self._anchor is None:  # Decoders drop the space of a first token: decode after another one.
+        if self._anchor is None:  # Decoders drop the space of a first token, so another token goes before it.
             candidates = (*self._tokenize("a b"), *self.tokenizer.get_vocab().values())
             self._anchor = [next(i for i in candidates if i not in self.control)]
-        decode = self._own_codec().decode
+        decode = self._get_codec().decode
         return decode([*self._anchor, token])[len(decode(self._anchor)) :].encode()
 
 
 class _BackendCodec:
-    """Encodes and decodes with a copy of a tokenizer's `tokenizers.Tokenizer`, which nothing changes after this.
+    """Encodes and decodes with a copy of a tokenizer's `tokenizers.Tokenizer`, which is never changed.
 
     Args:
-        tokenizer: whose call does no more to a text than its backend does.
+        tokenizer: a tokenizer whose call does nothing to a text beyond what its backend does.
     """
 
     def __init__(self, tokenizer: Any):
-        self._backend = _private_backend(tokenizer.backend_tokenizer)
+        self._backend = _copy_backend(tokenizer.backend_tokenizer)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -196,15 +199,15 @@ class _BackendCodec:
 
 
 class _TokenizerCodec:
-    """Encodes and decodes with a copy of a whole tokenizer, one thread at a time: a call may change its object."""
+    """Encodes and decodes with a copy of a whole tokenizer, in one thread at a time, because a call may change it."""
 
     def __init__(self, tokenizer: Any):
         try:
             self._tokenizer = copy.deepcopy(tokenizer)
-        except Exception as error:  # Whatever a part of it raises that cannot be copied.
+        except Exception as error:  # A part that cannot be copied may raise anything.
             raise ValueError(
-                f"The tokenizer ({type(tokenizer).__name__}) cannot be copied, and is not to be changed: {error}. "
-                "Give one that `copy.deepcopy` can copy."
+                f"The tokenizer, a {type(tokenizer).__name__}, cannot be copied, and nudging must not change the "
+                f"original: {error}. Give a tokenizer that `copy.deepcopy` can copy."
             ) from error
         self._lock = threading.Lock()
 
@@ -223,51 +226,52 @@ _Codec = _BackendCodec | _TokenizerCodec
 
 
 def to_text(text: bytes) -> str:
+    """Decodes UTF-8; each invalid sequence becomes U+FFFD."""
     return text.decode("utf-8", errors="replace")
 
 
 def _difference(text: str, other: str) -> tuple[int, str, str]:
-    """Where two texts first differ, in characters, and a little of both from there on."""
+    """Where two texts first differ, in characters, and what each of them has from there on, cut short."""
     pairs = zip(text, other, strict=False)
     start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
-    return start, text[start:][:_TOLD_CHARACTERS], other[start:][:_TOLD_CHARACTERS]
+    return start, text[start:][:_MAX_QUOTED_CHARACTERS], other[start:][:_MAX_QUOTED_CHARACTERS]
 
 
-def _refuse_what_is_no_tokenizer(tokenizer: Any) -> None:
-    missing = [f"`{name}`" for name in _NEEDED if not callable(getattr(tokenizer, name, None))]
+def _validate_tokenizer(tokenizer: Any) -> None:
+    missing = [f"`{name}`" for name in _REQUIRED_METHODS if not callable(getattr(tokenizer, name, None))]
     if not callable(tokenizer):
-        missing.append("a call that encodes text")
+        missing.append("a `__call__` that encodes text")
     if not isinstance(getattr(tokenizer, "added_tokens_decoder", None), Mapping):
         missing.append("a mapping `added_tokens_decoder`")
     if not isinstance(getattr(tokenizer, "all_special_ids", None), Sequence):
         missing.append("a list `all_special_ids`")
     if not missing:
         return
-    remedy = "Give a tokenizer of transformers, as `AutoTokenizer.from_pretrained` loads it."
+    remedy = "Give a tokenizer of transformers, such as `AutoTokenizer.from_pretrained` loads."
     if type(tokenizer).__name__.startswith("MistralCommon"):
         remedy = (
-            "It is mistral-common's; give the same tokenizer as `PreTrainedTokenizerFast.from_pretrained(name)` loads "
-            "it from `tokenizer.json` or `tekken.json`."
+            "It comes from mistral-common: give the tokenizer that `PreTrainedTokenizerFast.from_pretrained(name)` "
+            "loads from the same `tokenizer.json` or `tekken.json`."
         )
     raise ValueError(f"The tokenizer, a {type(tokenizer).__name__}, lacks {', '.join(missing)}. {remedy}")
 
 
-def _starts_of_left(left: str) -> Iterator[int]:
-    """Where to begin with the text on the left: with all of it, at the last word, then ever later within its end."""
-    if left:
+def _context_starts(context: str) -> Iterator[int]:
+    """Places to begin a context at: its start, its last word, and then each later place within its end."""
+    if context:
         yield 0
-        word = max(left.rstrip(" ").rfind(" "), 0)
-        near = max(word, len(left) - _JOIN_CHARACTERS)
+        word = max(context.rstrip(" ").rfind(" "), 0)
+        near = max(word, len(context) - _JOIN_CHARACTERS)
         if 0 < word < near:
             yield word
-        yield from range(max(near, 1), len(left))
+        yield from range(max(near, 1), len(context))
 
 
-def _private_backend(backend: Any) -> Any:
-    """What encodes and decodes as `backend` does, control tokens as text, without padding and truncation.
+def _copy_backend(backend: Any) -> Any:
+    """A copy of `backend` that treats control tokens as text, and neither pads nor truncates.
 
-    The parts that hold the vocabulary are the same objects, for encoding changes none of them; added tokens and flags
-    are its own.
+    It shares the parts that hold the vocabulary with `backend`, because encoding changes none of them. Added tokens
+    and flags are its own.
     """
     own = type(backend)(backend.model)  # `tokenizers.Tokenizer`, which this module does not import.
     for part in ("normalizer", "pre_tokenizer", "decoder"):
@@ -277,8 +281,8 @@ def _private_backend(backend: Any) -> Any:
     own.add_tokens([added[i] for i in sorted(added)])
     if _added_tokens(own) != _added_tokens(backend):
         raise ValueError(
-            "The tokenizer's added tokens have other ids than they get when they are added again, so it cannot be "
-            "copied, nor saved: its model was replaced after they were added. Add them anew."
+            "The tokenizer cannot be copied, nor saved: its added tokens would get other ids if they were added "
+            "again, because its model was replaced after they were added. Load the tokenizer again and add them anew."
         )
     own.encode_special_tokens = True
     return own
@@ -288,8 +292,8 @@ def _added_tokens(backend: Any) -> dict[int, str]:
     return {i: repr(token) for i, token in backend.get_added_tokens_decoder().items()}
 
 
-def _is_backend_alone(tokenizer: Any) -> bool:
-    """Whether a call of the tokenizer does nothing to a text but what its `tokenizers.Tokenizer` does."""
+def _uses_backend_only(tokenizer: Any) -> bool:
+    """Whether a call of the tokenizer does nothing to a text beyond what its `tokenizers.Tokenizer` does."""
     kinds = type(tokenizer).__mro__
     if PreTrainedTokenizerFast not in kinds:
         return False
@@ -299,7 +303,7 @@ def _is_backend_alone(tokenizer: Any) -> bool:
 
 
 def _byte_scheme(tokenizer: Any) -> str | None:
-    """How the tokenizer writes single bytes: "ByteLevel" (GPT-2's characters), "ByteFallback" (<0xNN>), or not."""
+    """How the tokenizer spells single bytes: "ByteLevel" (GPT-2's characters), "ByteFallback" (<0xNN>), or `None`."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return None
@@ -309,7 +313,7 @@ def _byte_scheme(tokenizer: Any) -> str | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    """GPT-2's table from characters to bytes: printable bytes are their own characters, the others U+0100 and up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -22,7 +22,7 @@ from ..core.answer import OneVocabulary, answer_class
 from ..core.cached_lm import CachedLM, Reading, SeparateRows, cached_lm
 from ..core.generate import loaded_vocabulary, take_over_stop_strings
 from ..core.named_model import named_nudging_model
-from ..core.prompts import nudging_prompts, unpadded
+from ..core.prompts import nudging_prompts, unpad
 from ..core.transformers_private import (
     end_tokens,
     merged_generation_config,
@@ -30,7 +30,7 @@ from ..core.transformers_private import (
     token_by_token,
     without_wrapper,
 )
-from ..core.validation import refuse_a_cache_of_its_own
+from ..core.validation import validate_cache
 from ..core.vocabulary import Vocabulary
 
 # What in-context alignment puts before a question; in the manner of URIAL (arXiv 2312.01552), the words our own.
@@ -192,7 +192,7 @@ def in_context(
     input_ids = _prompts_given(inputs, kwargs)
     config = merged_generation_config(model, **kwargs)
     tokenizer = loaded_vocabulary(tokenizer, model, "tokenizer", "base").tokenizer
-    queries = tokenizer.batch_decode(unpadded(input_ids, kwargs.pop("attention_mask", None)), skip_special_tokens=True)
+    queries = tokenizer.batch_decode(unpad(input_ids, kwargs.pop("attention_mask", None)), skip_special_tokens=True)
     rows = [tokenizer(in_context_prompt(query, preamble, examples)).input_ids for query in queries]
     ids, mask = padded(rows, tokenizer)
     given = config.stop_strings or []
@@ -324,7 +324,7 @@ def _decode(
 ) -> Any:
     """The decoding loop, as transformers calls it: everything is prepared, and no token has been read."""
     rows = len(input_ids)
-    base_prompts = unpadded(input_ids, prepared.get("attention_mask"))
+    base_prompts = unpad(input_ids, prepared.get("attention_mask"))
     readers = []
     for voice in mixture.voices:
         prompts = voice.prompts
@@ -381,7 +381,7 @@ def _voice(small: _Small, base: Any, vocabulary: Vocabulary, rows: int, use_cach
         if lm.config.is_encoder_decoder:
             raise ValueError(f"The {whose} is an encoder-decoder model, {type(lm).__name__}: give a decoder-only one.")
     if use_cache:
-        refuse_a_cache_of_its_own(model, f"{name} model")
+        validate_cache(model, f"{name} model")
     own = loaded_vocabulary(tokenizer, model, f"{name}_tokenizer", f"{name} model")
     if answer_class(vocabulary, own) is not OneVocabulary:
         raise ValueError(
@@ -396,7 +396,7 @@ def _voice(small: _Small, base: Any, vocabulary: Vocabulary, rows: int, use_cach
         raise ValueError(
             f"`{name}_attention_mask` must have the shape of `{name}_input_ids`, {_shape(ids)}, got {_shape(mask)}."
         )
-    prompts = None if ids is None else unpadded(ids, mask)
+    prompts = None if ids is None else unpad(ids, mask)
     if prompts is not None and len(prompts) != rows:
         raise ValueError(
             f"`{name}_input_ids` holds {len(prompts)} prompts, and the base was given {rows}: each row needs one of "

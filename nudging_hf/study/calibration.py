@@ -25,7 +25,7 @@ from ..chats import (
     messages_of,
     padded,
     plain_prompt,
-    refuse_half_characters,
+    validate_no_surrogates,
 )
 from ..core.config import NudgingConfig
 from ..core.gate import GATES
@@ -93,7 +93,7 @@ class Prompt:
             if value is not None:
                 if not isinstance(value, str):
                     raise ValueError(f"`{name}` must be text, got {value!r}.")
-                refuse_half_characters(value, f"`{name}`")
+                validate_no_surrogates(value, f"`{name}`")
         if (self.pattern is None) != (self.answer is None):
             raise ValueError("`pattern` and `answer` go together, and one of them is missing.")
         if self.pattern is not None:
