@@ -10,8 +10,8 @@ import nudging_hf
 
 PACKAGE = Path(nudging_hf.__file__).parent
 CORE = [
-    {"config", "rounds"},
-    {"gate", "vocabulary", "sampling", "constraints", "drafting", "transformers_private", "prompt_lookup"},
+    {"config", "rounds", "transformers_private"},
+    {"gate", "vocabulary", "sampling", "constraints", "drafting", "prompt_lookup"},
     {"answer", "cache_layers"},
     {"kv_cache", "reading_mode"},
     {"state_cache", "validation"},

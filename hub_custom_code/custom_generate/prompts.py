@@ -41,6 +41,30 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
 
 
+def given_prompts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: int, name: str
+) -> list[list[int]]:
+    """The prompts that a call gives a small model, as lists of ids without padding.
+
+    Args:
+        input_ids, attention_mask: tensors of shape (batch, length).
+        rows: how many prompts the base was given.
+        name: what the names of both arguments begin with, such as "nudging".
+
+    Raises:
+        ValueError: for another number of prompts than the base has, and for an empty one.
+    """
+    prompts = unpadded(input_ids, attention_mask)
+    if len(prompts) != rows:
+        raise ValueError(
+            f"`{name}_input_ids` holds {len(prompts)} prompts, and the base was given {rows}: each row needs one of "
+            "each."
+        )
+    if not all(prompts):
+        raise ValueError(f"The {name} model's prompt is empty: give it at least one token in `{name}_input_ids`.")
+    return prompts
+
+
 def nudging_prompts(
     prompts: Sequence[Sequence[int]], tokenizer: Any, nudging_tokenizer: Any, one_vocabulary: bool
 ) -> list[list[int]]:

@@ -16,8 +16,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from .transformers_private import byte_of_character
+
 logger = logging.getLogger(__name__)
 
+_BYTE_OF_CHARACTER = byte_of_character()
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # What a tokenizer must have for text and ids to be told from one another.
 _NEEDED = ("convert_ids_to_tokens", "get_vocab", "decode")
@@ -306,13 +309,3 @@ def _byte_scheme(tokenizer: Any) -> str | None:
     state = json.loads(decoder.__getstate__())
     types = {part["type"] for part in [state, *state.get("decoders", [])]}
     return next((scheme for scheme in ("ByteLevel", "ByteFallback") if scheme in types), None)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for the characters from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_alphabet()
