@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..chats import REASONING_TEMPLATE
 from ..hub import export, files_to_push, push, write_code
-from .arguments import add_base_template, add_gate, drafts, knobs_of, loading_bars, positive
+from .arguments import add_base_template, add_gate, drafts, loading_bars, parameters_of, positive
 
 
 def add_command(commands: Any) -> None:
@@ -41,11 +41,11 @@ def _add_export(actions: Any) -> None:
     )
     add_base_template(parser, REASONING_TEMPLATE)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder")
-    knobs = parser.add_argument_group("knobs", "What is left out is not recorded.")
-    add_gate(knobs)
-    knobs.add_argument("--num-nudging-tokens", type=positive, metavar="N")
-    knobs.add_argument("--takeover-on-agreement", action=argparse.BooleanOptionalAction)
-    knobs.add_argument("--num-draft-tokens", type=drafts, metavar="N")
+    nudging = parser.add_argument_group("nudging", "Only the options that are given are recorded.")
+    add_gate(nudging)
+    nudging.add_argument("--num-nudging-tokens", type=positive, metavar="N")
+    nudging.add_argument("--takeover-on-agreement", action=argparse.BooleanOptionalAction)
+    nudging.add_argument("--num-draft-tokens", type=drafts, metavar="N")
 
 
 def _run_export(args: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def _run_export(args: argparse.Namespace) -> None:
             args.out,
             base_template=args.base_template,
             overwrite=args.overwrite,
-            **knobs_of(args),
+            **parameters_of(args),
         )
     _print_files(out)
 
