@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .chats import REASONING_TEMPLATE, turn_template
 from .core.config import NudgingConfig
+from .hub_readme import refresh_lists
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def carried_modules() -> list[Path]:
 def write_code(folder: str | os.PathLike[str]) -> Path:
     """Writes `folder/custom_generate`: the code with which `folder` can be given as `custom_generate=`.
 
-    The modules are the package's own, byte for byte. Modules that an earlier version left there are removed.
+    The modules are the package's own, byte for byte. Modules that an earlier version left there are removed. If
+    `folder/README.md` has lists of arguments and limits, as `hub_readme` marks them, they are brought up to date.
 
     Returns:
         The path of `custom_generate`.
@@ -65,6 +67,7 @@ def write_code(folder: str | os.PathLike[str]) -> Path:
     for module in carried_modules():
         shutil.copyfile(module, code / module.name)
     (code / "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS), encoding="utf-8")
+    refresh_lists(Path(folder, "README.md"))
     return code
 
 

@@ -25,7 +25,8 @@ def refuse_what_is_no_language_model(model: Any, whose: str, argument: str) -> N
     """Raises a `ValueError` for what is no causal language model of transformers, with weights, that can be called.
 
     Args:
-        whose, argument: how the error calls the model and the argument that it came as.
+        whose: how the error calls the model.
+        argument: the name of the argument that the model was given as.
     """
     name = type(model).__name__
     if not hasattr(model, "generation_config"):
@@ -52,7 +53,7 @@ def refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, a
     Args:
         model, nudging_model: causal language models, or `None` for a nudging model that was not given.
         config: the generation config, as `generate` merges it.
-        arguments: of `generate`, by the names that the caller gave them.
+        arguments: the arguments of `generate`, by name.
     """
     if nudging_model is None:
         raise ValueError(
@@ -75,7 +76,10 @@ def refuse_what_nudging_cannot_do(model: Any, nudging_model: Any, config: Any, a
         if not _asks_for_nothing(name, given):
             raise ValueError(f"`{name}={_short(given)}` does not go together with nudging: {why}.")
     mode = config.get_generation_mode(arguments.get("assistant_model"))
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):  # Of a later version.
+    if mode not in (
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+    ):  # A later version of transformers may have others.
         raise ValueError(
             f"Nudging decodes greedily or by sampling, got {mode.value!r}: leave out what asks for another way."
         )
@@ -114,13 +118,13 @@ def shape_of(value: Any) -> str:
 
 
 def refuse_streamer_of_several_rows(streamer: Any, rows: int) -> None:
-    """Raises a `ValueError` where a streamer would be given the tokens of several answers."""
+    """Raises a `ValueError` if a streamer would be given the tokens of several answers."""
     if streamer is not None and rows > 1:
         raise ValueError(f"A streamer takes a single answer, got {rows} rows: generate them one at a time.")
 
 
 def refuse_a_cache_of_its_own(model: Any, whose: str, is_static: bool = False) -> None:
-    """Raises a `ValueError` where a model's cache is of a kind whose rows cannot be rolled back.
+    """Raises a `ValueError` if the rows of a model's cache cannot be rolled back.
 
     Args:
         is_static: whether the cache is to be of a fixed size.
@@ -141,7 +145,7 @@ def refuse_a_cache_of_its_own(model: Any, whose: str, is_static: bool = False) -
 
 
 def refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: bool, is_static: bool) -> None:
-    """Raises a `ValueError` where inputs besides ids, of these names, cannot be read once and for all."""
+    """Raises a `ValueError` if inputs besides ids, whose names are `more`, cannot be read in one first pass."""
     name, given = type(model).__name__, ", ".join(f"`{each}`" for each in more)
     if not reads_more_than_text(model):
         raise ValueError(f"The base, {name}, reads text alone, and nudging gives it nothing but ids: got {given}.")
@@ -165,11 +169,11 @@ def refuse_what_the_base_cannot_read(model: Any, more: list[str], use_cache: boo
         )
 
 
-_BEAMS = "it decodes greedily or by sampling; leave it out"
+_BEAMS = "nudging decodes greedily or by sampling; leave it out"
 _ASSISTED = "the nudging model's text is the draft; leave it out, and set `num_draft_tokens` for its length"
 _NEGATIVE = "it belongs to `guidance_scale`; leave it out"
 
-# Arguments of `generate` and fields of its config, and what to give instead.
+# Arguments of `generate` and fields of its config that are refused, each with the reason and what to give instead.
 REFUSED = {
     "custom_generate": "it is a way of generating of its own; leave it out",
     **dict.fromkeys(CACHE_NAMES, "each row's cache is rolled back on its own; pass the whole text as `input_ids`"),
@@ -201,7 +205,7 @@ REFUSED = {
     "output_attentions": "passes read several tokens at a time; leave it out",
     "output_hidden_states": "passes read several tokens at a time; leave it out",
 }
-# Numbers with which such an argument asks for nothing.
+# The number that stands for the default of such an argument, which asks for nothing.
 _NOTHING = {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0, "guidance_scale": 1}
 
 

@@ -66,7 +66,8 @@ def _add_code(actions: Any) -> None:
         "code",
         help="put the code into a folder",
         description="Writes FOLDER/custom_generate, so that FOLDER, or the repository that it is pushed to, can be "
-        "given as custom_generate=. Python files that are there are replaced; nothing else is touched.",
+        "given as custom_generate=. Python files there are replaced, and marked lists in FOLDER/README.md are "
+        "brought up to date; nothing else is touched.",
     )
     parser.set_defaults(run=_run_code)
     parser.add_argument("folder", metavar="FOLDER")
