@@ -109,8 +109,8 @@ def ensemble(
         ValueError: where the models do not share a vocabulary, for prompts that are missing or too few, and for
             what cannot be mixed (beam search, encoder-decoder models, ...).
     """
-    nudging = _GivenModel("nudging", nudging_model, nudging_tokenizer, nudging_input_ids, nudging_attention_mask)
-    return _generate_mixed(model, inputs, tokenizer, [nudging], _log_mean_probability, kwargs)
+    nudging = nudging_model, nudging_tokenizer, nudging_input_ids, nudging_attention_mask
+    return _generate_mixed(model, inputs, tokenizer, {"nudging": nudging}, _log_mean_probability, kwargs)
 
 
 @torch.no_grad()
@@ -150,15 +150,14 @@ def proxy_tuning(
     """
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ValueError(f"`alpha` must be a finite number, got {alpha!r}.")
-    nudging = _GivenModel("nudging", nudging_model, nudging_tokenizer, nudging_input_ids, nudging_attention_mask)
-    unaligned = _GivenModel(
-        "unaligned", unaligned_model, unaligned_tokenizer, unaligned_input_ids, unaligned_attention_mask
-    )
+    nudging = nudging_model, nudging_tokenizer, nudging_input_ids, nudging_attention_mask
+    unaligned = unaligned_model, unaligned_tokenizer, unaligned_input_ids, unaligned_attention_mask
 
     def shifted(base: torch.Tensor, aligned: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         return base + alpha * (aligned - before)
 
-    return _generate_mixed(model, inputs, tokenizer, [nudging, unaligned], shifted, kwargs)
+    small = {"nudging": nudging, "unaligned": unaligned}
+    return _generate_mixed(model, inputs, tokenizer, small, shifted, kwargs)
 
 
 @torch.no_grad()
@@ -236,14 +235,8 @@ def in_context_prompt(query: str, preamble: str = PREAMBLE, examples: Sequence[t
 # How models are mixed ------------------------------------------------------------------------------------------------
 
 
-class _GivenModel(NamedTuple):
-    """A small model as a call gives it: what the names of its arguments begin with, and their values."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    input_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None
+# A small model as a call gives it: the model, its tokenizer, its prompts and their attention mask.
+_Given = tuple[Any, Any, torch.Tensor | None, torch.Tensor | None]
 
 
 class _SmallModel(NamedTuple):
@@ -299,7 +292,7 @@ def _generate_mixed(
     model: Any,
     inputs: torch.Tensor | None,
     tokenizer: Any,
-    small: list[_GivenModel],
+    small: dict[str, _Given],
     mix: Mix,
     arguments: dict[str, Any],
 ) -> Any:
@@ -316,7 +309,8 @@ def _generate_mixed(
         raise ValueError("`custom_generate` replaces the loop in which models are mixed: leave it out.")
     refuse_what_is_no_language_model(model, "base", "model")
     vocabulary = loaded_vocabulary(tokenizer, model, "tokenizer", "base")
-    small_models = [_checked(each, model, vocabulary, len(input_ids), bool(config.use_cache)) for each in small]
+    rows, use_cache = len(input_ids), bool(config.use_cache)
+    small_models = [_checked(name, given, model, vocabulary, rows, use_cache) for name, given in small.items()]
     ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
     arguments["eos_token_id"] = list(dict.fromkeys([*ends, *_eos_of(small_models[0], model)])) or None
     if config.stop_strings is not None:
@@ -370,18 +364,19 @@ def _take_prompts(inputs: torch.Tensor | None, arguments: dict[str, Any]) -> tor
     return input_ids
 
 
-def _checked(given: _GivenModel, base: Any, vocabulary: Vocabulary, rows: int, use_cache: bool) -> _SmallModel:
+def _checked(name: str, given: _Given, base: Any, vocabulary: Vocabulary, rows: int, use_cache: bool) -> _SmallModel:
     """A small model as it is mixed in.
 
     Args:
+        name: what the names of its arguments begin with.
         vocabulary: the base's.
         rows: how many prompts the base was given.
 
     Raises:
         ValueError: for what is no small model of the base's vocabulary, or has other prompts than the base.
     """
-    name = given.name
-    model, tokenizer = resolved_model(base, given.model, given.tokenizer)
+    model, tokenizer, input_ids, attention_mask = given
+    model, tokenizer = resolved_model(base, model, tokenizer)
     refuse_what_is_no_language_model(model, f"{name} model", f"{name}_model")
     if use_cache:
         refuse_a_cache_of_its_own(model, f"{name} model")
@@ -392,8 +387,8 @@ def _checked(given: _GivenModel, base: Any, vocabulary: Vocabulary, rows: int, u
             f"tokens, and that of the {name} model {len(own.tokenizer)}, with other ids or spellings. Give a "
             f"`{name}_model` of the base's family; `nudging_hf.generate` takes any."
         )
-    refuse_misshapen_prompts(given.input_ids, given.attention_mask, name)
-    prompts = None if given.input_ids is None else given_prompts(given.input_ids, given.attention_mask, rows, name)
+    refuse_misshapen_prompts(input_ids, attention_mask, name)
+    prompts = None if input_ids is None else given_prompts(input_ids, attention_mask, rows, name)
     return _SmallModel(name, model, own, prompts)
 
 

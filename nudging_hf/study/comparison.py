@@ -130,15 +130,16 @@ def _rivals_of(models: Models) -> tuple[list[Contestant], dict[str, str]]:
         why = f"it needs one vocabulary: {_vocabularies(base, small)}"
         left_out |= {ENSEMBLE: why, PROXY: why}
     else:
-        found.append(Contestant(ENSEMBLE + mark, partial(_write_ensemble, base, small), base, (small,)))
+        found.append(Contestant(ENSEMBLE + mark, partial(_mixed_answers, base, small, ensemble), base, (small,)))
         if unaligned is None:
             left_out[PROXY] = "the nudging model before its alignment was not given"
         elif not share_vocabulary(base, unaligned):
             left_out[PROXY] = f"it needs one vocabulary: {_vocabularies(base, unaligned, 'unaligned')}"
         else:
-            write = partial(_write_proxy_tuning, base, small, unaligned)
+            mix = partial(proxy_tuning, unaligned_model=unaligned.model, unaligned_tokenizer=unaligned.tokenizer)
+            write = partial(_mixed_answers, base, small, mix)
             found.append(Contestant(PROXY + mark, write, base, (small, unaligned)))
-    found.append(Contestant(IN_CONTEXT, partial(_write_in_context, base), large=base))
+    found.append(Contestant(IN_CONTEXT, partial(_in_context_answers, base), large=base))
     return found, left_out
 
 
@@ -155,26 +156,16 @@ def _gate_of(config: NudgingConfig) -> str:
     return f"{config.nudge_gate} {config.nudge_threshold}"
 
 
-def _write_ensemble(base: Reader, nudging: Reader, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-    return _mixed_answers(base, nudging, ensemble, prompts, max_new_tokens)
-
-
-def _write_proxy_tuning(
-    base: Reader, nudging: Reader, unaligned: Reader, prompts: Sequence[Prompt], max_new_tokens: int
-) -> list[Answer]:
-    mix = partial(proxy_tuning, unaligned_model=unaligned.model, unaligned_tokenizer=unaligned.tokenizer)
-    return _mixed_answers(base, nudging, mix, prompts, max_new_tokens)
-
-
 def _mixed_answers(
     base: Reader, nudging: Reader, mix: Callable[..., Any], prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[Answer]:
+    """The answers of the ensemble or of proxy tuning, which end with an EOS of either model."""
     inputs = inputs_of_both(base, nudging, prompts, max_new_tokens)
     sequences = mix(base.model, **inputs, **pair_of(base, nudging).arguments)
     return base.answers_of(sequences[:, inputs["input_ids"].shape[1] :], base.eos | nudging.eos)
 
 
-def _write_in_context(base: Reader, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+def _in_context_answers(base: Reader, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
     inputs = base.inputs(prompts, max_new_tokens)
     sequences = in_context(base.model, **inputs, tokenizer=base.tokenizer)
     answers = base.answers_of(sequences[:, inputs["input_ids"].shape[1] :], base.eos)

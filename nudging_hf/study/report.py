@@ -24,11 +24,6 @@ _WITHOUT_LARGE = (
 
 # Okabe and Ito's colours, which everybody can tell apart.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
-_ABOVE: dict[str, Any] = {
-    "frameon": False,
-    "loc": "lower right",
-    "bbox_to_anchor": (1, 1),
-}  # Keeps a legend off the bars.
 
 
 def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> Path:
@@ -151,27 +146,19 @@ def _calibration(axes: Any, found: Any) -> None:
 
 
 def _positions(axes: Any, tables: Mapping[str, Any]) -> None:
-    bars = axes.bar(_centres(tables), _percents(tables["bins"], "share"), width=0.09, color=_BLUE)
-    axes.bar_label(bars, [percent(row["share"]) for row in tables["bins"]], fontsize=7, padding=2)
+    _bars(axes, tables, "share", [percent(row["share"]) for row in tables["bins"]], _BLUE)
     _finish(axes, "of all positions (%)")
 
 
 def _disagreement(axes: Any, tables: Mapping[str, Any]) -> None:
-    bars = axes.bar(_centres(tables), _percents(tables["bins"], "disagreement"), width=0.09, color=_ORANGE)
-    _label_bars(axes, bars, tables, "disagreement", of="compared")
-    if (mean := tables["along"]["disagreement"]) is not None:
-        axes.axhline(100 * mean, color=_GREY, linestyle="--", linewidth=1, label=f"all positions: {percent(mean)}")
-        axes.legend(**_ABOVE)
+    _bars(axes, tables, "disagreement", _labels(tables, "disagreement", of="compared"), _ORANGE)
+    _mean_line(axes, tables["along"]["disagreement"], "all positions")
     _finish(axes, "base and aligned disagree (%)", whole=True)
 
 
 def _agreement(axes: Any, tables: Mapping[str, Any]) -> None:
-    bars = axes.bar(_centres(tables), _percents(tables["bins"], "small_agreement"), width=0.09, color=_GREEN)
-    _label_bars(axes, bars, tables, "small_agreement", of="small_compared")
-    mean = tables["agreement"]["alignment_related"]
-    label = f"all alignment-related positions: {percent(mean)}"
-    axes.axhline(100 * mean, color=_GREY, linestyle="--", linewidth=1, label=label)
-    axes.legend(**_ABOVE)
+    _bars(axes, tables, "small_agreement", _labels(tables, "small_agreement", of="small_compared"), _GREEN)
+    _mean_line(axes, tables["agreement"]["alignment_related"], "all alignment-related positions")
     _finish(axes, "small and large aligned agree (%)", whole=True)
 
 
@@ -198,19 +185,26 @@ def _curve(axes: Any, tables: Mapping[str, Any]) -> None:
     _finish(axes, "accuracy, nudged words (%)", "threshold γ", whole=True)
 
 
-def _centres(tables: Mapping[str, Any]) -> list[float]:
-    return [(row["from"] + row["to"]) / 2 for row in tables["bins"]]
-
-
 def _percents(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [float("nan") if row[name] is None else 100 * row[name] for row in rows]
 
 
-def _label_bars(axes: Any, bars: Any, tables: Mapping[str, Any], name: str, of: str) -> None:
-    """Writes above each bar what it shows, and of how many positions: those that the bin counts under `of`."""
-    rows = tables["bins"]
-    labels = ["" if row[name] is None else f"{percent(row[name])}\nof {row[of]:,}" for row in rows]
+def _bars(axes: Any, tables: Mapping[str, Any], name: str, labels: Sequence[str], color: str) -> None:
+    """Draws a bar for each bin, with a label above it."""
+    centres = [(row["from"] + row["to"]) / 2 for row in tables["bins"]]
+    bars = axes.bar(centres, _percents(tables["bins"], name), width=0.09, color=color)
     axes.bar_label(bars, labels, fontsize=7, padding=2)
+
+
+def _labels(tables: Mapping[str, Any], name: str, of: str) -> list[str]:
+    """What each bar shows, and of how many positions: those that the bin counts under `of`."""
+    return ["" if row[name] is None else f"{percent(row[name])}\nof {row[of]:,}" for row in tables["bins"]]
+
+
+def _mean_line(axes: Any, mean: float | None, whose: str) -> None:
+    if mean is not None:
+        axes.axhline(100 * mean, color=_GREY, linestyle="--", linewidth=1, label=f"{whose}: {percent(mean)}")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))  # It stands above the bars.
 
 
 def _finish(axes: Any, y: str, x: str = "the base's top-1 probability p", whole: bool = False) -> None:
