@@ -1,4 +1,4 @@
-"""The prompts of a batch as ids, and what a chat template makes of messages. It knows tokenizers, never models."""
+"""The prompts of a batch as ids, and chats through a chat template. It knows tokenizers, never models."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedTokenizerBase
 
-# What ends the reasoning in front of an answer. Templates of models that reason leave it out of earlier answers, as
-# their models were trained to read them: Qwen3's, DeepSeek-R1's, EXAONE-Deep's, Seed-OSS's.
+# The marks that end the reasoning before an answer. Templates of reasoning models (Qwen3, DeepSeek-R1, EXAONE-Deep,
+# Seed-OSS) leave the reasoning out of earlier answers, because the models were trained to read them so.
 _ENDS_OF_REASONING = ("</think>", "</thought>", "</seed:think>")
-# Switches of templates, which they heed and take out of the text: SmolLM3's, Nemotron's.
+# Switches of the templates of SmolLM3 and Nemotron, which obey them and remove them from the text.
 _SWITCHES = ("/think", "/no_think", "/system_override")
-# What a template may not change: all but white space, and characters that it may escape.
+# A template may change white space, and may escape some characters. Everything else must stay as it is.
 _WORD = re.compile(r"""[^\s\\"'<>&]+""")
-# What `apply_chat_template` is told of the encoding, and not the template.
-_OF_ENCODING = {"max_length", "padding", "sanitize_control_tokens", "tokenizer_kwargs", "truncation"}
+# The arguments of `apply_chat_template` that go to the tokenizer and not to the template.
+_ENCODING_ARGUMENTS = {"max_length", "padding", "sanitize_control_tokens", "tokenizer_kwargs", "truncation"}
 _MOST_ORDERS = 64
 
-# For each tokenizer, by template, roles and keywords: in which order the contents of messages are written.
+# For each tokenizer, by template, roles and keywords: the order in which the contents of messages are written.
 _ORDERS: WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[int, ...] | None]] = WeakKeyDictionary()
 
 
@@ -33,8 +33,8 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     """The rows of a padded batch as lists of ids.
 
     Args:
-        input_ids: of shape (batch, length).
-        attention_mask: of the same shape, 0 on padding; `None` where nothing is padded.
+        input_ids: a tensor of shape (batch, length).
+        attention_mask: a tensor of the same shape, 0 on padding; `None` if nothing is padded.
     """
     if attention_mask is None:
         return input_ids.tolist()
@@ -68,10 +68,10 @@ def given_prompts(
 def nudging_prompts(
     prompts: Sequence[Sequence[int]], tokenizer: Any, nudging_tokenizer: Any, one_vocabulary: bool
 ) -> list[list[int]]:
-    """The nudging model's prompts where none were given.
+    """The nudging model's prompts, if none were given.
 
-    Each is the text of the base's prompt as one user turn of the nudging tokenizer's chat template, or as it is where
-    there is no template.
+    Each is the text of the base's prompt, as one user turn of the nudging tokenizer's chat template or, if there is no
+    template, as it is.
 
     Args:
         prompts: the base's prompts, ids without padding.
@@ -91,17 +91,17 @@ def nudging_prompts(
 def templated_ids(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """The ids that the nudging model's chat template makes of messages, in which each message's text stands.
+    """The ids that the nudging model's chat template makes of messages, none of which it may leave out.
 
     A template may change white space, escape quotation marks and angle brackets, and leave the reasoning out of an
-    earlier answer. A template that reads no strings, as some of multimodal models, is given the contents in parts.
+    earlier answer. A template that reads no strings, as those of some multimodal models, is given contents in parts.
 
     Args:
-        messages: `{"role": ..., "content": ...}`, the contents strings.
-        template_kwargs: what the template is told besides.
+        messages: `{"role": ..., "content": ...}`; the contents are strings.
+        template_kwargs: further arguments of the template.
 
     Raises:
-        TemplateRefusal: for a template that raises an error for these messages, or leaves out what one says.
+        TemplateRefusal: if the template raises an error for these messages, or leaves one of them out.
     """
     kwargs = dict(template_kwargs or {})
     order = _order_of_contents(tokenizer, messages, kwargs)
@@ -119,23 +119,23 @@ def templated_ids(
             "`nudging_tokenizer.chat_template` to one that writes every message, or give the nudging model's prompt "
             "as `nudging_input_ids`."
         )
-    if kwargs.keys() & _OF_ENCODING or not _encodes_what_it_renders(tokenizer):
+    if kwargs.keys() & _ENCODING_ARGUMENTS or not _encodes_what_it_renders(tokenizer):
         encoded = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True, **kwargs)
-    else:  # What that does, without rendering the messages a second time.
+    else:  # This does the same without rendering the messages a second time.
         encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False)
     return encoded["input_ids"]
 
 
 def _encodes_what_it_renders(tokenizer: Any) -> bool:
-    """Whether a chat is encoded as transformers does it, and not by a tokenizer's own way."""
+    """Whether a chat is encoded by transformers' own method, which the tokenizer does not override."""
     return getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
 
 
 def _left_out(messages: Sequence[Mapping[str, str]], text: str, order: tuple[int, ...] | None) -> list[int]:
-    """Which messages' contents do not stand in a text.
+    """The numbers of the messages whose contents are not in a text.
 
     Args:
-        order: which contents a template writes, in the order in which it writes them; `None` where that is not known.
+        order: which contents the template writes, in the order in which it writes them; `None` if that is not known.
     """
     found, end = set(), 0
     for i in range(len(messages)) if order is None else order:
@@ -151,7 +151,7 @@ def _left_out(messages: Sequence[Mapping[str, str]], text: str, order: tuple[int
 
 
 def _end_of(content: str, text: str, start: int) -> int | None:
-    """Where a content ends that stands in `text[start:]`, whole or word for word; `None` where it does not."""
+    """The end of a content in `text[start:]`, where it is whole or word for word; `None` if it is not there."""
     content = content.strip()
     at = text.find(content, start)
     if at >= 0:
@@ -168,13 +168,13 @@ def _end_of(content: str, text: str, start: int) -> int | None:
 def _order_of_contents(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]
 ) -> tuple[int, ...] | None:
-    """Which messages' contents the template writes, in the order in which it writes them.
+    """Which contents of messages the template writes, in the order in which it writes them.
 
-    It is found with stand-ins, for a short content may well stand in the template's own text. Some templates write the
-    system message behind the other ones.
+    The order is found with stand-ins, because a short content may occur in the template's own text. Some templates
+    write the system message after the other ones.
 
     Returns:
-        The messages' places in the chat; `None` where the template refuses the stand-ins.
+        The numbers of the messages in the chat; `None` if the template refuses the stand-ins.
     """
     template = tokenizer.chat_template
     known = _ORDERS.setdefault(tokenizer, {})
@@ -189,7 +189,7 @@ def _order_of_contents(
     order = None
     try:
         text = _rendered(tokenizer, chat, kwargs)
-    except TemplateRefusal:  # Of the stand-ins; whether it takes the messages themselves is seen with them.
+    except TemplateRefusal:  # It refuses the stand-ins; it may take the messages themselves.
         pass
     else:
         places = sorted((text.find(mark), i) for i, mark in enumerate(marks))
@@ -201,11 +201,11 @@ def _order_of_contents(
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]) -> str:
-    """What the template writes. How control tokens in it are encoded is no matter here."""
+    """The text that the template writes. It does not matter here how control tokens in it are encoded."""
     kwargs = {name: value for name, value in kwargs.items() if name != "sanitize_control_tokens"}
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs)
     except ImportError:  # Jinja is not installed.
         raise
-    except Exception as error:  # A template is a program of somebody else's, which may raise whatever it likes.
+    except Exception as error:  # A template is somebody else's program, which may raise any error.
         raise TemplateRefusal(f"The nudging model's chat template refuses the messages: {error}") from error

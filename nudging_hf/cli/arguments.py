@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -183,6 +185,20 @@ def loading_bars(shown: bool) -> Iterator[None]:
         yield
     finally:
         (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
+@contextmanager
+def answer_bar(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar for answers, which begins again when it is full. `show(what, answered)` moves it on."""
+    with tqdm(total=total, unit="answer", leave=False, file=sys.stderr) as bar:
+
+        def show(what: str, answered: int) -> None:
+            if bar.n == bar.total:
+                bar.reset()
+            bar.set_description(what, refresh=answered == 0)
+            bar.update(answered)
+
+        yield show
 
 
 # Prompts and parameters ---------------------------------------------------------------------------------------------

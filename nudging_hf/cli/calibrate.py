@@ -6,15 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..chats import turn_template
 from ..core.config import NudgingConfig
 from ..core.gate import GATES
 from ..study import calibration, report
 from ..study.prompts import built_in_prompts, read_prompts
 from ..study.tables import markdown_table, percent
-from .arguments import add_models, add_study, load_pair
+from .arguments import add_models, add_study, answer_bar, load_pair
 from .files import refuse_missing_folders, versions, write_json
 
 _DESCRIPTION = (
@@ -51,7 +49,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="R",
         help="the share of words that the nudging model is to write (default: %(default)s)",
     )
-    aim.add_argument("--by-score", action="store_true", help="take the threshold with the most right answers")
+    aim.add_argument("--by-score", action="store_true", help="most right answers; among equals, fewest nudged words")
     search.add_argument(
         "--thresholds",
         type=float,
@@ -80,14 +78,7 @@ def run(args: argparse.Namespace) -> None:
     _refuse_early(args)
     prompts = read_prompts(args.prompts) if args.prompts else built_in_prompts()
     pair = load_pair(args, progress=sys.stderr.isatty())
-    with tqdm(total=len(prompts), unit="answer", leave=False, file=sys.stderr) as bar:
-
-        def show(threshold: float, answered: int) -> None:
-            if bar.n == bar.total:
-                bar.reset()
-            bar.set_description(f"threshold {threshold:g}", refresh=False)
-            bar.update(answered)
-
+    with answer_bar(len(prompts)) as show:
         found = calibration.calibrate(
             pair.base,
             pair.nudging_model,
@@ -102,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
             resume=args.resume,
-            progress=show,
+            progress=lambda threshold, answered: show(f"threshold {threshold:g}", answered),
         )
     print(table(found), end="\n\n")
     gate = "" if found.nudge_gate == NudgingConfig.nudge_gate else f"nudge_gate = {found.nudge_gate}, "

@@ -11,15 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..chats import turn_template
 from ..core.config import NudgingConfig
 from ..core.gate import GATES
 from ..study import comparison
 from ..study.journal import Journal, digest, model_setup
 from ..study.prompts import Prompt, first_of_each_task, read_labelled_prompts
-from .arguments import add_models, add_study, load_reader, load_readers, positive, threshold_or_auto
+from .arguments import add_models, add_study, answer_bar, load_reader, load_readers, positive, threshold_or_auto
 from .files import versions, write_json
 
 _DESCRIPTION = (
@@ -97,12 +95,7 @@ def run(args: argparse.Namespace) -> None:
     contestants, left_out = comparison.contestants_of(models, configs)
     setup = _setup(args, models, configs[0], questions)
     journal = Journal(args.out / "answers.jsonl", setup)
-    with tqdm(total=len(contestants) * len(questions), unit="answer", leave=False, file=sys.stderr) as bar:
-
-        def show(name: str, answered: int) -> None:
-            bar.set_description(name, refresh=False)
-            bar.update(answered)
-
+    with answer_bar(len(contestants) * len(questions)) as show:
         results = comparison.compare(
             contestants,
             questions,

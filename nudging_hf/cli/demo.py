@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..core.config import NudgingConfig
 from ..study import comparison, demo
 from ..study.comparison import Models, Result
 from ..study.journal import Journal
 from ..study.prompts import Prompt, first_of_each_task
 from ..terminal import Ink
-from .arguments import add_color, add_threshold, count, loading_bars, positive
+from .arguments import add_color, add_threshold, answer_bar, count, loading_bars, positive
 from .files import refuse_missing_folders, versions, write_json
 
 _DESCRIPTION = (
@@ -101,13 +99,9 @@ def _compare(models: Models, questions: Sequence[Prompt], args: argparse.Namespa
     config = NudgingConfig(nudge_threshold=args.threshold)
     contestants, _ = comparison.contestants_of(models, [config], with_rivals=False)
     settings: dict[str, Any] = {"max_new_tokens": demo.MAX_NEW_TOKENS, "batch_size": args.batch_size}
-    with tqdm(total=len(contestants) * len(questions), unit="answer", leave=False, file=sys.stderr) as bar:
-
-        def show(name: str, answered: int) -> None:
-            bar.update(answered)
-
+    with answer_bar(len(contestants) * len(questions)) as show:
         for contestant in contestants:
-            bar.set_description(contestant.name)
+            show(contestant.name, 0)
             results += comparison.compare([contestant], questions, Journal(None, {}), **settings, progress=show)
 
 

@@ -27,7 +27,7 @@ def _add_export(actions: Any) -> None:
     parser = actions.add_parser(
         "export",
         help="write a model folder that nudges by itself",
-        description="Writes a model folder that nudges by itself where it is loaded with trust_remote_code=True: the "
+        description="Writes a model folder that nudges by itself if it is loaded with trust_remote_code=True: the "
         "base, the nudging model (or its name on the Hub), the code, and a model card.",
     )
     parser.set_defaults(run=_run_export)
@@ -81,15 +81,15 @@ def _add_push(actions: Any) -> None:
     parser = actions.add_parser(
         "push",
         help="upload a folder",
-        description="Uploads a folder to a model repository on the Hub, which is made where there is none. It goes by "
-        "the token that `hf auth login` keeps.",
+        description="Uploads a folder to a model repository on the Hub, which is created if there is none. It uses "
+        "the token that `hf auth login` stores.",
     )
     parser.set_defaults(run=_run_push)
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("repo_id", metavar="REPO_ID", help="such as owner/name")
-    parser.add_argument("--private", action="store_true", help="if the repository is new")
-    parser.add_argument("--revision", metavar="BRANCH", help="made where there is none (default: the main one)")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and contact nobody")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: the main one)")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
 
 
 def _run_push(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from .transformers_private import commit_hash, input_device, without_wrapper
 
 
 class _Named:
-    """A nudging model and its tokenizer, once they are loaded, and the lock that lets one thread load or move it."""
+    """A nudging model and its tokenizer once they are loaded, and the lock that lets one thread load or move it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -51,7 +51,7 @@ def resolved_model(
 
 
 def named_nudging_model(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The nudging model `name` and its tokenizer, for `base`.
+    """Loads the nudging model `name` and its tokenizer for `base`, or finds them if they were loaded before.
 
     Args:
         name: a folder, a name on the Hugging Face Hub, or `./` and a folder of the repository that the base itself
@@ -63,7 +63,7 @@ def named_nudging_model(base: PreTrainedModel, name: str, hub: Mapping[str, Any]
     """
     with _LOCK:
         named = _LOADED.setdefault(base, {}).setdefault(name, _Named())
-    # Weights that are made in inference mode would not be good for all that may follow outside of it.
+    # Weights that are made in inference mode cannot be used for everything outside of it.
     with named.lock, torch.inference_mode(False), torch.no_grad():
         if named.loaded is None:
             named.loaded = _load(base, name, hub)
