@@ -70,9 +70,5 @@ def documented_arguments(documented: object) -> dict[tuple[str, ...], str]:
             said = entries[tuple(entry[1].split(", "))] = [entry[2].strip()]
         elif line.strip():
             said.append(line.strip())
-    return {names: _without_links(" ".join(said).strip()) for names, said in entries.items()}
-
-
-def _without_links(text: str) -> str:
-    """A text in which links to other docs are plain names."""
-    return re.sub(r"\[`~?([^`]*)`\]", r"`\1`", text)
+    # Links to other docs become plain names.
+    return {names: re.sub(r"\[`~?([^`]*)`\]", r"`\1`", " ".join(said).strip()) for names, said in entries.items()}

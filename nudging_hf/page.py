@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
 
 from . import html_page
 from .provenance import Piece, count_nudged_words
@@ -67,30 +66,22 @@ def render(answers: Sequence[MarkedAnswer], threshold: float | None, title: str 
     )
 
 
-class _Run(NamedTuple):
-    """Neighbouring pieces of one author.
-
-    Args:
-        nudged: whether the nudging model wrote them.
-        parts: their text in parts, each with the base's top-1 probability there, or "" if none is shown.
-    """
-
-    nudged: bool
-    parts: list[tuple[str, str]]
+# A part of a text, and the base's top-1 probability there as it is shown; "" if none is.
+_Part = tuple[str, str]
 
 
-def _runs(pieces: Iterable[Piece], threshold: float | None) -> list[_Run]:
-    """The pieces, with neighbours of one author together. White space around a nudged run is not part of it."""
+def _runs(pieces: Iterable[Piece], threshold: float | None) -> list[tuple[bool, list[_Part]]]:
+    """Runs of parts by one author, and whether that is the nudging model. White space around is not marked."""
     runs = []
     for nudged, group in groupby(pieces, key=lambda piece: piece.nudged):
         parts = [part for piece in group for part in _parts(piece, threshold)]
         inked = [i for i, (text, _) in enumerate(parts) if text.strip()]
         start, end = (inked[0], inked[-1] + 1) if inked else (0, 0)
-        runs += [_Run(False, parts[:start]), _Run(nudged, parts[start:end]), _Run(False, parts[end:])]
-    return [run for run in runs if run.parts]
+        runs += [(False, parts[:start]), (nudged, parts[start:end]), (False, parts[end:])]
+    return [run for run in runs if run[1]]
 
 
-def _parts(piece: Piece, threshold: float | None) -> list[tuple[str, str]]:
+def _parts(piece: Piece, threshold: float | None) -> list[_Part]:
     """The white space before a piece, the piece with its top-1 probability, and the white space after it."""
     body = piece.text.strip()
     start = piece.text.index(body)
@@ -121,10 +112,10 @@ there{{ unsure }}.</p>
 <div class="text prompt" dir="auto">{{ answer.prompt }}</div>
 <h2>Answer</h2>
 <div class="text answer" dir="auto">
-{%- for run in answer.runs %}{% if run.nudged %}<mark>{% endif %}
-{%- for text, tip in run.parts %}
+{%- for nudged, parts in answer.runs %}{% if nudged %}<mark>{% endif %}
+{%- for text, tip in parts %}
 {%- if tip and text %}<span tabindex="0" data-tip="{{ tip }}">{{ text }}</span>{% else %}{{ text }}{% endif %}
-{%- endfor %}{% if run.nudged %}</mark>{% endif %}{% endfor -%}
+{%- endfor %}{% if nudged %}</mark>{% endif %}{% endfor -%}
 </div>
 <dl>{% for name, value in answer.figures %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 </article>

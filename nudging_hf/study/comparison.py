@@ -347,7 +347,7 @@ class Result:
 
 
 def difference(one: Result, other: Result) -> tuple[float, float]:
-    """By how much one accuracy is higher than the other, and the standard error of that difference."""
+    """The difference of two accuracies, and its standard error."""
     gains = [mine - its for mine, its in zip(one.marks(), other.marks(), strict=True)]
     return statistics.fmean(gains), _standard_error(gains) or 0.0
 
