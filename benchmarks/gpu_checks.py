@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from contestants import ADAPTIVE, BASE, MINI, OWN, SHARED, Work, dev_questions, nudged_output
 from meters import CallMeter, graphs_compiled, synchronisations
+from racers import ADAPTIVE, BASE, MINI, OWN, SHARED, Work, dev_questions, nudged_output
 
-from nudging_hf.study.demo import LM
+from nudging_hf.study.reader import Reader
 
 VOCABULARIES = {SHARED: "one vocabulary", OWN: "two vocabularies"}
 DRAFTS = (0, 4, ADAPTIVE)
@@ -63,14 +63,14 @@ class MiniPair:
         return self._write(self._on_device, small, batch, draft, **kwargs)
 
     def _write(
-        self, lms: dict[str, LM], small: str, batch: int, draft: int | str, **kwargs: Any
+        self, lms: dict[str, Reader], small: str, batch: int, draft: int | str, **kwargs: Any
     ) -> tuple[Answers, Any]:
         work = Work(self._questions[:batch], max_new_tokens=self.tokens)
         return nudged_output(lms, work, small, draft, **kwargs)
 
 
-def _loaded(name: str, device: torch.device) -> LM:
-    lm = LM.load(MINI / "models" / name, chat=name != BASE)
+def _loaded(name: str, device: torch.device) -> Reader:
+    lm = Reader.load(MINI / "models" / name, chat=name != BASE)
     lm.model.to(device)
     return lm
 

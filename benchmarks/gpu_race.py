@@ -15,10 +15,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from contestants import ADAPTIVE, BASE_ALONE
 from gpu_checks import STATIC, Outcome
 from markov import MarkovPair
 from meters import CallMeter, cache_bytes, graphs_compiled, seconds_of, synchronize, weight_bytes
+from racers import ADAPTIVE, BASE_ALONE
 from scenarios import quartiles
 from tables import rate_against
 from transformers import DynamicCache

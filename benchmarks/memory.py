@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
-from contestants import ADAPTIVE, ALONE, OWN, SHARED, Work, nudging_contestant
+from racers import ADAPTIVE, ALONE, OWN, SHARED, Work, nudged_racer
 from scenarios import Models, Row, Size, Unit, groups, measure
 
 ENVIRONMENT = {
@@ -44,7 +44,7 @@ def peaks(size: Size, dtype: str, batch: int) -> Row:
     """Bytes at the peak, by contestant."""
     models = Models(size.width, dtype)
     questions = groups(size, batch)[0]
-    pairs = [nudging_contestant(small, ADAPTIVE) for small in (SHARED, OWN)]
+    pairs = [nudged_racer(small, ADAPTIVE) for small in (SHARED, OWN)]
     lengths = None
     found = {}
     for contestant in (*pairs, ALONE):

@@ -18,14 +18,13 @@ import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import tables
 import torch
 import transformers
-from contestants import DTYPES, dev_questions, widths
 from memory import memory
-from scenarios import Find, Key, Row, Size, Unit, agreement, hopeless, long_text, passes, race
+from racers import DTYPES, dev_questions, widths
+from scenarios import Find, Row, Size, Unit, agreement, hopeless, long_text, passes, race
 from tqdm import tqdm
 
 import nudging_hf
@@ -108,7 +107,9 @@ def jobs(args: argparse.Namespace, size: Size, find: Find) -> Iterator[Iterable[
 def setup_of(size: Size) -> Row:
     """All on which a timing depends, and that one run must not mix."""
     code = [
-        path.read_text() for folder in (HERE, Path(nudging_hf.__file__).parent) for path in sorted(folder.glob("*.py"))
+        path.read_text()
+        for folder in (HERE, Path(nudging_hf.__file__).parent)
+        for path in sorted(folder.rglob("*.py"))
     ]
     what = asdict(replace(size, tasks=list(size.tasks), noise=list(size.noise), thresholds=list(size.thresholds)))
     return {
@@ -137,30 +138,6 @@ def _cpu() -> str:
     return f"{name} ({', '.join(known)})"
 
 
-class Book:
-    """The journal, by keys: what is written there is not done again."""
-
-    def __init__(self, journal: Journal):
-        self._journal = journal
-        self._rows = {json.dumps(row["key"], sort_keys=True): row for row in journal.rows}
-
-    def find(self, key: Key) -> Row | None:
-        return self._rows.get(json.dumps(key, sort_keys=True))
-
-    def done(self, unit: Unit) -> bool:
-        """Does a unit that is not done yet; whether it had to."""
-        if self.find(unit.key) is not None:
-            return False
-        row = {**unit.key, **unit.work(), "key": unit.key}
-        self._journal.add(row)
-        self._rows[json.dumps(unit.key, sort_keys=True)] = row
-        return True
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return list(self._rows.values())
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -176,14 +153,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.fresh:
         (out / "journal.jsonl").unlink(missing_ok=True)
     setup = setup_of(size)
-    book = Book(Journal(out / "journal.jsonl", setup))
+    journal = Journal(out / "journal.jsonl", setup)
     with tqdm(unit="runs") as progress:
-        for job in jobs(args, size, book.find):
+        for job in jobs(args, size, journal.find):
             for unit in job:
                 progress.set_description(f"{unit.key['scenario']}: {unit.label}")
-                book.done(unit)
+                journal.once(unit.key, unit.row)
                 progress.update()
-    figures = tables.summary(book.rows)
+    figures = tables.summary(journal.results)
     text = tables.markdown(setup, figures)
     (out / "results.json").write_text(json.dumps({"setup": setup, **figures}, indent=1) + "\n")
     (out / "tables.md").write_text(text)

@@ -14,15 +14,16 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from contestants import (
+from meters import Meter, PeakMemory, Stopwatch, cache_bytes, weight_bytes, weights
+from racers import (
     ADAPTIVE,
     ALONE,
     BASE,
-    CONTESTANTS,
     OWN,
+    RACERS,
     SHARED,
-    Contestant,
     LMs,
+    Racer,
     Work,
     base_alone,
     contradicting,
@@ -30,16 +31,17 @@ from contestants import (
     load,
     nudged,
     nudged_output,
-    nudging_contestant,
+    nudged_racer,
     widths,
 )
-from meters import Meter, PeakMemory, Stopwatch, cache_bytes, weight_bytes, weights
 from transformers import DynamicCache
 from widen import with_noise
 
 from nudging_hf.core.transformers_private import CACHE
-from nudging_hf.study.demo import LM, MAX_NEW_TOKENS, Question
+from nudging_hf.study.demo import MAX_NEW_TOKENS
 from nudging_hf.study.journal import digest
+from nudging_hf.study.prompts import Prompt
+from nudging_hf.study.reader import Reader
 
 Key = dict[str, Any]
 Row = dict[str, Any]
@@ -87,6 +89,10 @@ class Unit(NamedTuple):
     key: Key
     work: Callable[[], Row]
 
+    def row(self) -> Row:
+        """Does the work, and returns its key and its figures in one row."""
+        return {**self.key, **self.work()}
+
     @property
     def label(self) -> str:
         return str(self.key.get("contestant", self.key["scenario"]))
@@ -103,16 +109,16 @@ class Models:
     dtype: str
     loaded: LMs = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> LM:
+    def __getitem__(self, name: str) -> Reader:
         if name not in self.loaded:
             self.loaded[name] = load(name, widths(self.width)[name], self.dtype)
         return self.loaded[name]
 
-    def of(self, contestant: Contestant) -> LMs:
+    def of(self, contestant: Racer) -> LMs:
         return {name: self[name] for name in contestant.models}
 
 
-def measure(contestant: Contestant, lms: LMs, work: Work) -> tuple[Row, list[list[int]]]:
+def measure(contestant: Racer, lms: LMs, work: Work) -> tuple[Row, list[list[int]]]:
     """Lets a contestant write once; what that took, and the ids of the answers."""
     prompts = [work.prompts(lm)[0].numel() for lm in lms.values()]
     with PeakMemory() as memory, Meter({name: lm.model for name, lm in lms.items()}) as meter:
@@ -140,9 +146,9 @@ def measure(contestant: Contestant, lms: LMs, work: Work) -> tuple[Row, list[lis
 # The race -----------------------------------------------------------------------------------------------------------
 
 
-def groups(size: Size, batch: int) -> list[list[Question]]:
+def groups(size: Size, batch: int) -> list[list[Prompt]]:
     """The questions of each call."""
-    drawn: dict[str, list[Question]] = {}
+    drawn: dict[str, list[Prompt]] = {}
     for question in dev_questions(max(size.questions, batch)):
         if not size.tasks or question.task in size.tasks:
             drawn.setdefault(question.task, []).append(question)
@@ -155,23 +161,23 @@ def groups(size: Size, batch: int) -> list[list[Question]]:
 def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
     """Every contestant on the same questions, in turn."""
     models = Models(size.width, dtype)
-    runners = [each for each in CONTESTANTS if each.in_batches or batch == 1]
+    runners = [each for each in RACERS if each.in_batches or batch == 1]
     calls = groups(size, batch)
     key = {"scenario": "race", "dtype": dtype, "batch": batch}
     answered: set[str] = set()  # Calls to which both pairs have answered in this run.
 
-    def lengths(call: str, questions: list[Question]) -> Row:
+    def lengths(call: str, questions: list[Prompt]) -> Row:
         """How long a nudged answer is; others write as much. Not timed: it warms everything up."""
         if not answered:
             for each in runners:
                 each.write(models.of(each), Work(questions).of_length(6))
         answered.add(call)
         asked = Work(questions, max_new_tokens=size.max_new_tokens)
-        shared, own = (nudging_contestant(small, ADAPTIVE) for small in (SHARED, OWN))
+        shared, own = (nudged_racer(small, ADAPTIVE) for small in (SHARED, OWN))
         own.write(models.of(own), asked)
         return {"lengths": [len(answer) for answer in shared.write(models.of(shared), asked)]}
 
-    def run(contestant: Contestant, call: str, questions: list[Question], own: Row) -> Row:
+    def run(contestant: Racer, call: str, questions: list[Prompt], own: Row) -> Row:
         if call not in answered:  # An earlier run found the lengths out.
             lengths(call, questions)
         work = Work(questions, lengths=own["lengths"], max_new_tokens=size.max_new_tokens)
@@ -273,11 +279,11 @@ def agreement(size: Size, dtype: str) -> Iterator[Unit]:
     """The speed-up against how often the nudging model would have written the next token of the answer itself."""
     questions = dev_questions(1)[: size.short_questions]
     base = Models(size.width, dtype)
-    runner = nudging_contestant(SHARED, ADAPTIVE)
+    runner = nudged_racer(SHARED, ADAPTIVE)
     for share in size.noise:
         noisy: LMs = {}
 
-        def run(share: float, threshold: float, question: Question, noisy: LMs = noisy) -> Row:
+        def run(share: float, threshold: float, question: Prompt, noisy: LMs = noisy) -> Row:
             if not noisy:
                 noisy[SHARED] = load(SHARED, widths(size.width)[SHARED], dtype, lambda lm: with_noise(lm.model, share))
             lms = {BASE: base[BASE], SHARED: noisy[SHARED]}
@@ -305,7 +311,7 @@ def agreement(size: Size, dtype: str) -> Iterator[Unit]:
 
 
 @torch.no_grad()
-def own_share(lm: LM, question: Question, answer: list[int]) -> float:
+def own_share(lm: Reader, question: Prompt, answer: list[int]) -> float:
     """The share of an answer's tokens that the model, given all before, would have written itself."""
     prompt, _ = lm.padded_prompts([question])
     ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
@@ -317,10 +323,10 @@ def hopeless(size: Size, dtype: str) -> Iterator[Unit]:
     """Where drafting cannot help: the base is always sure of itself, and the nudging model contradicts itself."""
     questions = dev_questions(1)[: size.short_questions]
     models = Models(size.width, dtype)
-    runners = [ALONE, *(nudging_contestant(small, draft) for small in (SHARED, OWN) for draft in (ADAPTIVE, 0))]
+    runners = [ALONE, *(nudged_racer(small, draft) for small in (SHARED, OWN) for draft in (ADAPTIVE, 0))]
     warm = False
 
-    def run(contestant: Contestant, question: Question) -> Row:
+    def run(contestant: Racer, question: Prompt) -> Row:
         nonlocal warm
         for name in (SHARED, OWN):
             if name not in models.loaded:
@@ -371,7 +377,7 @@ def long_text(size: Size) -> Iterator[Unit]:
         return nudged(lms, work, SHARED, draft, min_new_tokens=work.max_new_tokens, **kwargs)
 
     runners: dict[str, Callable[..., Any]] = {ALONE.name: base_alone}
-    runners |= {nudging_contestant(SHARED, draft).name: partial(endless, draft=draft) for draft in (ADAPTIVE, 0)}
+    runners |= {nudged_racer(SHARED, draft).name: partial(endless, draft=draft) for draft in (ADAPTIVE, 0)}
     for turn in range(size.rounds):
         for name, write in runners.items():
             key = {"scenario": "long", "round": turn, "contestant": name}

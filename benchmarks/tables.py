@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from contestants import ADAPTIVE, ALONE, BASE, CONTESTANTS, OWN, SHARED, nudging_contestant
+from racers import ADAPTIVE, ALONE, BASE, OWN, RACERS, SHARED, nudged_racer
 from scenarios import CONTEXTS, FAR_WIDTHS, LONG_BIN, PASS_WIDTHS, quartiles
+
+from nudging_hf.study.tables import markdown_table
 
 Row = dict[str, Any]
 FAR = 32768  # Tokens, to which the cost of long text is reckoned.
-NUDGED = {small: nudging_contestant(small, ADAPTIVE).name for small in (SHARED, OWN)}
+NUDGED = {small: nudged_racer(small, ADAPTIVE).name for small in (SHARED, OWN)}
 
 
 def summary(rows: Sequence[Row]) -> Row:
@@ -84,11 +86,11 @@ def _median(rows: Sequence[Row], value: Any) -> float:
 
 def _race(rows: Sequence[Row], dtype: str, batch: int) -> Row:
     timed = [row for row in rows if _is_timed_race(row) and (row["dtype"], row["batch"]) == (dtype, batch)]
-    by_name = {each.name: [row for row in timed if row["contestant"] == each.name] for each in CONTESTANTS}
+    by_name = {each.name: [row for row in timed if row["contestant"] == each.name] for each in RACERS}
     alone = by_name[ALONE.name]
     tasks = sorted({row["task"] for row in timed})
     found = []
-    for contestant in CONTESTANTS:
+    for contestant in RACERS:
         own = by_name[contestant.name]
         if not own or not alone:
             continue
@@ -115,7 +117,7 @@ def _race(rows: Sequence[Row], dtype: str, batch: int) -> Row:
             **_memory(own),
         })  # fmt: skip
     drafted = {
-        small: [each for each in CONTESTANTS if each.draft is not None and each.draft[0] == small]
+        small: [each for each in RACERS if each.draft is not None and each.draft[0] == small]
         for small in (SHARED, OWN)
     }
     return {
@@ -268,7 +270,7 @@ def markdown(setup: Row, figures: Row) -> str:
     if figures["hopeless"]:
         parts.append(
             "Where drafting cannot help (γ = 0, a nudging model that writes another token than it would):\n\n"
-            + _table(
+            + markdown_table(
                 ["", "tokens/s", "× base alone", "quartiles"],
                 [[h["contestant"], f"{h['tokens_per_second']:.2f}", *_ratio(h)] for h in figures["hopeless"]],
             )
@@ -277,7 +279,7 @@ def markdown(setup: Row, figures: Row) -> str:
         parts.append(
             f"Speed-up against agreement ({figures['agreement'][0]['dtype']}, batch 1): the nudging model's weights "
             "mixed with noise; agreement is how many of the answer's tokens it would have written itself.\n\n"
-            + _table(
+            + markdown_table(
                 ["noise", "γ", "agreement", "nudged tokens", "× base alone"],
                 [
                     [
@@ -305,7 +307,7 @@ def _passes_table(measured: Row) -> str:
         for p in measured["passes"]
     ]  # fmt: skip
     sizes = ", ".join(f"{name} {count / 1e6:.0f} M" for name, count in measured["parameters"].items())
-    return f"Forward passes in {measured['dtype']} ({sizes} parameters):\n\n" + _table(
+    return f"Forward passes in {measured['dtype']} ({sizes} parameters):\n\n" + markdown_table(
         ["model", "rows", "tokens a row", "in the cache", "ms", "× base, 1 row, 1 token"], rows
     )
 
@@ -341,12 +343,12 @@ def _race_table(race: Row) -> str:
             notes.append(
                 f"**{name}: {answers['differing']} of {answers['of']} ANSWERS DIFFER by draft length or run.**"
             )
-    return "\n\n".join([f"{race['dtype']}, batch {race['batch']}:", _table(header, rows), *notes])
+    return "\n\n".join([f"{race['dtype']}, batch {race['batch']}:", markdown_table(header, rows), *notes])
 
 
 def _memory_table(measured: Sequence[Row]) -> str:
     shares = [each["peak_over_weights_and_caches"] for each in measured]
-    return "The peak of memory in a process of its own, in weights and caches:\n\n" + _table(
+    return "The peak of memory in a process of its own, in weights and caches:\n\n" + markdown_table(
         ["", *(f"{each['dtype']}, batch {each['batch']}" for each in measured)],
         [[name, *(_share(each[name]) for each in shares)] for name in shares[0]],
     )
@@ -358,7 +360,7 @@ def _long_table(figures: Row) -> str:
         [str(tokens), *(f"{1000 * each['seconds_per_token'][i]:.2f}" for each in longs)]
         for i, tokens in enumerate(longs[0]["tokens"])
     ]
-    text = "Milliseconds a token as an answer grows (the mini pair unwidened, float32):\n\n" + _table(
+    text = "Milliseconds a token as an answer grows (the mini pair unwidened, float32):\n\n" + markdown_table(
         ["tokens", *(each["contestant"] for each in longs)], rows
     )
     for far in figures["far"]:
@@ -378,18 +380,13 @@ def _ratio(row: Row) -> list[str]:
     return [f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def plot(figures: Row, path: Path) -> None:
     """Draws what there are figures of: races, passes, agreement, long text."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 11), layout="constrained")
     (race_axes, pass_axes), (agreement_axes, long_axes) = figure.subplots(2, 2)
-    names = [each.name for each in CONTESTANTS]
+    names = [each.name for each in RACERS]
     for i, race in enumerate(figures["races"]):
         ratios = {c["contestant"]: c for c in race["contestants"]}
         places = [len(names) - n + 0.8 * i / len(figures["races"]) for n, name in enumerate(names) if name in ratios]

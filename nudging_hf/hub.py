@@ -1,4 +1,4 @@
-"""What goes to the Hugging Face Hub: carried code, model folders, uploads. It knows files, never decoding."""
+"""Code, model folders and uploads for the Hugging Face Hub. It knows files, never decoding."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .chats import REASONING_TEMPLATE, turn_template
 from .core.config import NudgingConfig
+from .hub_readme import refresh_lists
 
 logger = logging.getLogger(__name__)
 
 CODE, NUDGING_MODEL = "custom_generate", "nudging_model"
-# transformers reads `name op version`, and only the first clause of a line.
+# transformers reads lines of the form `name op version`, and of each only the first clause.
 REQUIREMENTS = ("torch>=2.4", "transformers>=5.12")
 
 _CORE = Path(__file__).parent / "core"
 _NOT_KEPT = ("_from_model_config", "transformers_version")
-# Fields that act on sampling or on beams alone, with the values with which they change nothing there either.
-_OF_SAMPLING = {
+# Fields that act on sampling alone, and fields that act on beams alone, each with the value that changes nothing.
+_SAMPLING_FIELDS = {
     "temperature": 1.0,
     "top_k": 50,
     "top_p": 1.0,
@@ -38,7 +39,7 @@ _OF_SAMPLING = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-_OF_BEAMS = {"early_stopping": False, "length_penalty": 1.0}
+_BEAM_FIELDS = {"early_stopping": False, "length_penalty": 1.0}
 _NOT_UPLOADED = ("*.pyc", "*.DS_Store", *DEFAULT_IGNORE_PATTERNS)
 
 
@@ -46,14 +47,15 @@ _NOT_UPLOADED = ("*.pyc", "*.DS_Store", *DEFAULT_IGNORE_PATTERNS)
 
 
 def carried_modules() -> list[Path]:
-    """The package's files that a Hub folder carries: the modules of `nudging_hf.core`."""
+    """The files of the package that a Hub folder carries: the modules of `nudging_hf.core`."""
     return sorted(_CORE.glob("[!_]*.py"))
 
 
 def write_code(folder: str | os.PathLike[str]) -> Path:
     """Writes `folder/custom_generate`: the code with which `folder` can be given as `custom_generate=`.
 
-    The modules are the package's own, byte for byte. Modules that an earlier version left there are removed.
+    The modules are the package's own, byte for byte. Modules that an earlier version left there are removed. If
+    `folder/README.md` has lists of arguments and limits, as `hub_readme` marks them, they are brought up to date.
 
     Returns:
         The path of `custom_generate`.
@@ -65,6 +67,7 @@ def write_code(folder: str | os.PathLike[str]) -> Path:
     for module in carried_modules():
         shutil.copyfile(module, code / module.name)
     (code / "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS), encoding="utf-8")
+    refresh_lists(Path(folder, "README.md"))
     return code
 
 
@@ -78,36 +81,36 @@ def export(
     *,
     base_template: str = REASONING_TEMPLATE,
     overwrite: bool = False,
-    **knobs: Any,
+    **parameters: Any,
 ) -> Path:
-    r"""Writes a model folder that nudges by itself, where it is loaded with `trust_remote_code=True`.
+    r"""Writes a model folder that nudges by itself if it is loaded with `trust_remote_code=True`.
 
     The folder holds the base (safetensors, in the dtype in which it was saved), its tokenizer with a chat template
-    that makes the base's plain prompt, the code, the names and knobs in its generation config, and a model card. A
-    nudging model that is a folder is copied into it; one on the Hub is named. Fields of a generation config that have
-    no effect, such as a temperature where nothing is drawn, and with which transformers would not save it, are left
-    out, and a warning names them.
+    that makes the base's plain prompt, the code, a generation config that names the nudging model and the given
+    parameters, and a model card. A nudging model that is a folder is copied into it; one on the Hub is named.
+    transformers does not save a generation config whose fields have no effect, such as a temperature without sampling.
+    Such fields are left out, and a warning names them.
 
     Args:
         base: the large base model: a folder, or a name on the Hugging Face Hub.
         nudging_model: the small aligned model, likewise.
         out: the folder to be written.
         base_template: one turn of the base's prompt, as [`plain_prompt`] takes it.
-        overwrite: whether `out` may be a model folder that is there already; it is replaced when all else is done.
-        knobs: fields of [`NudgingConfig`] that the folder's generation config is to set.
+        overwrite: whether `out` may be a model folder that exists; it is replaced after everything else is done.
+        parameters: fields of [`NudgingConfig`] that the folder's generation config is to set.
 
     Returns:
         The path of the folder.
 
     Raises:
-        ValueError: for models that cannot be loaded, weights that are not safetensors, a template or knobs out of
-            range, and an `out` that would be lost.
+        ValueError: for models that cannot be loaded, weights that are not safetensors, a template or parameters out
+            of range, and an `out` that would be lost.
 
     Example:
         nudging_hf.hub.export("models/base", "models/nudging", "models/nudged", nudge_threshold=0.4)
     """
     out, base, nudging_model = Path(out).resolve(), os.fspath(base), os.fspath(nudging_model)
-    NudgingConfig(**knobs)
+    NudgingConfig(**parameters)
     plain_chat_template(base_template)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
@@ -124,7 +127,7 @@ def export(
         made = Path(scratch, out.name)
         made.mkdir()
         named = f"./{NUDGING_MODEL}" if copied else nudging_model
-        _save_base(base, made, base_template, knobs | {"nudging_model_name_or_path": named})
+        _save_base(base, made, base_template, parameters | {"nudging_model_name_or_path": named})
         if copied:
             model, tokenizer = _load(nudging_model, "nudging model")
             model.generation_config = _savable(model.generation_config, nudging_model, "nudging model")
@@ -132,7 +135,7 @@ def export(
             tokenizer.save_pretrained(made / NUDGING_MODEL)
         write_code(made)
         hub_names = [name for name in (base, nudging_model) if not Path(name).is_dir()]
-        (made / "README.md").write_text(_model_card(out.name, hub_names, named, knobs), encoding="utf-8")
+        (made / "README.md").write_text(_model_card(out.name, hub_names, named, parameters), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)
@@ -142,7 +145,7 @@ def export(
 def _save_base(name: str, folder: Path, base_template: str, fields: dict[str, Any]) -> None:
     """Saves the base and its tokenizer. On return nothing holds its weights any more."""
     model, tokenizer = _load(name, "base")
-    # A fresh config: one that is marked as made from the model's loses fields of nudging when it is loaded.
+    # A fresh config is made: one that is marked as made from the model's loses fields of nudging when it is loaded.
     own = model.generation_config.to_dict()
     own = {key: value for key, value in own.items() if key not in _NOT_KEPT and value is not None}
     model.generation_config = _savable(GenerationConfig(**own | fields), name, "base")
@@ -152,12 +155,12 @@ def _save_base(name: str, folder: Path, base_template: str, fields: dict[str, An
 
 
 def _refuse_broken_generation_config(name: str, whose: str) -> None:
-    """Refuses what `from_pretrained` of a model fails at without naming the file, or passes over in silence."""
+    """Refuses a config on which `from_pretrained` of a model fails without naming the file, or which it ignores."""
     try:
         GenerationConfig.from_pretrained(name)
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, OSError) and not Path(name, "generation_config.json").is_file():
-            return  # It has none, or is not reached; the latter is seen when the model is loaded.
+            return  # The model has none, or cannot be reached, which shows when it is loaded.
         raise ValueError(
             f"The generation_config.json of the {whose} {name!r} is one that transformers does not read: "
             f"{' '.join(str(error).split())} Mend it there."
@@ -165,18 +168,18 @@ def _refuse_broken_generation_config(name: str, whose: str) -> None:
 
 
 def _savable(config: GenerationConfig, name: str, whose: str) -> GenerationConfig:
-    """A generation config without the fields that have no effect, if it cannot be saved with them.
+    """The generation config, without the fields that have no effect if it cannot be saved with them.
 
-    Many published ones cannot, Llama 2's for one: transformers has become stricter since.
+    Many published configs cannot, such as that of Llama 2, because transformers has become stricter since.
 
     Raises:
-        ValueError: for one that cannot be saved without them either.
+        ValueError: if it cannot be saved without them either.
     """
     if _why_not_saved(config) is None:
         return config
-    idle: dict[str, Any] = {} if config.do_sample is True else dict(_OF_SAMPLING)
+    idle: dict[str, Any] = {} if config.do_sample is True else dict(_SAMPLING_FIELDS)
     if config.num_beams in (None, 1):
-        idle |= _OF_BEAMS
+        idle |= _BEAM_FIELDS
     if config.use_cache is False:
         idle["cache_implementation"] = None
     if config.return_dict_in_generate is not True:
@@ -206,16 +209,16 @@ def _savable(config: GenerationConfig, name: str, whose: str) -> GenerationConfi
 
 
 def _why_not_saved(config: GenerationConfig) -> str | None:
-    """What transformers says against saving a generation config, in one line; `None` where it saves it."""
+    """Why transformers does not save a generation config, in one line; `None` if it does."""
     try:
         config.validate(strict=True)
-    except (ValueError, TypeError) as error:  # It compares numbers with whatever stands in the file.
+    except (ValueError, TypeError) as error:  # It compares numbers with values of any type.
         return " ".join(str(error).split())
     return None
 
 
 def _is_folder(name: str, whose: str) -> bool:
-    """Whether a model is a folder; else it is on the Hub."""
+    """Whether a model is a folder; otherwise it is on the Hub."""
     if Path(name).is_dir():
         return True
     if name.startswith((".", "/", "~")):
@@ -224,7 +227,7 @@ def _is_folder(name: str, whose: str) -> bool:
 
 
 def _load(name: str, whose: str) -> tuple[Any, Any]:
-    """A model with its weights as they were saved, and its tokenizer, neither bound to code of their own."""
+    """A model with its weights as they were saved, and its tokenizer, neither of which needs code of its own."""
     _is_folder(name, whose)
     _refuse_broken_generation_config(name, whose)
     try:
@@ -235,7 +238,7 @@ def _load(name: str, whose: str) -> tuple[Any, Any]:
             f"The {whose} {name!r} cannot be loaded. It must be a causal language model that transformers knows, with "
             f"its tokenizer and its weights as safetensors, as `save_pretrained` writes them: {error}"
         ) from error
-    # Code that transformers did without here must not be asked for where the folder is trusted.
+    # transformers did without their own code here, so it must not ask for that code when the folder is trusted.
     vars(model.config).pop("auto_map", None)
     tokenizer.init_kwargs.pop("auto_map", None)
     return model, tokenizer
@@ -249,7 +252,7 @@ def plain_chat_template(base_template: str = REASONING_TEMPLATE, opening: str = 
 
     Args:
         base_template: one turn, as `plain_prompt` takes it.
-        opening: what stands before the prompt, such as a BOS token.
+        opening: the text before the prompt, such as a BOS token.
 
     Raises:
         ValueError: for a template that cannot be filled in.
@@ -258,7 +261,7 @@ def plain_chat_template(base_template: str = REASONING_TEMPLATE, opening: str = 
     return _CHAT_TEMPLATE.substitute(opening=_quoted(opening), first=first, later=later)
 
 
-# Text stands in expressions alone: of the text around them Jinja would drop line breaks.
+# All text stands in expressions, because Jinja drops line breaks of the text around them.
 _CHAT_TEMPLATE = string.Template("""\
 {%- macro text(message) -%}
     {%- set content = message['content'] -%}
@@ -313,7 +316,7 @@ _CHAT_TEMPLATE = string.Template("""\
 
 
 def _jinja_of(template: str) -> str:
-    """A Jinja expression that is worth `template.format(user=user, system=system)`."""
+    """A Jinja expression whose value is `template.format(user=user, system=system)`."""
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):
         if literal:
@@ -324,15 +327,15 @@ def _jinja_of(template: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of Jinja, whose escapes are Python's: of a character beyond 16 bits JSON's would make two."""
+    """A string of Jinja. Its escapes are Python's, and JSON's would split a character beyond 16 bits in two."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _opening(tokenizer: Any) -> str:
-    """What a chat must begin with to be encoded as the tokenizer encodes a plain prompt.
+    """The text with which a chat must begin to be encoded as the tokenizer encodes a plain prompt.
 
-    A tokenizer adds its BOS to a text and not to a chat, whose template writes it. Behind a BOS that is written, some
-    leave out the space that they put before a text's first word.
+    A tokenizer adds its BOS to a text but not to a chat, whose template writes it. After a BOS that is written, some
+    tokenizers leave out the space that they put before the first word of a text.
     """
     ids, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     special = "".join(tokenizer.convert_ids_to_tokens(ids[: len(ids) - len(bare)]))
@@ -349,7 +352,7 @@ def _opening(tokenizer: Any) -> str:
 
 
 def files_to_push(folder: str | os.PathLike[str]) -> dict[str, int]:
-    """What [`push`] uploads: paths within the folder, sorted, with their sizes in bytes.
+    """The files that [`push`] uploads: sorted paths within the folder, with their sizes in bytes.
 
     Raises:
         ValueError: if the folder carries no code.
@@ -367,13 +370,13 @@ def files_to_push(folder: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Uploads a folder to a model repository on the Hugging Face Hub, which is made where there is none.
+    """Uploads a folder to a model repository on the Hugging Face Hub, which is created if there is none.
 
     Args:
-        folder: what [`export`] wrote, or any folder with `custom_generate`.
-        repo_id: such as "owner/name".
+        folder: a folder that [`export`] wrote, or any folder with `custom_generate`.
+        repo_id: the name of the repository, such as "owner/name".
         private: whether a new repository is to be private; one that exists stays as it is.
-        revision: a branch, which is made where there is none; left out, the main one.
+        revision: a branch, which is created if there is none; the main one if it is left out.
 
     Returns:
         The address of the commit.
@@ -384,7 +387,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
     files_to_push(folder)
     validate_repo_id(repo_id)
     api = HfApi()
-    # `None` leaves it to the owner's settings.
+    # `None` leaves the choice to the owner's settings.
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -401,14 +404,14 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
 # The card of a model -------------------------------------------------------------------------------------------------
 
 
-def _model_card(title: str, hub_names: list[str], nudging_model: str, knobs: dict[str, Any]) -> str:
+def _model_card(title: str, hub_names: list[str], nudging_model: str, parameters: dict[str, Any]) -> str:
     base_models = "".join(f"\n- {name}" for name in hub_names)
-    set_knobs = ", ".join(f"`{name}={value!r}`" for name, value in knobs.items())
+    assigned = ", ".join(f"`{name}={value!r}`" for name, value in parameters.items())
     return _MODEL_CARD.format(
         title=title,
         base_models=f"\nbase_model:{base_models}" if hub_names else "",
         nudging_model=nudging_model,
-        knobs=f" with {set_knobs}" if knobs else "",
+        parameters=f" with {assigned}" if parameters else "",
     )
 
 
@@ -425,7 +428,7 @@ tags:
 
 A base model, and a small aligned model that writes the words where the base is unsure: nudging
 ([arXiv 2410.09300](https://arxiv.org/abs/2410.09300)). The nudging model is `{nudging_model}`, named in
-`generation_config.json`{knobs}; it is loaded with the first answer.
+`generation_config.json`{parameters}; it is loaded with the first answer.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -444,8 +447,8 @@ print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_toke
 `custom_generate/` alone. With the package `nudging_hf` installed, `nudging_hf.register()` nudges this model without
 it.
 
-- `model.generate(..., nudge_threshold=0.3)` changes a knob for one call, `nudging_model=None` asks the base alone,
-  `return_dict_in_generate=True` tells who wrote what (`nudged_mask`).
+- `model.generate(..., nudge_threshold=0.3)` changes a parameter for one call, `nudging_model=None` asks the base
+  alone, and `return_dict_in_generate=True` tells who wrote what (`nudged_mask`).
 - The chat template makes the plain prompt that a base understands. The nudging model is given the prompt's text as a
   user turn of its own template, or what `nudging_input_ids=` says.
 - A `generation_config=` given to `from_pretrained` makes transformers leave the code alone too.

@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from itertools import groupby
-from pathlib import Path
 
+from . import html_page
 from .provenance import Piece, count_nudged_words
 
 
 @dataclass(frozen=True)
-class Answer:
+class MarkedAnswer:
     """One answer of a page.
 
     Args:
         prompt: what was asked.
-        pieces: the answer, as [`~provenance.pieces_of`] gives it. A piece with `top1` shows it when it is pointed at.
-        figures: what else to say of it, by name, such as `{"finished": "eos"}`.
+        pieces: the answer, as [`~provenance.pieces_of`] returns it. A piece with `top1` shows it when pointed at.
+        figures: what else the page says about the answer, by name, such as `{"finished": "eos"}`.
     """
 
     prompt: str
@@ -28,98 +27,100 @@ class Answer:
 
 
 def write(
-    path: str | os.PathLike[str], answers: Sequence[Answer], threshold: float | None, title: str = "Nudged answers"
+    path: str | os.PathLike[str],
+    answers: Sequence[MarkedAnswer],
+    threshold: float | None,
+    title: str = "Nudged answers",
 ) -> None:
-    """Writes [`render`]'s page to a file."""
-    Path(path).write_text(render(answers, threshold, title), encoding="utf-8", newline="\n")
+    """Writes the page of [`render`] to a file."""
+    html_page.write(path, render(answers, threshold, title))
 
 
-def render(answers: Sequence[Answer], threshold: float | None, title: str = "Nudged answers") -> str:
-    """A page that needs nothing but itself: each answer with the nudging model's words highlighted.
+def render(answers: Sequence[MarkedAnswer], threshold: float | None, title: str = "Nudged answers") -> str:
+    """A page that shows each answer with the nudging model's words highlighted.
 
     The base's top-1 probability at a piece is shown when the piece is pointed at, touched, or reached with the Tab
     key. The text of an element of class "text", parsed, is the prompt or the answer to the last character.
 
     Args:
         answers: one or more.
-        threshold: γ, below which the base was unsure; `None` where another measure, or no fixed one, told that.
-        title: of the page.
+        threshold: γ, below which the base was unsure; `None` if another measure, or no fixed one, decided that.
+        title: the title of the page.
     """
     counts = [count_nudged_words(answer.pieces) for answer in answers]
     nudged, words = sum(count[0] for count in counts), sum(count[1] for count in counts)
-    several = f"{len(answers)} answers, {_of(nudged, words)} words nudged. " if len(answers) > 1 else ""
-    unsure = "" if threshold is None else f": below γ = {threshold:g} the base is unsure"
-    body = "\n".join(_answer(answer, threshold) for answer in answers)
-    html = _PAGE.format(title=escape(title), style=_STYLE, unsure=unsure, several=several, answers=body)
-    return html.replace("\r", "&#13;")  # A parser makes a line feed of a carriage return that is not spelt out.
-
-
-def _answer(answer: Answer, threshold: float | None) -> str:
-    figures = {"nudged words": _of(*count_nudged_words(answer.pieces)), **answer.figures}
-    return (
-        "<article>\n<h2>Prompt</h2>\n"
-        f'<div class="text prompt" dir="auto">{escape(answer.prompt)}</div>\n<h2>Answer</h2>\n'
-        f'<div class="text answer" dir="auto">{_marked(answer.pieces, threshold)}</div>\n<dl>'
-        + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in figures.items())
-        + "</dl>\n</article>"
+    return html_page.render(
+        _TEMPLATE,
+        title=title,
+        style=_STYLE,
+        several=f"{len(answers)} answers, {_of(nudged, words)} words nudged. " if len(answers) > 1 else "",
+        unsure="" if threshold is None else f": below γ = {threshold:g} the base is unsure",
+        answers=[
+            {
+                "prompt": answer.prompt,
+                "runs": _runs(answer.pieces, threshold),
+                "figures": [("nudged words", _of(*count)), *answer.figures.items()],
+            }
+            for answer, count in zip(answers, counts, strict=True)
+        ],
     )
 
 
-def _marked(pieces: Iterable[Piece], threshold: float | None) -> str:
-    """The pieces, with a mark around neighbours of the nudging model, but not around the white space at their ends."""
-    html = ""
+# A part of a text, and the base's top-1 probability there as it is shown; "" if none is.
+_Part = tuple[str, str]
+
+
+def _runs(pieces: Iterable[Piece], threshold: float | None) -> list[tuple[bool, list[_Part]]]:
+    """Runs of parts by one author, and whether that is the nudging model. White space around is not marked."""
+    runs = []
     for nudged, group in groupby(pieces, key=lambda piece: piece.nudged):
-        run = "".join(_piece(piece, threshold) for piece in group)
-        before, body, after = _trimmed(run)
-        html += f"{before}<mark>{body}</mark>{after}" if nudged and body else run
-    return html
+        parts = [part for piece in group for part in _parts(piece, threshold)]
+        inked = [i for i, (text, _) in enumerate(parts) if text.strip()]
+        start, end = (inked[0], inked[-1] + 1) if inked else (0, 0)
+        runs += [(False, parts[:start]), (nudged, parts[start:end]), (False, parts[end:])]
+    return [run for run in runs if run[1]]
 
 
-def _piece(piece: Piece, threshold: float | None) -> str:
-    before, body, after = _trimmed(escape(piece.text))
-    if piece.top1 is None or not body:
-        return before + body + after
-    tip = f"{piece.top1:.3f}"
-    if threshold is not None:
-        tip += " ≥ γ" if piece.top1 >= threshold else " &lt; γ"
-    return f'{before}<span tabindex="0" data-tip="{tip}">{body}</span>{after}'
-
-
-def _trimmed(html: str) -> tuple[str, str, str]:
-    """The white space before and behind, and what it stands around."""
-    body = html.strip()
-    start = html.index(body)
-    return html[:start], body, html[start + len(body) :]
+def _parts(piece: Piece, threshold: float | None) -> list[_Part]:
+    """The white space before a piece, the piece with its top-1 probability, and the white space after it."""
+    body = piece.text.strip()
+    start = piece.text.index(body)
+    tip = ""
+    if piece.top1 is not None:
+        tip = f"{piece.top1:.3f}"
+        if threshold is not None:
+            tip += " ≥ γ" if piece.top1 >= threshold else " < γ"
+    return [(piece.text[:start], ""), (body, tip), (piece.text[start + len(body) :], "")]
 
 
 def _of(part: int, whole: int) -> str:
     return f"{part} of {whole}" + (f" ({part / whole:.0%})" if whole else "")
 
 
-# The policy makes sure that the page loads and runs nothing, whatever a model has written. Orange is told from black
-# and white by every kind of colour vision, and the line under a nudged word needs no colour at all.
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-<h1>{title}</h1>
-<p>{several}<mark>Words like these</mark> are the nudging model's, all others the base's. Point at a piece of an \
+# Every kind of colour vision tells orange from black and white, and the line under a nudged word needs no colour.
+_TEMPLATE = """\
+{% extends "page" %}
+{% block header %}
+<p>{{ several }}<mark>Words like these</mark> are the nudging model's, all others the base's. Point at a piece of an \
 answer, or step through it with the Tab key, to see the probability of the base's most probable token \
-there{unsure}.</p>
-</header>
-<main>
-{answers}
-</main>
-</body>
-</html>
+there{{ unsure }}.</p>
+{% endblock %}
+{% block main %}
+{% for answer in answers %}
+<article>
+<h2>Prompt</h2>
+<div class="text prompt" dir="auto">{{ answer.prompt }}</div>
+<h2>Answer</h2>
+<div class="text answer" dir="auto">
+{%- for nudged, parts in answer.runs %}{% if nudged %}<mark>{% endif %}
+{%- for text, tip in parts %}
+{%- if tip and text %}<span tabindex="0" data-tip="{{ tip }}">{{ text }}</span>{% else %}{{ text }}{% endif %}
+{%- endfor %}{% if nudged %}</mark>{% endif %}{% endfor -%}
+</div>
+<dl>{% for name, value in answer.figures %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+</article>
+{% endfor %}
+{% endblock %}
 """
 
 _STYLE = """:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #5c5c5c; --rule: #d8d8d8;

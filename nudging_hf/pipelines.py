@@ -14,20 +14,20 @@ from transformers.utils.chat_template_utils import Chat
 
 from .chats import REASONING_TEMPLATE, chat_inputs, turn_template, validate_no_surrogates
 from .core.generate import generate, loaded_vocabulary
-from .core.named_model import named_nudging_model
 from .core.transformers_private import arguments_of_pipeline
+from .pair import Pair, nudging_model_named_in
 from .provenance import Piece, Span, spans
 
 _PROMPTS = ("input_ids", "attention_mask", "nudging_input_ids", "nudging_attention_mask")
 
-# What the text-generation pipeline takes and this one cannot heed.
+# Arguments of the text-generation pipeline that this one refuses, and what to do instead.
 _REFUSED = {
     "continue_final_message": "the nudging model begins an answer; leave it out, and let the user's message come last",
     "documents": "the base reads no chat template; write them into a message",
     "prefix": "write it in front of the prompt, or into `base_template`",
     "tools": "the base reads no chat template; write them into a message",
 }
-# What says how a string is encoded. A chat's two prompts are made by `base_template` and the chat template.
+# They say how a string is encoded. The two prompts of a chat are made by `base_template` and the chat template.
 _OF_STRINGS = (
     "add_special_tokens",
     "handle_long_generation",
@@ -42,30 +42,30 @@ _OF_STRINGS = (
 class NudgedTextGenerationPipeline(TextGenerationPipeline):
     """Text generation by a base that a small aligned model nudges where it is unsure.
 
-    A string is the base's prompt as it is, and one user turn of the nudging model's chat template. Of a chat, the base
-    is given [`plain_prompt`], and the nudging model its chat template: see [`chat_inputs`]. The ids are those that
-    [`nudging_hf.generate`] gives for these prompts. It decodes greedily, up to 256 new tokens, unless the base's
-    generation config, the constructor or a call says otherwise.
+    A string is the base's prompt as it is, and becomes one user turn of the nudging model's chat template. For a chat,
+    the base is given [`plain_prompt`], and the nudging model its chat template: see [`chat_inputs`]. The ids are those
+    that [`nudging_hf.generate`] returns for these prompts. It decodes greedily, up to 256 new tokens, unless the
+    base's generation config, the constructor or a call says otherwise.
 
     Args:
         model (`PreTrainedModel`):
             The base, a decoder-only language model. `pipeline` takes a folder or a name on the Hub as well.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The base's; left out, it is loaded from the model's `name_or_path`.
+            The base's tokenizer; it is loaded from the model's `name_or_path` if it is left out.
         nudging_model (`PreTrainedModel` or `str`, *optional*):
             The small aligned model, which is moved to the pipeline's device, or the folder or Hub name that it is
-            loaded from, in the base's dtype. Left out, the one that the base's generation config names in
+            loaded from, in the base's dtype. If it is left out, the base's generation config names it in
             `nudging_model_name_or_path`.
         nudging_tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The nudging model's; left out, it is loaded from that model's `name_or_path`.
+            The nudging model's tokenizer; it is loaded from that model's `name_or_path` if it is left out.
         base_template (`str`, *optional*, defaults to [`REASONING_TEMPLATE`]):
             One turn of a chat as the base is given it: see [`plain_prompt`].
         kwargs:
-            What [`TextGenerationPipeline`] and [`nudging_hf.generate`] take, `nudge_threshold` for one; a call may say
-            otherwise. `return_dict_in_generate` has no effect: `return_nudged_spans` says who wrote what.
+            Arguments of [`TextGenerationPipeline`] and of [`nudging_hf.generate`], such as `nudge_threshold`; a call
+            may say otherwise. `return_dict_in_generate` has no effect: `return_nudged_spans` says who wrote what.
 
     Raises:
-        ValueError: where there is no nudging model or tokenizer, and for what nudging or this pipeline cannot do.
+        ValueError: if there is no nudging model or tokenizer, and for what nudging or this pipeline cannot do.
 
     Example:
         nudging_hf.register()
@@ -73,17 +73,17 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
         pipe([{"role": "user", "content": "What is 12 + 7?"}], return_nudged_spans=True)
     """
 
-    _load_tokenizer = None  # Optional: a base that is given as an object may know where its tokenizer is.
+    _load_tokenizer = None  # The tokenizer is optional: a base that is given as an object may name it.
     _default_generation_config = GenerationConfig(max_new_tokens=256, do_sample=False)
 
     def __init__(self, model: Any, tokenizer: Any = None, **kwargs: Any):
         tokenizer = loaded_vocabulary(tokenizer, model, "tokenizer", "base").tokenizer
         super().__init__(model, tokenizer=tokenizer, **kwargs)
         if "nudging_model" not in self._forward_params:
-            named = getattr(self.model.generation_config, "nudging_model_name_or_path", None)
-            pair = self._nudging_pair(named, self._forward_params.get("nudging_tokenizer"))
-            self._preprocess_params.update(pair)
-            self._forward_params.update(pair)
+            named = nudging_model_named_in(self.model)
+            arguments = self._nudging_arguments(named, self._forward_params.get("nudging_tokenizer"))
+            self._preprocess_params.update(arguments)
+            self._forward_params.update(arguments)
 
     def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:
         """Answers one prompt or several.
@@ -94,18 +94,18 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
             return_nudged_spans (`bool`, *optional*, defaults to `False`):
                 Whether each record says who wrote what.
             return_full_text, return_tensors, num_return_sequences, batch_size, streamer, stop_sequence, ...:
-                As the text-generation pipeline takes them. A streamer takes one row at a time.
+                The arguments of the text-generation pipeline. A streamer takes one row at a time.
             kwargs:
-                What the constructor takes beside the base and its tokenizer, for this call.
+                Arguments of the constructor, except the base and its tokenizer, for this call.
 
         Returns:
             A list of records for a single prompt, one for each of `num_return_sequences`; a list of such lists for a
-            list of prompts. A record holds `generated_text`, the prompt (of a chat: its messages) and the answer, or
-            `generated_token_ids`; and with `return_nudged_spans=True` `nudged_spans`: dicts of `text`, `nudged`,
-            `start` and `end`, as of a [`Span`], which joined are the answer's text, prompt left out.
+            list of prompts. A record holds `generated_text`, which is the prompt (the messages of a chat) and the
+            answer, or `generated_token_ids`. With `return_nudged_spans=True` it also holds `nudged_spans`: dicts with
+            the `text`, `nudged`, `start` and `end` of a [`Span`]. Joined, they are the text of the answer.
 
         Raises:
-            ValueError: for what is no prompt, and whatever [`nudging_hf.generate`] refuses.
+            ValueError: for what is no prompt, and for what [`nudging_hf.generate`] refuses.
         """
         if isinstance(text_inputs, (list, tuple)) and not text_inputs:
             raise ValueError("There is no prompt: give a string, a chat (a list of messages), or a list of either.")
@@ -118,36 +118,34 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
             if parameters.get(name):
                 raise ValueError(f"A nudged pipeline takes no `{name}`: {instead}.")
         if "nudging_model" in parameters:
-            # Always both: a constructor's tokenizer does not belong to a call's model.
+            # Both are always set, because the tokenizer of the constructor does not belong to the model of a call.
             given = parameters["nudging_model"], parameters.get("nudging_tokenizer")
-            parameters.update(self._nudging_pair(*given))
+            parameters.update(self._nudging_arguments(*given))
         preprocess, forward, postprocess = super()._sanitize_parameters(**parameters)
         if base_template is not None:
-            turn_template(base_template)  # Refused now, not at the first chat.
+            turn_template(base_template)  # A bad template is refused now, not at the first chat.
             preprocess["base_template"] = base_template
         if return_nudged_spans is not None:
             postprocess["return_nudged_spans"] = return_nudged_spans
         return preprocess, forward, postprocess
 
-    def _nudging_pair(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """The nudging model, in its place, and its tokenizer, as keywords of `generate`."""
-        if isinstance(model, (str, os.PathLike)):
-            model, own_tokenizer = named_nudging_model(self.model, os.fspath(model), {})
-            tokenizer = own_tokenizer if tokenizer is None else tokenizer
-        elif not isinstance(model, torch.nn.Module):
+    def _nudging_arguments(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """Moves a nudging model to the pipeline's device; returns it and its tokenizer as keywords of `generate`."""
+        if isinstance(model, torch.nn.Module):
+            if getattr(model, "hf_device_map", None) is None and model.device != self.device:
+                model.to(self.device)
+        elif not isinstance(model, (str, os.PathLike)):
             raise ValueError(
                 f"A nudged pipeline needs `nudging_model=`, a causal language model of transformers or its name, got "
                 f"{'none' if model is None else type(model).__name__}: give one, name one as "
                 "`nudging_model_name_or_path` in the base's generation_config.json, or take the task "
                 '"text-generation", which also runs a base alone.'
             )
-        elif getattr(model, "hf_device_map", None) is None and model.device != self.device:
-            model.to(self.device)
-        vocabulary = loaded_vocabulary(tokenizer, model, "nudging_tokenizer", "nudging model")
-        return {"nudging_model": model, "nudging_tokenizer": vocabulary.tokenizer}
+        pair = Pair.of(self.model, model, self.tokenizer, tokenizer)
+        return {"nudging_model": pair.nudging_model, "nudging_tokenizer": pair.nudging_tokenizer}
 
     def preprocess(self, prompt: Any, base_template: str = REASONING_TEMPLATE, **parameters: Any) -> Any:
-        """Both models' prompts, of shape (1, length); the nudging model's are left to `generate` for a string."""
+        """Both models' prompts, of shape (1, length). For a string, `generate` makes the nudging model's prompt."""
         if isinstance(prompt, str):
             validate_no_surrogates(prompt, "The prompt")
             inputs = super().preprocess(prompt, **parameters)
@@ -170,7 +168,7 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
 
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> dict[str, Any]:
         prompts = {name: model_inputs[name] for name in _PROMPTS if name in model_inputs}
-        # Not `self.model.generate`: a model class, or a folder with code of its own, may have another.
+        # `self.model.generate` may be another: a model class, or a folder with code of its own, may override it.
         arguments = {
             "tokenizer": self.tokenizer,
             **prompts,
@@ -214,18 +212,18 @@ def _by_prompt(rows: torch.Tensor, prompts: int) -> torch.Tensor:
 
 
 def _spans_as_decoded(ids: list[int], nudged: list[bool], decode: Callable[[list[int]], str]) -> list[Span]:
-    """Who wrote what of `decode(ids)`.
+    """The spans of `decode(ids)`, which say who wrote what.
 
-    Unlike [`spans_of`], which reads the tokens one by one, it goes by the text of a record: tokenizers may decode an
-    answer without its leading space, or clean it up. A character that is split over tokens comes whole and belongs to
-    the author of its last token.
+    [`spans_of`] reads the tokens one by one. Here the spans must be those of a record's text, because a tokenizer may
+    decode an answer without its leading space, or clean it up. A character that is split over several tokens comes
+    whole and belongs to the author of its last token.
     """
     text = decode(ids)
     pieces: list[Piece] = []
     start = 0
     for author, run in groupby(enumerate(nudged), key=lambda numbered: numbered[1]):
         n = 1 + [i for i, _ in run][-1]
-        # An unfinished character at the end of the first n tokens decodes to what the text does not hold there.
+        # An unfinished character at the end of the first n tokens is decoded to something that the text does not hold.
         end = max(start, _shared(decode(ids[:n]), text)) if n < len(ids) else len(text)
         if end > start:
             pieces.append(Piece(text[start:end], author))

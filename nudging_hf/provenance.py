@@ -1,4 +1,4 @@
-"""Who wrote what of an answer, in text. It knows tokens and their authors, never models or terminals."""
+"""Which model wrote which part of an answer's text. It knows tokens and their authors, never models or terminals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Piece(NamedTuple):
     Args:
         text: some characters; never empty.
         nudged: whether the nudging model wrote them.
-        top1: the base's top-1 probability where the piece's (last) token stands, if it is known.
+        top1: the base's top-1 probability at the (last) token of the piece, if it is known.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Span:
     Args:
         text: its characters.
         nudged: whether the nudging model wrote it.
-        start, end: where it stands in the answer's text, in characters.
+        start, end: its place in the answer's text, in characters.
     """
 
     text: str
@@ -42,10 +42,10 @@ class Span:
 
 
 class PieceReader:
-    """Makes text of the tokens of one answer, as they come.
+    """Turns the tokens of one answer into text, one by one.
 
-    The pieces, joined, are the answer's text without control tokens. A character that is split over tokens comes whole
-    and belongs to the author of its last token.
+    The pieces, joined, are the answer's text without control tokens. A character that is split over several tokens
+    comes whole and belongs to the author of its last token.
 
     Args:
         tokenizer: the base's.
@@ -54,17 +54,17 @@ class PieceReader:
     def __init__(self, tokenizer: Any):
         self._vocabulary = Vocabulary(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._last: tuple[bool, float | None] = (False, None)  # Whose the token is that was read last, and its top-1.
+        self._last: tuple[bool, float | None] = (False, None)  # The author and the top-1 of the last token with text.
 
     def read(self, token: int, nudged: bool, top1: float | None = None) -> list[Piece]:
-        """The text that has become whole with `token`: one piece, or none."""
+        """Reads a token and returns the text that it makes whole: one piece, or none."""
         new = self._vocabulary.bytes_of(token)
-        if new:  # An end mark adds nothing, and is nobody's.
+        if new:  # An end mark adds no text and has no author.
             self._last = (nudged, top1)
         return self._piece(new)
 
     def finish(self) -> list[Piece]:
-        """The rest of an answer that ends inside a character: one piece, or none. Makes ready for another answer."""
+        """Returns the rest of an answer that ends inside a character (one piece, or none), and begins a new answer."""
         rest = self._piece(b"", final=True)
         self._decoder.reset()
         return rest
@@ -82,7 +82,7 @@ def pieces_of(output: Any, tokenizer: Any) -> list[list[Piece]]:
         tokenizer: the base's.
 
     Returns:
-        one list of pieces a row, the end mark and padding left out.
+        One list of pieces for each row, without the end mark and padding.
     """
     reader = PieceReader(tokenizer)
     answers = []
@@ -97,38 +97,43 @@ def pieces_of(output: Any, tokenizer: Any) -> list[list[Piece]]:
     return answers
 
 
+def text_of(pieces: Iterable[Piece]) -> str:
+    """The text of an answer: its pieces, joined."""
+    return "".join(piece.text for piece in pieces)
+
+
 def spans(pieces: Iterable[Piece]) -> list[Span]:
-    """Neighbouring pieces of one author, joined."""
+    """The pieces, with neighbours of one author joined."""
     found: list[Span] = []
     end = 0
     for nudged, group in groupby(pieces, key=lambda piece: piece.nudged):
-        text = "".join(piece.text for piece in group)
+        text = text_of(group)
         start, end = end, end + len(text)
         found.append(Span(text, nudged, start, end))
     return found
 
 
 def spans_of(output: Any, tokenizer: Any) -> list[list[Span]]:
-    """Who wrote what of each answer of a nudged `generate`.
+    """The spans of each answer of a nudged `generate`, which say who wrote what.
 
     Args:
         output ([`NudgingOutput`]): what `generate` returned with `return_dict_in_generate=True`.
         tokenizer: the base's.
 
     Returns:
-        one list of [`Span`]s a row, which joined are the answer's text without control tokens.
+        One list of [`Span`]s for each row. Joined, they are the answer's text without control tokens.
     """
     return [spans(pieces) for pieces in pieces_of(output, tokenizer)]
 
 
 def count_nudged_words(pieces: Iterable[Piece]) -> tuple[int, int]:
-    """How many words of an answer the nudging model wrote, wholly or in part.
+    """Counts the words of an answer that the nudging model wrote, wholly or in part. White space separates words.
 
     Args:
         pieces: the answer, cut anywhere.
 
     Returns:
-        The words of which it wrote at least one character, and all words: what stands between white space.
+        The number of words of which the nudging model wrote at least one character, and the number of all words.
     """
     characters = ((character, piece.nudged) for piece in pieces for character in piece.text)
     words = [

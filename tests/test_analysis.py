@@ -9,11 +9,10 @@ import torch
 
 from nudging_hf import cli
 from nudging_hf.chats import messages_of
-from nudging_hf.cli.analyze import spread
 from nudging_hf.study import analysis, report
-from nudging_hf.study.analysis import Analysis, Answer, Positions, Reader, Unit, Verdict, agree, tables
-from nudging_hf.study.calibration import Prompt
-from nudging_hf.study.demo import LM
+from nudging_hf.study.analysis import Analysis, Positions, Unit, agree, tables
+from nudging_hf.study.prompts import Prompt, spread
+from nudging_hf.study.reader import Answer, Prediction, Reader
 
 PROMPTS = [Prompt(messages_of(text), prompt=text) for text in ("One word, and another one.", "What is it?", "The")]
 LENGTH = 12
@@ -80,7 +79,7 @@ def test_positions_are_what_each_model_says_one_step_at_a_time(trio):
             answer.append(tokens[2])  # The large model's greedy answer.
             seen += 1
         assert large.vocabulary.join(answer).decode(errors="replace") == row["answer"]["text"]
-        assert len(answer) == row["answer"]["tokens"]
+        assert answer == row["answer"]["ids"]
     assert seen > len(PROMPTS)
 
 
@@ -88,7 +87,8 @@ def test_across_vocabularies_places_are_compared_where_both_have_a_token_by_text
     _, nudging, large = strangers
     compared = left_out = 0
     for prompt, row in zip(PROMPTS, along(analysis_of(*strangers)), strict=True):
-        [(ids, _)] = large.answers([prompt], LENGTH)
+        [written] = large.answers([prompt], LENGTH)
+        ids = written.ids
         text = large.vocabulary.join(ids)
         reading = analysis.answer_class(large.vocabulary, nudging.vocabulary)
         answer = reading(large.vocabulary, nudging.vocabulary, large.prompt_ids(prompt), nudging.prompt_ids(prompt))
@@ -127,8 +127,8 @@ def test_without_a_large_model_positions_are_those_of_the_nudged_answers(trio):
               for row in work.measure(unit)]  # fmt: skip
     for row, other in zip(along(work), nudged, strict=True):
         assert row["answer"] == other["answer"]
-        assert len(row["positions"]["top1"]) == row["answer"]["tokens"]
-        assert row["positions"]["small_agrees"] == [None] * row["answer"]["tokens"]
+        assert len(row["positions"]["top1"]) == len(row["answer"]["ids"])
+        assert row["positions"]["small_agrees"] == [None] * len(row["answer"]["ids"])
     whole = tables(PROMPTS, {unit: work.measure(unit) for unit in work.units()})
     assert whole["along"]["writer"] == "nudged" and whole["agreement"]["alignment_related"] is None
 
@@ -136,13 +136,13 @@ def test_without_a_large_model_positions_are_those_of_the_nudged_answers(trio):
 @pytest.mark.parametrize(
     ("one", "other", "same_vocabulary", "expected"),
     [
-        (Verdict(1, b"a", False, 1), Verdict(1, b"a", False, 1), True, True),
-        (Verdict(1, b"a", False, 1), Verdict(2, b"ab", False, 1), True, False),
-        (Verdict(1, b"a", False, 1), Verdict(2, b"ab", False, 1), False, True),
-        (Verdict(1, b"ab", False, 1), Verdict(2, b"ac", False, 1), False, False),
-        (Verdict(1, b"", False, 1), Verdict(2, b"ac", False, 1), False, False),
-        (Verdict(1, b"", True, 1), Verdict(2, b"", True, 1), True, True),
-        (Verdict(1, b"a", False, 1), Verdict(1, b"a", True, 1), False, False),
+        (Prediction(1, b"a", False, 1), Prediction(1, b"a", False, 1), True, True),
+        (Prediction(1, b"a", False, 1), Prediction(2, b"ab", False, 1), True, False),
+        (Prediction(1, b"a", False, 1), Prediction(2, b"ab", False, 1), False, True),
+        (Prediction(1, b"ab", False, 1), Prediction(2, b"ac", False, 1), False, False),
+        (Prediction(1, b"", False, 1), Prediction(2, b"ac", False, 1), False, False),
+        (Prediction(1, b"", True, 1), Prediction(2, b"", True, 1), True, True),
+        (Prediction(1, b"a", False, 1), Prediction(1, b"a", True, 1), False, False),
     ],
 )
 def test_agreement_is_of_tokens_in_one_vocabulary_and_of_text_across_two(one, other, same_vocabulary, expected):
@@ -154,7 +154,7 @@ def test_agreement_is_of_tokens_in_one_vocabulary_and_of_text_across_two(one, ot
 
 
 def row_of(text="", nudged=0, positions=None):
-    answer = Answer(text, True, words=10, tokens=20, nudged_words=nudged, nudged_tokens=2 * nudged)
+    answer = Answer(text, [7] * 20, True, words=10, nudged_words=nudged, nudged_tokens=2 * nudged)
     row = {"answer": vars(answer)}
     return row if positions is None else {**row, "positions": vars(positions)}
 
@@ -277,7 +277,7 @@ def test_more_thresholds_are_added_to_what_is_there_and_other_prompts_are_refuse
 
 def test_the_accuracy_is_that_of_the_answers_themselves(folder, tmp_path, quick_plots, capsys):
     assert cli.main(arguments(folder, tmp_path, "--thresholds")) == 0
-    large = LM.load(folder / "large")
+    large = Reader.load(folder / "large")
     right = 0
     for i in range(5):
         ids = large.tokenizer.apply_chat_template(

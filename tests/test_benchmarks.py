@@ -9,31 +9,31 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import contestants
 import meters
+import racers
 import run
 import scenarios
 import tables
-from contestants import ADAPTIVE, BASE, CONTESTANTS, OWN, SHARED, Work
+from racers import ADAPTIVE, BASE, OWN, RACERS, SHARED, Work
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from widen import shares, widened, with_noise
 
-from nudging_hf.study.demo import LM
+from nudging_hf.study.reader import Reader
 
 
 @pytest.fixture(scope="module")
-def narrow() -> dict[str, LM]:
+def narrow() -> dict[str, Reader]:
     """The mini pair in float64."""
     found = {}
-    for name in contestants.widths(1):
-        lm = LM.load(contestants.MINI / "models" / name)
-        found[name] = LM(lm.model.double(), lm.tokenizer, chat=True)
+    for name in racers.widths(1):
+        lm = Reader.load(racers.MINI / "models" / name)
+        found[name] = Reader(lm.model.double(), lm.tokenizer, chat=True)
     return found
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return contestants.dev_questions(1)
+    return racers.dev_questions(1)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_no_weight_is_rounded_in_bfloat16(narrow):
 
 @torch.no_grad()
 def test_one_dnn_writes_the_same_logits_and_its_weights_are_counted():
-    plain, quick = (contestants.load(BASE, 2, dtype).model for dtype in ("float32", contestants.ONEDNN))
+    plain, quick = (racers.load(BASE, 2, dtype).model for dtype in ("float32", racers.ONEDNN))
     ids = torch.arange(5, 30)[None]
     torch.testing.assert_close(quick(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-3)
     assert meters.weight_bytes(quick) == meters.weight_bytes(plain)
@@ -103,10 +103,10 @@ def test_a_factor_below_one_is_refused(narrow):
 
 @pytest.mark.parametrize("small", [OWN, SHARED])
 def test_a_widened_pair_writes_the_same_nudged_answers(narrow, questions, small):
-    wide = {name: LM(widened(narrow[name].model, 2), narrow[name].tokenizer, chat=True) for name in (BASE, small)}
+    wide = {name: Reader(widened(narrow[name].model, 2), narrow[name].tokenizer, chat=True) for name in (BASE, small)}
     work = Work(questions[:2])
-    answers = contestants.nudged(narrow, work, small, ADAPTIVE)
-    assert answers == contestants.nudged(wide, work, small, ADAPTIVE)
+    answers = racers.nudged(narrow, work, small, ADAPTIVE)
+    assert answers == racers.nudged(wide, work, small, ADAPTIVE)
     assert all(len(answer) > 20 for answer in answers)
 
 
@@ -122,16 +122,16 @@ def test_noise_goes_from_none_to_all(narrow):
 @pytest.mark.parametrize("small", [OWN, SHARED])
 def test_a_contradicting_model_never_agrees_and_writes_short_words(narrow, questions, small):
     lm = narrow[small]
-    lms = {BASE: narrow[BASE], small: LM(widened(contestants.contradicting(lm), 1), lm.tokenizer, chat=True)}
+    lms = {BASE: narrow[BASE], small: Reader(widened(racers.contradicting(lm), 1), lm.tokenizer, chat=True)}
     work = Work(questions[:1], threshold=0.0).of_length(40)
-    (answer,), output = contestants.nudged_output(lms, work, small, ADAPTIVE)
+    (answer,), output = racers.nudged_output(lms, work, small, ADAPTIVE)
     assert output.nudge_rate.item() < 0.15
     if small == SHARED:
         assert scenarios.own_share(lms[small], questions[0], answer[4:]) < 0.1
         assert scenarios.own_share(lm, questions[0], answer[4:]) > 0.1
 
 
-@pytest.mark.parametrize("contestant", CONTESTANTS, ids=lambda each: each.name)
+@pytest.mark.parametrize("contestant", RACERS, ids=lambda each: each.name)
 def test_each_contestant_writes_as_much_as_it_is_told_to(narrow, questions, contestant):
     lms = {name: narrow[name] for name in contestant.models}
     rows = 2 if contestant.in_batches else 1
@@ -142,18 +142,18 @@ def test_each_contestant_writes_as_much_as_it_is_told_to(narrow, questions, cont
 
 
 def test_rows_of_a_batch_count_as_far_as_they_were_to_go(narrow, questions):
-    row, _ = scenarios.measure(contestants.ALONE, {BASE: narrow[BASE]}, Work(questions[:2], lengths=[3, 8]))
+    row, _ = scenarios.measure(racers.ALONE, {BASE: narrow[BASE]}, Work(questions[:2], lengths=[3, 8]))
     assert row["lengths"] == [3, 8] and row["large"]["passes"] == 8
 
 
 def test_stepping_both_at_threshold_zero_is_the_base_behind_the_first_word(narrow, questions):
     work = Work(questions[:1], threshold=0.0).of_length(12)
-    assert contestants.stepping_both(narrow, work) == contestants.nudged(narrow, work, SHARED, 0)
+    assert racers.stepping_both(narrow, work) == racers.nudged(narrow, work, SHARED, 0)
 
 
 def test_assisted_generation_writes_the_bases_own_text(narrow, questions):
     work = Work(questions[:1]).of_length(12)
-    assert contestants.assisted(narrow, work) == contestants.base_alone(narrow, work)
+    assert racers.assisted(narrow, work) == racers.base_alone(narrow, work)
 
 
 def test_a_meter_counts_passes_and_leaves_the_model_as_it_was(narrow):
@@ -184,7 +184,7 @@ def test_questions_of_a_batch_are_of_all_tasks(questions):
     assert [len(call) for call in scenarios.groups(scenarios.Size(questions=2), 1)] == [1] * 8
     (call,) = scenarios.groups(scenarios.Size(), 8)
     assert [question.task for question in call[:4]] == [question.task for question in questions]
-    assert len({question.text for question in call}) == 8
+    assert len({question.question for question in call}) == 8
 
 
 def timed(contestant: str, call: int, turn: int, seconds: float, tokens: int = 10) -> dict:
@@ -222,7 +222,7 @@ def test_a_run_writes_its_figures_and_goes_on_where_it_was_broken_off(tiny_run, 
     folder = tiny_run()
     results = json.loads((folder / "results.json").read_text())
     (race,) = results["races"]
-    assert [each["contestant"] for each in race["contestants"]] == [each.name for each in CONTESTANTS]
+    assert [each["contestant"] for each in race["contestants"]] == [each.name for each in RACERS]
     assert race["contestants"][0]["ratio"] == 1 and all(each["ratio"] > 0 for each in race["contestants"])
     assert all(each["differing"] == 0 for each in race["differing_answers"].values())
     (needed,) = results["memory"]

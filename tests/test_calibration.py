@@ -18,14 +18,12 @@ from nudging_hf.study import report
 from nudging_hf.study.calibration import (
     Calibration,
     Point,
-    Prompt,
-    built_in_prompts,
     calibrate,
-    read_prompts,
     save,
     search_by_nudge_rate,
     search_by_score,
 )
+from nudging_hf.study.prompts import Prompt, built_in_prompts, read_prompts
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 QUESTIONS = ["What is the name of the thing?", "Where is the dog?", "How many trees were there?"]
@@ -272,7 +270,9 @@ def test_prompts_are_read_from_lines_and_from_rows(tmp_path):
     file.write_text("Where?\n\n  Who {is} it? \n", encoding="utf-8")
     assert read_prompts(file) == [Prompt(messages_of("Where?")), Prompt(messages_of("Who {is} it?"))]
     file.write_text(json.dumps(ROW) + "\n\n" + json.dumps({"messages": ROW["messages"]}) + "\n", encoding="utf-8")
-    assert read_prompts(file) == [Prompt(ROW["messages"], "Q: Where?\n", "(a)", "a"), Prompt(ROW["messages"])]
+    assert read_prompts(file) == [
+        Prompt(ROW["messages"], "Q: Where?\n", "(a)", "a", task="places"), Prompt(ROW["messages"])
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_the_mini_pair_meets_the_target_on_questions_that_it_was_not_calibrated_
     assert code == 0
     saved = json.loads(figures.read_text(encoding="utf-8"))
     assert f"nudge_threshold = {saved['threshold']:g}" in out and "in order" in out and "threshold 0.5" in err
-    assert out.count("  <-\n") == 1 and out.count("%  ") >= len(saved["curve"])
+    assert out.count(" <- |\n") == 1 and out.count("% |") >= len(saved["curve"])
     assert len(resume.read_text().splitlines()) == 1 + len(saved["curve"])
 
     assert run(capsys, *args)[1] == out  # From what was kept: nothing is generated.

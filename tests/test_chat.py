@@ -11,8 +11,8 @@ import torch
 
 import nudging_hf
 from nudging_hf import cli
-from nudging_hf.cli import answering
 from nudging_hf.cli.arguments import load_pair
+from nudging_hf.pair import Pair
 
 ARGUMENTS = ["--max-new-tokens", "12"]
 
@@ -51,13 +51,13 @@ def chat(folder, capsys, monkeypatch):
 def asked(monkeypatch):
     """The chats that the models are given."""
     asked = []
-    original = answering.LoadedPair.inputs
+    original = Pair.inputs
 
     def inputs(self, messages, base_template):
         asked.append([(message["role"], message["content"]) for message in messages])
         return original(self, messages, base_template)
 
-    monkeypatch.setattr(answering.LoadedPair, "inputs", inputs)
+    monkeypatch.setattr(Pair, "inputs", inputs)
     return asked
 
 
@@ -83,7 +83,9 @@ def test_each_line_is_a_turn_and_each_answer_is_what_generate_writes(chat, folde
     for i in (2, 4):
         before = [{"role": message["role"], "content": message["content"]} for message in messages[:i]]
         inputs = pair.inputs(before, nudging_hf.INSTRUCTION_TEMPLATE)
-        output = nudging_hf.generate(pair.base, **inputs, max_new_tokens=12, return_dict_in_generate=True)
+        output = nudging_hf.generate(
+            pair.base, **inputs, **pair.arguments, max_new_tokens=12, return_dict_in_generate=True
+        )
         spans = nudging_hf.spans_of(output, pair.tokenizer)[0]
         assert messages[i]["content"] == "".join(span.text for span in spans)
         assert messages[i]["nudged_spans"] == [[span.start, span.end] for span in spans if span.nudged]
@@ -110,7 +112,7 @@ def test_what_torch_cannot_do_is_said_and_the_chat_goes_on(chat, monkeypatch):
     def generate(*args, **kwargs):
         raise torch.OutOfMemoryError("Out of memory.\nMany more lines.")
 
-    monkeypatch.setattr(answering, "generate", generate)
+    monkeypatch.setattr("nudging_hf.pair.generate", generate)
     code, _, err = chat("What is it?", "/threshold")
     assert code == 0 and "error: OutOfMemoryError: Out of memory.; /new" in err and "top1 is 0.4" in err
 
@@ -209,7 +211,7 @@ def interrupted(pieces):
 def test_an_interrupt_keeps_what_was_written_and_the_chat_goes_on(terminal, monkeypatch, tmp_path):
     tokenizer = tiny.byte_bpe()
     pieces = [(tokenizer.encode("So the", add_special_tokens=False), True), (tokenizer.encode(" other"), False)]
-    monkeypatch.setattr(answering, "generate", interrupted(pieces))
+    monkeypatch.setattr("nudging_hf.pair.generate", interrupted(pieces))
     code, out, err = terminal(["One?", f"/save {tmp_path / 'chat.json'}"])
     assert code == 0 and "⟦So the⟧ other\n" in out and "finished: interrupted" in err
     answer = messages_in(tmp_path / "chat.json")[-1]
@@ -218,7 +220,7 @@ def test_an_interrupt_keeps_what_was_written_and_the_chat_goes_on(terminal, monk
 
 
 def test_an_interrupt_before_the_first_word_leaves_the_question_out(terminal, monkeypatch, tmp_path):
-    monkeypatch.setattr(answering, "generate", interrupted([]))
+    monkeypatch.setattr("nudging_hf.pair.generate", interrupted([]))
     terminal(["One?", f"/save {tmp_path / 'chat.json'}"])
     assert messages_in(tmp_path / "chat.json") == []
 
@@ -250,7 +252,7 @@ def test_a_typed_line_that_is_not_utf_8_is_left_out(terminal, asked):
 
 
 def test_an_interrupt_ends_a_chat_that_nobody_types(chat, monkeypatch):
-    monkeypatch.setattr(answering, "generate", interrupted([([70], True)]))
+    monkeypatch.setattr("nudging_hf.pair.generate", interrupted([([70], True)]))
     code, out, _ = chat("One?", "Two?")
     assert code == 130 and out.count("\n") == 1
 

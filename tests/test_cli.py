@@ -14,8 +14,13 @@ import torch
 import nudging_hf
 from nudging_hf import cli
 from nudging_hf.chats import messages_of
+from nudging_hf.core.config import NudgingConfig
 from nudging_hf.provenance import Piece
-from nudging_hf.study import calibration, demo
+from nudging_hf.study import comparison, demo
+from nudging_hf.study.comparison import Contestant, Result, Turn, compare, contestants_of
+from nudging_hf.study.journal import Journal
+from nudging_hf.study.prompts import Prompt, read_labelled_prompts, read_prompts
+from nudging_hf.study.reader import Answer, Reader
 
 PROMPT = "What is the name of the thing?"
 QUESTIONS = [
@@ -72,7 +77,7 @@ def colours(monkeypatch):
 
 def expected(pair_folder, prompt=PROMPT, base_prompt=None, system=None, **kwargs):
     """The answer that the package itself gives, and its output."""
-    base, nudging = demo.LM.load(pair_folder / "models/base"), demo.LM.load(pair_folder / "models/nudging")
+    base, nudging = Reader.load(pair_folder / "models/base"), Reader.load(pair_folder / "models/nudging")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     ids = base.tokenizer(base_prompt or prompt, return_tensors="pt").input_ids
@@ -133,13 +138,13 @@ def test_both_prompts_are_as_they_were_asked_for(pair_folder, models, capsys):
 
 
 def test_a_nudging_model_without_a_template_reads_the_base_s_prompt(pair_folder, tmp_path, capsys):
-    nudging = demo.LM.load(pair_folder / "models/nudging")
+    nudging = Reader.load(pair_folder / "models/nudging")
     nudging.tokenizer.chat_template = None
     save(tmp_path / "plain", nudging.model, nudging.tokenizer)
     base = ["--base", pair_folder / "models/base", "--base-template", "Q: {user}\\n"]
     args = [*base, "--nudging-model", tmp_path / "plain", "--max-new-tokens", 24, PROMPT]
     code, out, _ = run(capsys, "generate", *args)
-    whole = demo.LM.load(pair_folder / "models/base")
+    whole = Reader.load(pair_folder / "models/base")
     ids = whole.tokenizer(f"Q: {PROMPT}\n", return_tensors="pt").input_ids
     sequences = nudging_hf.generate(
         whole.model,
@@ -233,7 +238,7 @@ def test_an_interrupt_leaves_the_terminal_plain(models, capsys, monkeypatch):
         streamer.put_marked(torch.tensor([70, 71]), True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nudging_hf.cli.answering.generate", interrupted)
+    monkeypatch.setattr("nudging_hf.pair.generate", interrupted)
     code, out, _ = run(capsys, "generate", *models, PROMPT, terminal=True)
     assert code == 130
     assert out.startswith("\033[1;32m") and out.endswith("\033[0m\n")
@@ -338,10 +343,10 @@ def test_a_file_s_mark_of_utf_8_is_no_text_and_only_line_breaks_end_its_lines(tm
     path = tmp_path / "prompts"
     asked = ["one\u2028two", "three\x85four"]
     path.write_bytes("\ufeff{}\r\n{}\n".format(*asked).encode())
-    assert [prompt.messages[0]["content"] for prompt in calibration.read_prompts(path)] == asked
+    assert [prompt.messages[0]["content"] for prompt in read_prompts(path)] == asked
     rows = [json.dumps({**QUESTIONS[0], "messages": messages_of(text)}, ensure_ascii=False) for text in asked]
     path.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
-    assert [question.messages[0]["content"] for question in demo.read_questions(path)] == asked
+    assert [question.messages[0]["content"] for question in read_labelled_prompts(path)] == asked
 
 
 @pytest.fixture
@@ -366,7 +371,7 @@ def says(monkeypatch):
             raise KeyboardInterrupt
 
         monkeypatch.setattr("nudging_hf.cli.answering.MarkingStreamer", lambda _, show: SimpleNamespace(_show=show))
-        monkeypatch.setattr("nudging_hf.cli.answering.generate", answer)
+        monkeypatch.setattr("nudging_hf.pair.generate", answer)
 
     return put
 
@@ -428,23 +433,30 @@ def test_a_process_reads_bytes_as_it_says(models, args, data, streams, said):
 
 
 def test_the_last_match_is_the_answer_given():
-    question = demo.Question([{"role": "user", "content": "q"}], "p", r"(\d+)", "42", "sums")
-    assert question.given("First 7, then 42.") == "42"
-    assert question.given("42, no: 7.") == "7"
-    assert question.given("Who knows?") is None
-    assert demo.Answer(question, [Piece("4", True), Piece("2", False)]).correct
-    assert not demo.Answer(question, []).correct
+    question = Prompt([{"role": "user", "content": "q"}], "p", r"(\d+)", "42", "sums")
+    assert question.answer_in("First 7, then 42.") == "42"
+    assert question.answer_in("42, no: 7.") == "7"
+    assert question.answer_in("Who knows?") is None
+    assert question.is_right("42")
+    assert not question.is_right("")
 
 
 def test_spans_are_where_the_nudging_model_wrote():
-    question = demo.Question(**QUESTIONS[0])
-    answer = demo.Answer(
-        question, [Piece("ab", False), Piece("c", True), Piece("\u00e9", True), Piece(" d", False), Piece("e", True)]
-    )
+    pieces = [Piece("ab", False), Piece("c", True), Piece("\u00e9", True), Piece(" d", False), Piece("e", True)]
+    answer = Answer.of(pieces, [], True)
     assert [answer.text[start:end] for start, end in answer.nudged_spans] == ["c\u00e9", "e"]
 
 
 # demo ---------------------------------------------------------------------------------------------------------------
+
+
+NUDGED, SHARED = f"{comparison.NUDGED}, γ = 0.4", f"{comparison.NUDGED} (shared), γ = 0.4"
+
+
+def contestants_in(folder):
+    """The contestants that a folder has models for, and its questions."""
+    models, questions = demo.load(folder)
+    return contestants_of(models, [NudgingConfig(0.4)], with_rivals=False)[0], questions
 
 
 @pytest.fixture
@@ -460,8 +472,8 @@ def test_the_demo_shows_examples_and_a_table_and_writes_json(pair_folder, capsys
     assert out.count("[names] ") == out.count("[sums] ") == 1 and out.count("\n-> ") == 2
     assert "⟦words like these⟧" in out
     lines = out.splitlines()
-    for name in (demo.BASE, demo.NUDGING, demo.NUDGED, demo.SHARED, demo.ALIGNED):
-        assert sum(line.startswith(f"{name}  ") for line in lines) == 1
+    for name in (comparison.BASE, comparison.NUDGING, NUDGED, SHARED, comparison.ALIGNED):
+        assert sum(line.startswith(f"| {name} ") for line in lines) == 1
     assert "/20" in err
 
     saved = json.loads(report.read_text(encoding="utf-8"))
@@ -472,40 +484,39 @@ def test_the_demo_shows_examples_and_a_table_and_writes_json(pair_folder, capsys
         assert contestant["right"] == sum(answer["correct"] for answer in answers)
         assert contestant["words"] == sum(len(answer["text"].split()) for answer in answers)
     nudged = saved["contestants"][2]
-    assert nudged["name"] == demo.NUDGED
+    assert nudged["name"] == NUDGED
     assert all(answer["nudged_spans"] for answer in nudged["answers"])
 
 
-def test_a_batch_gives_the_answers_of_single_questions(pair_folder, short):
-    pair = demo.Pair.load(pair_folder)
-    for contestant in demo.contestants(pair)[:3]:
-        together = demo.evaluate(contestant, pair.questions[:3], 0.4, batch_size=2)
-        alone = demo.evaluate(contestant, pair.questions[:3], 0.4, batch_size=1)
-        assert [answer.text for answer in together.answers] == [answer.text for answer in alone.answers]
+def test_a_batch_gives_the_answers_of_single_questions(pair_folder):
+    contestants, questions = contestants_in(pair_folder)
+    for contestant in contestants[:3]:
+        together = [answer.text for n in (0, 2) for answer in contestant.write(questions[:3][n : n + 2], 8)]
+        alone = [answer.text for question in questions[:3] for answer in contestant.write([question], 8)]
+        assert together == alone
 
 
-def test_passes_are_counted_where_they_are_made(pair_folder, short):
-    pair = demo.Pair.load(pair_folder)
-    base, nudging, nudged, *_ = demo.contestants(pair)
+def test_passes_are_counted_where_they_are_made(pair_folder):
+    (base, nudging, nudged, *_), questions = contestants_in(pair_folder)
     seen = []
-    results = [demo.evaluate(c, pair.questions, 0.4, 6, seen.append) for c in (base, nudging, nudged)]
+    settings = {"max_new_tokens": 8, "batch_size": 6, "progress": lambda name, answered: seen.append(answered)}
+    results = compare([base, nudging, nudged], questions, Journal(None, {}), **settings)
     assert [(r.large_passes is None, r.small_passes is None) for r in results] == [(0, 1), (1, 0), (0, 0)]
     assert all(0 < passes <= 8 for passes in (results[0].large_passes, results[1].small_passes))
     assert seen == [6, 6, 6]
-    assert not pair.base.model._forward_pre_hooks
+    assert not base.large.model._forward_pre_hooks
 
 
 def test_what_was_finished_is_shown_after_an_interrupt(pair_folder, capsys, monkeypatch, short):
-    def evaluate(contestant, *args):
-        if contestant.is_nudged:
+    def interrupted(contestants, *args, **kwargs):
+        if contestants[0].nudged:
             raise KeyboardInterrupt
-        return whole(contestant, *args)
+        return compare(contestants, *args, **kwargs)
 
-    whole = demo.evaluate
-    monkeypatch.setattr(demo, "evaluate", evaluate)
+    monkeypatch.setattr(comparison, "compare", interrupted)
     code, out, _ = run(capsys, "demo", "--pair", pair_folder, "--questions", 1, "--examples", 0)
     assert code == 130
-    assert f"\n{demo.NUDGING}  " in out and f"\n{demo.NUDGED}  " not in out
+    assert f"\n| {comparison.NUDGING} " in out and f"\n| {NUDGED} " not in out
 
 
 def test_companions_may_be_missing(pair_folder, tmp_path, capsys, short):
@@ -513,24 +524,26 @@ def test_companions_may_be_missing(pair_folder, tmp_path, capsys, short):
     for name in ("heldout.jsonl", "models/base", "models/nudging"):
         (tmp_path / name).symlink_to(pair_folder / name)
     code, out, _ = run(capsys, "demo", "--pair", tmp_path, "--questions", 1, "--examples", 0)
-    assert code == 0 and demo.NUDGED in out and demo.SHARED not in out and demo.ALIGNED not in out
+    assert code == 0 and NUDGED in out and SHARED not in out and comparison.ALIGNED not in out
 
 
-def test_the_sentences_are_made_of_the_figures():
-    question = demo.Question(**QUESTIONS[0])
+def test_the_table_and_the_sentences_are_made_of_the_figures():
+    questions = (Prompt(**QUESTIONS[0]),) * 10
 
-    def result(name, right, passes):
-        answers = [
-            demo.Answer(question, [Piece("So", True), Piece(" a" if i < right else " b", False)]) for i in range(10)
-        ]
-        contestant = demo.Contestant(name, large=SimpleNamespace(), small=SimpleNamespace())
-        return demo.Result(contestant, answers, passes, 7, 1.0)
+    def result(name, right, passes, nudged=False):
+        pieces = [[Piece("So", True), Piece(" a" if i < right else " b", False)] for i in range(10)]
+        answers = [Answer.of(each, [], True) for each in pieces]
+        marks = [question.is_right(answer.text) for question, answer in zip(questions, answers, strict=True)]
+        contestant = Contestant(name, None, SimpleNamespace(), (SimpleNamespace(),), nudged)
+        return Result(contestant, questions, (Turn(1.0, passes, 7, answers, marks),))
 
-    said = " ".join(demo.summary([result(demo.BASE, 2, 1000), result(demo.NUDGED, 9, 400)]))
-    assert "Right answers to 10 questions: 9 nudged, 2 by the base alone." in said
-    assert "+7 against the base alone." in said
-    assert "50% of the words" in said and "400 forward passes for them, and 1,000 for its own" in said
-    assert demo.summary([result(demo.BASE, 2, 1000)]) == []
+    base, nudged = result(comparison.BASE, 2, 1000), result(NUDGED, 9, 400, nudged=True)
+    [said] = comparison.sentences([base, nudged])
+    assert f"{NUDGED} is above {comparison.BASE}: 90.0% against 20.0%, 70.0 points more" in said
+    lines = comparison.table([base, nudged]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert "1,000" in cells[2] and "400" in cells[3] and cells[3][3] == "50.0"
+    assert comparison.sentences([base]) == []
 
 
 def test_a_missing_pair_is_an_error_that_names_the_argument(capsys, tmp_path, monkeypatch):
@@ -548,9 +561,9 @@ def test_the_pair_is_found_here_or_beside_the_package(tmp_path, monkeypatch):
         (folder / "examples" / "mini" / "heldout.jsonl").touch()
     monkeypatch.setattr(demo, "__file__", str(tmp_path / "nudging_hf" / "study" / "demo.py"))
     monkeypatch.chdir(tmp_path / "here")
-    assert demo.find_pair().resolve() == tmp_path / "here" / "examples" / "mini"
+    assert demo.find_folder().resolve() == tmp_path / "here" / "examples" / "mini"
     (tmp_path / "here" / "examples" / "mini" / "heldout.jsonl").unlink()
-    assert demo.find_pair() == tmp_path / "examples" / "mini"
+    assert demo.find_folder() == tmp_path / "examples" / "mini"
 
 
 @pytest.mark.parametrize(
@@ -561,4 +574,4 @@ def test_a_row_that_is_no_question_is_named(tmp_path, row):
     path = tmp_path / "heldout.jsonl"
     path.write_text(json.dumps(QUESTIONS[0]) + "\n" + row + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 2"):
-        demo.read_questions(path)
+        read_labelled_prompts(path)

@@ -13,23 +13,21 @@ from nudging_hf import NudgingConfig, cli
 from nudging_hf.chats import messages_of
 from nudging_hf.provenance import Piece, count_nudged_words, pieces_of
 from nudging_hf.study import baselines, comparison
-from nudging_hf.study.analysis import Reader
 from nudging_hf.study.comparison import (
     Contestant,
     Models,
-    Question,
+    Result,
     compare,
     contestants_of,
     counted_passes,
     difference,
-    first_of_each_task,
-    read_questions,
     sentences,
     table,
     take_turn,
-    tasks_of,
 )
 from nudging_hf.study.journal import Journal
+from nudging_hf.study.prompts import Prompt, first_of_each_task, read_labelled_prompts, tasks_of
+from nudging_hf.study.reader import Answer, Reader
 
 LENGTH = 8
 ROWS = [
@@ -43,7 +41,7 @@ ROWS = [
     for text in ("What is number", "Where is tree")
     for i in range(5)
 ]
-QUESTIONS = [Question(**row) for row in ROWS]
+QUESTIONS = [Prompt(**row) for row in ROWS]
 
 
 def model_of(tokenizer, seed):
@@ -79,7 +77,7 @@ FEW = QUESTIONS[3:6]  # In-context prompts are long.
 
 
 def texts(contestant):
-    return ["".join(piece.text for piece in row) for row in contestant.write(FEW, LENGTH)]
+    return [answer.text for answer in contestant.write(FEW, LENGTH)]
 
 
 # Who answers --------------------------------------------------------------------------------------------------------
@@ -157,18 +155,18 @@ def test_each_answers_as_its_own_function_does(models):
     for name, answers in expected.items():
         assert texts(found[name]) == answers, name
     assert len({tuple(answers) for answers in expected.values()}) == len(expected)
-    assert texts(found["nudging model alone"]) == [models.nudging.text(ids) for ids, _ in alone(models.nudging)]
-    assert texts(found["large aligned"]) == [models.large_aligned.text(ids) for ids, _ in alone(models.large_aligned)]
+    assert texts(found["nudging model alone"]) == alone(models.nudging)
+    assert texts(found["large aligned"]) == alone(models.large_aligned)
 
 
 def alone(reader):
-    return [reader.answers([question], LENGTH)[0] for question in FEW]
+    return [reader.text(reader.answers([question], LENGTH)[0].ids) for question in FEW]
 
 
 @pytest.mark.usefixtures("drafts_of_four")
 def test_a_turn_counts_words_passes_and_right_answers(models):
     nudged = by_name(models)["nudged, γ = 0.4"]
-    turn = take_turn(nudged, QUESTIONS[5:8], 5, LENGTH)
+    turn = take_turn(nudged, QUESTIONS[5:8], LENGTH)
     ids, mask = models.base.padded_prompts(QUESTIONS[5:8])
     nudging_ids, nudging_mask = models.nudging.padded_prompts(QUESTIONS[5:8])
     out = nudging_hf.generate(
@@ -188,9 +186,9 @@ def test_a_turn_counts_words_passes_and_right_answers(models):
     counts = [count_nudged_words(pieces) for pieces in pieces_of(out, models.base.tokenizer)]
     assert [(answer.nudged_words, answer.words) for answer in turn.answers] == counts
     assert sum(nudged for nudged, _ in counts) > 0
-    for question, answer in zip(QUESTIONS[5:8], turn.answers, strict=True):
-        assert answer.right == question.is_right(answer.text)
-    assert turn.start == 5 and turn.seconds > 0
+    right = [question.is_right(answer.text) for question, answer in zip(QUESTIONS[5:8], turn.answers, strict=True)]
+    assert turn.right == right == Result(nudged, tuple(QUESTIONS[5:8]), (turn,)).marks()
+    assert turn.seconds > 0
 
 
 def test_counting_passes_leaves_nothing_behind(models):
@@ -211,7 +209,7 @@ def contestant_that_says(name, say, log=None, nudged=False):
     def write(questions, max_new_tokens):
         if log is not None and max_new_tokens > 2:
             log.append((name, QUESTIONS.index(questions[0])))
-        return [[Piece("So", True), Piece(" " + say(question), False)] for question in questions]
+        return [Answer.of([Piece("So", True), Piece(" " + say(question), False)], [], True) for question in questions]
 
     return Contestant(name, write, nudged=nudged)
 
@@ -244,7 +242,7 @@ def test_a_run_that_is_killed_goes_on_and_comes_to_the_same(tmp_path):
         compare(trio(stop_at=5), QUESTIONS, Journal(path, {}), batch_size=4)
     written = path.read_bytes()
     path.write_bytes(written[:-30])  # Killed while it wrote the last line.
-    kept = Journal(path, {}).rows
+    kept = Journal(path, {}).results
     assert len(kept) == 4
     again = compare(trio(log), QUESTIONS, Journal(path, {}), batch_size=4)
     assert log == [(name, start) for start in (4, 8) for name in [each.name for each in trio()]][1:]
@@ -266,11 +264,11 @@ def result_of(tmp_path, name, right, nudged=False):
     def say(question):
         return question.answer if QUESTIONS.index(question) % 5 < right else "9"
 
-    words = Contestant(
-        name,
-        lambda questions, _: [[Piece("0", True), Piece(f" {say(question)} 1 2", False)] for question in questions],
-        nudged=nudged,
-    )
+    def write(questions, _):
+        pieces = [[Piece("0", True), Piece(f" {say(question)} 1 2", False)] for question in questions]
+        return [Answer.of(each, [], True) for each in pieces]
+
+    words = Contestant(name, write, nudged=nudged)
     [result] = compare([words], QUESTIONS, Journal(tmp_path / name, {}), batch_size=3)
     return result
 
@@ -324,7 +322,7 @@ def test_the_table_has_a_column_for_each_task_and_none_for_a_single_one(tmp_path
 
 
 def test_an_answer_without_words_has_no_time_a_word(tmp_path):
-    silent = Contestant("silent", lambda questions, _: [[] for _ in questions], nudged=True)
+    silent = Contestant("silent", lambda questions, _: [Answer.of([], [], True)] * len(questions), nudged=True)
     [result] = compare([silent], QUESTIONS[:1], Journal(tmp_path / "j", {}))
     assert (result.nudge_rate, result.seconds_per_word, result.standard_error()) == (None, None, None)
     assert [cell.strip() for cell in table([result]).splitlines()[-1].split("|")][6] == "-"
@@ -337,12 +335,12 @@ def test_questions_have_answers_and_perhaps_a_task(tmp_path):
     path = tmp_path / "questions.jsonl"
     without = {name: value for name, value in ROWS[0].items() if name != "task"}
     path.write_text("\n\n".join(json.dumps(row) for row in (*ROWS, without)) + "\n", encoding="utf-8")
-    found = read_questions(path)
+    found = read_labelled_prompts(path)
     assert found[:-1] == QUESTIONS and found[-1].task == ""
     assert first_of_each_task(found, 2) == [*QUESTIONS[:2], *QUESTIONS[5:7], found[-1]]
     path.write_text("What?\nWho?\n")
     with pytest.raises(ValueError, match="2 of 2 prompts have none"):
-        read_questions(path)
+        read_labelled_prompts(path)
 
 
 @pytest.fixture(scope="module")
@@ -390,11 +388,15 @@ def test_the_command_writes_one_table_and_a_killed_run_goes_on_to_the_same(folde
 
     turns, take = [], comparison.take_turn
 
-    def killed(contestant, questions, start, max_new_tokens):
+    def killed(contestant, questions, max_new_tokens):
         if len(turns) == 11:
             raise KeyboardInterrupt
-        turns.append((contestant.name, start))
-        return take(contestant, questions, start, max_new_tokens)
+        turns.append((contestant.name, questions[0].question))
+        return take(contestant, questions, max_new_tokens)
+
+    def noted(contestant, questions, max_new_tokens):
+        again.append((contestant.name, questions[0].question))
+        return take(contestant, questions, max_new_tokens)
 
     monkeypatch.setattr(comparison, "take_turn", killed)
     assert cli.main(arguments(folder, tmp_path / "killed", *shared)) == 130
@@ -403,7 +405,7 @@ def test_the_command_writes_one_table_and_a_killed_run_goes_on_to_the_same(folde
     assert not (tmp_path / "killed" / "table.md").exists()
 
     again = []
-    monkeypatch.setattr(comparison, "take_turn", lambda *args: again.append((args[0].name, args[2])) or take(*args))
+    monkeypatch.setattr(comparison, "take_turn", noted)
     assert cli.main(arguments(folder, tmp_path / "killed", *shared)) == 0
     assert again[0] == turns[-1] and not set(again) & set(turns[:-1])
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")

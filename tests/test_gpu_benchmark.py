@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import gpu_checks
 import gpu_race
-from contestants import ADAPTIVE
 from gpu_checks import Outcome, compared
 from gpu_race import ALONE, COMPILED, FIELD, FULL, TINY, Call
 from markov import EOS, PAD, UNSURE, WORDS, MarkovPair, word_tokenizer
 from meters import CallMeter, graphs_compiled, synchronisations
+from racers import ADAPTIVE
 
 from nudging_hf.core.gate import top1_probabilities
 from nudging_hf.core.vocabulary import Vocabulary

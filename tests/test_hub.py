@@ -7,6 +7,7 @@ import copy
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 import nudging_hf
 from nudging_hf import NudgingConfig, cli, hub, plain_prompt
 from nudging_hf.core import named_model
+from nudging_hf.core.generate import OWN_ARGUMENTS
+from nudging_hf.core.validation import UNSUPPORTED
 
 FOLDER = Path(__file__).parents[1] / "hub_custom_code"
 QUESTIONS = ["What is the name of the thing?", "Take 12 apples and 7 pears."]
@@ -151,14 +154,25 @@ def front_matter(card):
     return yaml.safe_load(head), body
 
 
+def test_the_lists_in_the_card_of_the_code_are_those_that_the_command_writes(tmp_path):
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(re.sub(r"(<!-- (\w+) -->).*?(?=<!-- end of \2 -->)", r"\1", card, flags=re.DOTALL))
+    assert len(readme.read_text()) < len(card) / 2
+    hub.write_code(tmp_path)
+    assert readme.read_text(encoding="utf-8") == card, "run `make hub`"
+
+
 def test_the_card_of_the_code_says_every_argument_and_default():
     head, body = front_matter(FOLDER / "README.md")
     assert head["library_name"] == "transformers" and head["license"] == "apache-2.0"
     assert {"custom_generate", "nudging"} <= set(head["tags"])
     for name, default in vars(NudgingConfig()).items():
         assert f"| `{name}` | `{default!r}` |" in body
-    for name in ("nudging_model", "nudging_tokenizer", "nudging_input_ids", "nudging_attention_mask"):
-        assert f"`{name}`" in body
+    for name in OWN_ARGUMENTS:
+        assert re.search(rf"`{name}\b", body)
+    for name in UNSUPPORTED.keys() - {"custom_generate"}:
+        assert f"`{name}`" in body.partition("## Limits")[2]
     assert "fei2025nudging" in body
 
 

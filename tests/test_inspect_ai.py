@@ -28,8 +28,6 @@ from inspect_ai.model import (
 from inspect_ai.scorer import includes
 from inspect_ai.tool import ToolInfo
 
-from nudging_hf.integrations import inspect_ai as integration
-
 # inspect-ai's own, with tenacity 9.2.
 pytestmark = pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning")
 
@@ -62,18 +60,18 @@ def ask(model, messages, **config):
 
 def package(model, row, **kwargs):
     """The package's own answer: its pieces, and what `generate` returned."""
-    api = model.api
-    inputs = nudging_hf.chat_inputs(row["messages"], api.tokenizer, api.nudging_tokenizer, "{system}\n{user}\n")
+    pair = model.api.pair
+    inputs = nudging_hf.chat_inputs(row["messages"], pair.tokenizer, pair.nudging_tokenizer, "{system}\n{user}\n")
     output = nudging_hf.generate(
-        api.base,
+        pair.base,
         **inputs,
-        nudging_model=api.nudging_model,
+        nudging_model=pair.nudging_model,
         nudge_threshold=0.4,
         do_sample=False,
         return_dict_in_generate=True,
         **{"max_new_tokens": 512, **kwargs},
     )
-    return pieces_of(output, api.tokenizer)[0], output, inputs
+    return pieces_of(output, pair.tokenizer)[0], output, inputs
 
 
 def text_of(pieces):
@@ -166,7 +164,7 @@ def test_calls_take_turns_and_the_event_loop_goes_on(model, rows, monkeypatch):
         running.pop()
         return output
 
-    monkeypatch.setattr(integration, "generate", slow)
+    monkeypatch.setattr("nudging_hf.pair.generate", slow)
 
     async def all_at_once():
         async def tick():

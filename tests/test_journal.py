@@ -15,13 +15,26 @@ ROWS = [{"n": 1, "text": "\u00e9\u2028\n"}, {"n": 2, "text": ""}, {"n": 3, "text
 def journal_of(path, rows):
     journal = Journal(path, SETUP)
     for row in rows:
-        journal.add(row)
+        journal.once({"n": row["n"]}, lambda row=row: row)
     return journal
 
 
-def test_rows_are_there_again_in_their_order(tmp_path):
-    assert journal_of(tmp_path / "j", ROWS).rows == ROWS
-    assert Journal(tmp_path / "j", SETUP).rows == ROWS
+@pytest.mark.parametrize("name", ["j", None])
+def test_results_are_there_again_in_their_order(tmp_path, name):
+    path = name and tmp_path / name
+    assert journal_of(path, ROWS).results == ROWS
+    assert Journal(path, SETUP).results == (ROWS if path else [])
+
+
+def test_what_is_finished_is_not_done_again(tmp_path):
+    journal_of(tmp_path / "j", ROWS[:2])
+    done = []
+    for _ in range(2):
+        journal = Journal(tmp_path / "j", SETUP)
+        for row in ROWS:
+            assert journal.once({"n": row["n"]}, lambda row=row: done.append(row) or row) == row
+        assert journal.find({"n": 3}) == ROWS[2] and journal.find({"n": 4}) is None
+    assert done == ROWS[2:]
 
 
 def test_cut_at_any_byte_it_goes_on_with_the_whole_rows_and_ends_the_same(tmp_path, caplog):
@@ -33,10 +46,10 @@ def test_cut_at_any_byte_it_goes_on_with_the_whole_rows_and_ends_the_same(tmp_pa
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             journal = Journal(path, SETUP)
-        assert journal.rows == ROWS[: max(0, whole[:length].count(b"\n") - 1)]
+        assert journal.results == ROWS[: max(0, whole[:length].count(b"\n") - 1)]
         assert bool(caplog.records) == (length > 0 and whole[length - 1 : length] != b"\n")
-        for row in ROWS[len(journal.rows) :]:
-            journal.add(row)
+        for row in ROWS:
+            journal.once({"n": row["n"]}, lambda row=row: row)
         assert path.read_bytes() == whole
 
 
@@ -58,7 +71,10 @@ def test_another_setup_is_refused_by_name_and_nothing_is_lost(tmp_path, setup, n
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["Dear diary", "Dear diary\n", "[]\n", json.dumps(SETUP) + "\n[]\n", "{}\n{\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["Dear diary", "Dear diary\n", "[]\n", json.dumps(SETUP) + "\n[]\n", "{}\n{\n", json.dumps(SETUP) + "\n{}\n"],
+)
 def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, text):
     path = tmp_path / "j"
     path.write_text(text)

@@ -10,9 +10,9 @@ import nudging_hf
 
 PACKAGE = Path(nudging_hf.__file__).parent
 CORE = [
-    {"config", "rounds"},
-    {"arguments", "gate", "vocabulary", "sampling", "constraints", "drafting", "transformers_private"},
-    {"answer", "cache_layers", "prompt_lookup"},
+    {"config", "rounds", "transformers_private"},
+    {"arguments", "gate", "vocabulary", "sampling", "constraints", "drafting", "prompt_lookup"},
+    {"answer", "cache_layers"},
     {"kv_cache", "reading_mode"},
     {"state_cache", "validation"},
     {"copied_cache"},
@@ -24,14 +24,14 @@ CORE = [
 ]
 LAYERS = [
     *({f"core.{module}" for module in floor} for floor in CORE),
-    {"core", "study", "provenance", "terminal", "chats", "integrations", "tasks", "tasks.generated", "tasks.judge"},
-    {"study.journal"},
-    {"study.baselines", "study.calibration", "study.report", "hub", "pipelines", "streaming", "page", "tasks.scoring"},
-    {"study.analysis", "integrations.inspect_ai", "integrations.lm_eval", "registration", "tasks.safety"},
-    {"study.comparison"},
+    {"core", "study", "provenance", "terminal", "chats", "html_page", "hub_readme", "integrations"},
+    {"tasks", "tasks.generated", "tasks.judge", "study.journal", "study.tables", "study.prompts"},
+    {"pair", "study.baselines", "study.report", "page", "hub", "streaming", "tasks.scoring"},
+    {"study.reader", "pipelines", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},
+    {"study.analysis", "study.calibration", "study.comparison", "registration"},
     {"study.demo"},
     {"__init__"},
-    {"cli.arguments", "cli.streams"},
+    {"cli.arguments", "cli.files", "cli.streams"},
     {"cli.answering"},
     {"cli.analyze", "cli.calibrate", "cli.compare", "cli.demo", "cli.eval", "cli.generate", "cli.hub", "cli.chat"},
     {"cli"},

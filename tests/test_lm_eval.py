@@ -11,7 +11,6 @@ import tiny
 import nudging_hf
 from nudging_hf import cli
 from nudging_hf.chats import messages_of
-from nudging_hf.study import demo
 
 pytest.importorskip("lm_eval")
 
@@ -22,6 +21,10 @@ from lm_eval.api.registry import get_model
 
 from nudging_hf.integrations.lm_eval import Conversation, NudgingLM, register
 from nudging_hf.provenance import pieces_of
+from nudging_hf.study.comparison import Models, Result, contestants_of, take_turn
+from nudging_hf.study.demo import MAX_NEW_TOKENS
+from nudging_hf.study.prompts import Prompt
+from nudging_hf.study.reader import Reader
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 QUESTION = "What is the name of the thing?"
@@ -50,11 +53,11 @@ metric_list:
 """
 
 SCORE = """\
-from nudging_hf.study.demo import Question
+from nudging_hf.study.prompts import Prompt
 
 
 def score(doc, results):
-    return {"exact_match": float(Question(**doc).given(results[0]) == doc["answer"])}
+    return {"exact_match": float(Prompt(**doc).is_right(results[0]))}
 """
 
 
@@ -273,7 +276,7 @@ def test_the_harness_s_command_line_gives_the_accuracy_of_the_demonstration(tmp_
     rows = [world.row(problem) for problem in world.problem_set("dev", world.DEV_SEED, 1)]
     for row in rows[::2]:
         row["answer"] += "0"  # Else all are right.
-    folder = write_task(tmp_path / "task", rows, demo.MAX_NEW_TOKENS)
+    folder = write_task(tmp_path / "task", rows, MAX_NEW_TOKENS)
     models = f"pretrained={MINI}/models/base,nudging_model={MINI}/models/nudging,nudge_threshold=0.4"
     args = ["--model", "nudging_hf", "--model_args", models, "--tasks", "local", "--include_path", folder]
     args += ["--device", "cpu", "--batch_size", 3, "--apply_chat_template"]
@@ -283,10 +286,10 @@ def test_the_harness_s_command_line_gives_the_accuracy_of_the_demonstration(tmp_
     lines = next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()
     samples = sorted((json.loads(line) for line in lines), key=lambda sample: sample["doc_id"])
 
-    base, nudging = demo.LM.load(MINI / "models/base"), demo.LM.load(MINI / "models/nudging")
-    own = demo.evaluate(
-        demo.Contestant(demo.NUDGED, large=base, small=nudging), [demo.Question(**row) for row in rows], 0.4, 8
-    )
+    two = Models(Reader.load(MINI / "models/base", chat=False), Reader.load(MINI / "models/nudging"))
+    contestant = contestants_of(two, [nudging_hf.NudgingConfig(0.4)], with_rivals=False)[0][-1]
+    questions = [Prompt(**row) for row in rows]
+    own = Result(contestant, questions, [take_turn(contestant, questions, MAX_NEW_TOKENS)])
     assert [sample["resps"][0][0] for sample in samples] == [answer.text for answer in own.answers]
     assert report["results"]["local"]["exact_match,none"] == own.accuracy() < 1
     nudged, words = own.nudged_words

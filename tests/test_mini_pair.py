@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from nudging_hf.study import demo
+from nudging_hf.core.config import NudgingConfig
+from nudging_hf.study import comparison, demo
+from nudging_hf.study.journal import Journal
+from nudging_hf.study.prompts import Prompt
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 MODELS = ("base", "nudging", "nudging-shared", "nudging-shared-unaligned", "large-aligned")
@@ -23,8 +26,14 @@ def world():
 
 
 @pytest.fixture(scope="module")
-def pair():
-    return demo.Pair.load(MINI)
+def loaded():
+    """The models and the held-out questions."""
+    return demo.load(MINI)
+
+
+@pytest.fixture(scope="module")
+def models(loaded):
+    return loaded[0]
 
 
 def parameters(name: str) -> int:
@@ -41,16 +50,16 @@ def test_the_weights_are_small_and_the_nudging_models_ten_times_smaller():
     assert parameters("large-aligned") == parameters("base")
 
 
-def test_who_shares_the_bases_vocabulary(pair):
-    shared = pair.base.tokenizer.get_vocab()
-    assert pair.nudging_shared.tokenizer.get_vocab() == pair.large_aligned.tokenizer.get_vocab() == shared
-    assert pair.nudging.tokenizer.get_vocab() != shared
-    assert pair.nudging.tokenizer.chat_template and pair.nudging_shared.tokenizer.chat_template
-    assert not pair.base.tokenizer.chat_template
+def test_who_shares_the_bases_vocabulary(models):
+    shared = models.base.tokenizer.get_vocab()
+    assert models.shared.tokenizer.get_vocab() == models.large_aligned.tokenizer.get_vocab() == shared
+    assert models.nudging.tokenizer.get_vocab() != shared
+    assert models.nudging.tokenizer.chat_template and models.shared.tokenizer.chat_template
+    assert not models.base.tokenizer.chat_template
 
 
-def test_any_text_survives_both_tokenizers(pair):
-    for lm in (pair.base, pair.nudging):
+def test_any_text_survives_both_tokenizers(models):
+    for lm in (models.base, models.nudging):
         text = "Some – 😀 text,\n  with\ttabs and 1234."
         assert lm.tokenizer.decode(lm.tokenizer(text, add_special_tokens=False).input_ids) == text
 
@@ -65,9 +74,10 @@ def test_names_and_sums_of_held_out_questions_belong_to_the_held_out_split(world
     assert {world.pair_split(*each) for each in sums} == {"heldout"}
 
 
-def test_no_held_out_question_is_among_ten_thousand_training_ones(pair, world):
-    asked = {question.text.removeprefix("Question: ") for question in pair.questions}
-    assert len(asked) == len(pair.questions) == 400
+def test_no_held_out_question_is_among_ten_thousand_training_ones(loaded, world):
+    questions = loaded[1]
+    asked = {prompt.question.removeprefix("Question: ") for prompt in questions}
+    assert len(asked) == len(questions) == 400
     rng = random.Random(5)
     assert asked.isdisjoint({world.training_problem(rng).question for _ in range(10_000)})
 
@@ -80,17 +90,15 @@ def test_the_held_out_file_is_what_its_command_writes(world):
     ]
 
 
-def test_a_nudged_base_is_right_more_often_than_either_model_alone(pair, world):
+def test_a_nudged_base_is_right_more_often_than_either_model_alone(models, world):
     """On dev questions: the held-out ones are for reports."""
-    dev = world.problem_set("dev", world.DEV_SEED, 4)
-    questions = [demo.Question(**world.row(problem)) for problem in dev]
-    results = {
-        contestant.name: demo.evaluate(contestant, questions, threshold=0.4, batch_size=16)
-        for contestant in demo.contestants(pair)
-        if contestant.name != demo.ALIGNED
-    }
-    alone = max(results[demo.BASE].accuracy(), results[demo.NUDGING].accuracy())
-    for name in (demo.NUDGED, demo.SHARED):
-        assert results[name].accuracy() >= alone + 0.2
-        nudged, words = results[name].nudged_words
-        assert 0.02 < nudged / words < 0.3
+    questions = [Prompt(**world.row(problem)) for problem in world.problem_set("dev", world.DEV_SEED, 4)]
+    contestants, _ = comparison.contestants_of(models, [NudgingConfig(0.4)], with_rivals=False)
+    contestants = [contestant for contestant in contestants if contestant.name != comparison.ALIGNED]
+    settings = {"max_new_tokens": demo.MAX_NEW_TOKENS, "batch_size": 16}
+    base, nudging, *nudged = comparison.compare(contestants, questions, Journal(None, {}), **settings)
+    alone = max(base.accuracy(), nudging.accuracy())
+    assert len(nudged) == 2
+    for result in nudged:
+        assert result.accuracy() >= alone + 0.2
+        assert 0.02 < result.nudge_rate < 0.3

@@ -17,7 +17,7 @@ PIECES = st.lists(
     st.builds(Piece, TEXT.filter(bool), st.booleans(), st.none() | st.floats(0, 1)),
     max_size=8,
 )
-ANSWERS = st.lists(st.builds(page.Answer, TEXT, PIECES, st.dictionaries(TEXT, TEXT, max_size=2)), max_size=3)
+ANSWERS = st.lists(st.builds(page.MarkedAnswer, TEXT, PIECES, st.dictionaries(TEXT, TEXT, max_size=2)), max_size=3)
 
 
 class Reader(HTMLParser):
@@ -74,7 +74,7 @@ def test_any_text_comes_back_from_the_page(answers, title):
 
 @given(PIECES)
 def test_marked_is_exactly_what_was_nudged_but_for_white_space(pieces):
-    (_, (_, text, marked)) = Reader(page.render([page.Answer("", pieces)], 0.4)).texts
+    (_, (_, text, marked)) = Reader(page.render([page.MarkedAnswer("", pieces)], 0.4)).texts
     nudged = [piece.nudged for piece in pieces for _ in piece.text]
     assert [m for m, c in zip(marked, "".join(text), strict=True) if not c.isspace()] == [
         n for n, c in zip(nudged, "".join(text), strict=True) if not c.isspace()
@@ -83,19 +83,19 @@ def test_marked_is_exactly_what_was_nudged_but_for_white_space(pieces):
 
 def test_neighbours_of_one_author_are_one_mark_that_begins_and_ends_with_a_letter():
     pieces = [Piece(" We", True), Piece(" can", True), Piece(" ", True), Piece("go", False), Piece("\n", True)]
-    assert page.render([page.Answer("q", pieces)], 0.4).count(" <mark>We can</mark> go\n</div>") == 1
+    assert page.render([page.MarkedAnswer("q", pieces)], 0.4).count(" <mark>We can</mark> go\n</div>") == 1
 
 
 @given(PIECES, st.floats(0, 1))
 def test_each_piece_that_can_be_seen_says_the_probability_of_the_base(pieces, threshold):
-    reader = Reader(page.render([page.Answer("q", pieces)], threshold))
+    reader = Reader(page.render([page.MarkedAnswer("q", pieces)], threshold))
     known = [piece.top1 for piece in pieces if piece.top1 is not None and piece.text.strip()]
     assert reader.tips == [f"{top1:.3f} {'<' if top1 < threshold else '≥'} γ" for top1 in known]
     assert all(attributes.get("tabindex") == "0" for _, attributes in reader.tags if "data-tip" in attributes)
 
 
 def test_a_page_without_a_threshold_compares_with_none():
-    answers = [page.Answer("q", [Piece("Well", True, 0.25)])]
+    answers = [page.MarkedAnswer("q", [Piece("Well", True, 0.25)])]
     assert Reader(page.render(answers, None)).tips == ["0.250"]
     assert "γ" not in page.render(answers, None) and "below γ = 0.4" in page.render(answers, 0.4)
 
@@ -115,10 +115,12 @@ def test_the_page_needs_nothing_but_itself(answers):
 
 
 def test_the_figures_are_counted_from_the_pieces():
-    one = page.Answer("q", [Piece("So", True), Piece(" it is", False), Piece(" 4", False)], {"given": "4: right"})
+    one = page.MarkedAnswer(
+        "q", [Piece("So", True), Piece(" it is", False), Piece(" 4", False)], {"given": "4: right"}
+    )
     reader = Reader(page.render([one], 0.25))
     assert reader.figures == ["nudged words", "1 of 4 (25%)", "given", "4: right"]
-    html = page.render([one, page.Answer("r", [])], 0.25)
+    html = page.render([one, page.MarkedAnswer("r", [])], 0.25)
     assert "γ = 0.25" in html and "2 answers, 1 of 4 (25%) words nudged." in html
 
 
@@ -145,6 +147,6 @@ def test_text_can_be_read_in_both_modes(dark):
 
 
 def test_a_page_is_written_as_it_is_rendered(tmp_path):
-    answers = [page.Answer("q\r\n\U0001f600", [Piece("caf\u00e9", True, 0.2)])]
+    answers = [page.MarkedAnswer("q\r\n\U0001f600", [Piece("caf\u00e9", True, 0.2)])]
     page.write(tmp_path / "out.html", answers, 0.4)
     assert (tmp_path / "out.html").read_bytes() == page.render(answers, 0.4).encode()

@@ -9,8 +9,9 @@ import pytest
 
 from nudging_hf.chats import messages_of
 from nudging_hf.study import report
-from nudging_hf.study.analysis import Answer, Positions, Unit, tables
-from nudging_hf.study.calibration import Prompt
+from nudging_hf.study.analysis import Positions, Unit, tables
+from nudging_hf.study.prompts import Prompt
+from nudging_hf.study.reader import Answer
 
 ABOUT = {"base": "<b>base</b> & co", "prompts": "some"}
 
@@ -19,7 +20,7 @@ def figures(large=True, labelled=True):
     """Tables of two prompts at two thresholds."""
     label = {"pattern": "(.)", "answer": "a"} if labelled else {}
     prompts = [Prompt(messages_of("?"), **label) for _ in range(2)]
-    answer = vars(Answer("a", True, words=8, tokens=10, nudged_words=3, nudged_tokens=3))
+    answer = vars(Answer("a", [7] * 10, True, words=8, nudged_words=3, nudged_tokens=3))
     agrees = [True, False, None] if large else [None] * 3
     positions = vars(Positions([0.05, 0.45, 0.97], [True, True, False], agrees))
     rows = [{"answer": answer}] * 2
@@ -87,7 +88,7 @@ def test_the_figures_and_their_source_are_on_the_page():
 def test_what_is_the_share_of_nothing_is_left_open():
     """All positions in one bin, and no alignment-related one: nine bins and most shares are empty."""
     prompts = [Prompt(messages_of("?"))]
-    row = {"answer": vars(Answer("a", False, 1, 1)), "positions": vars(Positions([1.0], [False], [True]))}
+    row = {"answer": vars(Answer("a", [7], False, 1)), "positions": vars(Positions([1.0], [False], [True]))}
     written = tables(prompts, {Unit("along", 0): [row]})
     images = report.plots(written)
     assert set(images) == {"positions", "disagreement", "caught"}

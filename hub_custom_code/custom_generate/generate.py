@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
@@ -23,13 +22,14 @@ from .cached_lm import MultimodalPrompts, StaticCacheSettings, cached_lm
 from .config import NudgingConfig
 from .decoding import NudgedDecoder
 from .limits import Limits
-from .named_model import named_nudging_model
+from .named_model import resolved_model
 from .output import NudgingOutput, nudging_output, padded_sequences
 from .preparation import NudgingCall, Preparation
 from .transformers_private import (
     CACHE_NAMES,
     arguments_of_caller,
     check_version,
+    commit_hash,
     is_prepared,
     merged_generation_config,
     pad_token_id,
@@ -40,6 +40,7 @@ from .validation import (
     validate_call,
     validate_causal_lm,
     validate_multimodal_inputs,
+    validate_prompts,
     validate_streamer,
 )
 from .vocabulary import Vocabulary
@@ -241,17 +242,15 @@ def _checked_call(
     Raises:
         ValueError: for what nudging cannot do, and for arguments of the wrong kind.
     """
-    nudging_model, nudging_tokenizer = _nudging_model(model, own, generation_config, hub)
+    given = own["nudging_model"]
+    if given is None:
+        given = getattr(generation_config, "nudging_model_name_or_path", None)
+    nudging_model, nudging_tokenizer = resolved_model(model, given, own["nudging_tokenizer"], hub)
     validate_call(model, nudging_model, generation_config, arguments)
     tokenizer = arguments.get("tokenizer")
     tokenizer = tokenizer if tokenizer is not None else own["base_tokenizer"]
     ids, mask = own["nudging_input_ids"], own["nudging_attention_mask"]
-    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.ndim != 2):
-        raise ValueError(f"`nudging_input_ids` must be a tensor of shape (batch_size, length), got {_shape(ids)}.")
-    if mask is not None and (ids is None or not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
-        raise ValueError(
-            f"`nudging_attention_mask` must have the shape of `nudging_input_ids`, {_shape(ids)}, got {_shape(mask)}."
-        )
+    validate_prompts(ids, mask, "nudging")
     call = NudgingCall(
         nudging_model=nudging_model,
         vocabulary=loaded_vocabulary(tokenizer, model, "tokenizer", "base"),
@@ -263,19 +262,6 @@ def _checked_call(
     )
     validate_streamer(call.streamer, rows)
     return call
-
-
-def _nudging_model(
-    model: PreTrainedModel, own: Mapping[str, Any], generation_config: Any, hub: Mapping[str, Any]
-) -> tuple[Any, Any]:
-    """The nudging model and its tokenizer, loaded if the call or the generation config only names the model."""
-    given, tokenizer = own["nudging_model"], own["nudging_tokenizer"]
-    if given is None:
-        given = getattr(generation_config, "nudging_model_name_or_path", None)
-    if isinstance(given, (str, os.PathLike)):
-        named, own_tokenizer = named_nudging_model(model, os.fspath(given), hub)
-        return named, own_tokenizer if tokenizer is None else tokenizer
-    return None if given is None else without_wrapper(given), tokenizer
 
 
 def _parameters(nudging_config: Any) -> Mapping[str, Any]:
@@ -294,10 +280,6 @@ def _parameters(nudging_config: Any) -> Mapping[str, Any]:
     return parameters
 
 
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
-
-
 def loaded_vocabulary(tokenizer: Any, model: PreTrainedModel, argument: str, whose: str) -> Vocabulary:
     """The vocabulary of a tokenizer, or if that is `None`, of the tokenizer that the model's `name_or_path` names.
 
@@ -309,8 +291,7 @@ def loaded_vocabulary(tokenizer: Any, model: PreTrainedModel, argument: str, who
         ValueError: for an object that is no tokenizer, and if none can be loaded.
     """
     if tokenizer is None:
-        revision = getattr(model.config, "_commit_hash", None)  # Of what came from the Hub.
-        tokenizer = _load_tokenizer(model.name_or_path, revision, argument, whose)
+        tokenizer = _load_tokenizer(model.name_or_path, commit_hash(model), argument, whose)
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = tokenizer.tokenizer
     if not callable(getattr(tokenizer, "convert_ids_to_tokens", None)):

@@ -21,7 +21,7 @@ from .constraints import (
     validate_nudging_generation_config,
 )
 from .gate import Confidence
-from .prompts import nudging_prompts, unpad
+from .prompts import given_prompts, nudging_prompts, unpad
 from .rounds import rounds
 from .row import Row, Side
 from .sampling import new_seeds
@@ -125,24 +125,19 @@ class Preparation:
         If they are made from the base's prompts, placeholders for images are left out.
         """
         call, copies = self._call, self._config.num_return_sequences
-        if call.nudging_input_ids is None:
-            given = nudging_prompts(
-                [[token for token in prompt if token not in placeholders] for prompt in self.prompts],
-                call.vocabulary.tokenizer,
-                call.nudging_vocabulary.tokenizer,
-                one_vocabulary=call.one_vocabulary,
-            )
-        else:
-            given = unpad(call.nudging_input_ids, call.nudging_attention_mask)
-            if len(given) * copies != len(self.prompts):
-                raise ValueError(
-                    f"`nudging_input_ids` has {len(given)} prompts, and `input_ids` has "
-                    f"{len(self.prompts) // copies}: give as many prompts in `nudging_input_ids` as in `input_ids`."
-                )
-            given = [prompt for prompt in given for _ in range(copies)]
-        if not all(given):
+        if call.nudging_input_ids is not None:
+            rows = len(self.prompts) // copies
+            given = given_prompts(call.nudging_input_ids, call.nudging_attention_mask, rows, "nudging")
+            return [prompt for prompt in given for _ in range(copies)]
+        made = nudging_prompts(
+            [[token for token in prompt if token not in placeholders] for prompt in self.prompts],
+            call.vocabulary.tokenizer,
+            call.nudging_vocabulary.tokenizer,
+            one_vocabulary=call.one_vocabulary,
+        )
+        if not all(made):
             raise ValueError("A prompt of the nudging model is empty: give at least one token in `nudging_input_ids`.")
-        return given
+        return made
 
     def _token_rules(self, prompt_length: int) -> TokenRules:
         call, config = self._call, self._config

@@ -41,6 +41,30 @@ def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[
     return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
 
 
+def given_prompts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: int, name: str
+) -> list[list[int]]:
+    """The prompts that a call gives a small model, as lists of ids without padding.
+
+    Args:
+        input_ids, attention_mask: tensors of shape (batch, length).
+        rows: how many prompts the base was given.
+        name: what the names of both arguments begin with, such as "nudging".
+
+    Raises:
+        ValueError: if there are more or fewer prompts than the base has, or one of them is empty.
+    """
+    prompts = unpad(input_ids, attention_mask)
+    if len(prompts) != rows:
+        raise ValueError(
+            f"`{name}_input_ids` has {len(prompts)} prompts, and `input_ids` has {rows}: give as many prompts in "
+            f"`{name}_input_ids` as in `input_ids`."
+        )
+    if not all(prompts):
+        raise ValueError(f"A prompt of the {name} model is empty: give at least one token in `{name}_input_ids`.")
+    return prompts
+
+
 def nudging_prompts(
     prompts: Sequence[Sequence[int]], tokenizer: Any, nudging_tokenizer: Any, one_vocabulary: bool
 ) -> list[list[int]]:

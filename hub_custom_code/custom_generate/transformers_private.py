@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -139,6 +140,16 @@ def own_generation_config(model: Any, do_sample: bool) -> GenerationConfig:
     config.min_length = config.min_new_tokens = config.forced_eos_token_id = None
     model._prepare_special_tokens(config, device=input_device(model))
     return config
+
+
+def commit_hash(model: Any) -> str | None:
+    """The commit of the Hub repository that a model was loaded from; `None` where it came from elsewhere."""
+    return getattr(model.config, "_commit_hash", None)
+
+
+def byte_of_character() -> dict[str, int]:
+    """The byte that each character stands for in a byte-level vocabulary (GPT-2's table)."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def arguments_of_pipeline(pipeline: Any, generate_kwargs: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:

@@ -19,10 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `nudging-hf`.
 
     Args:
-        argv: the arguments; left out, those of the process.
+        argv: the arguments; if they are left out, those of the process.
 
     Returns:
-        The exit code: 0, 2 for what the user can mend, 130 after an interrupt.
+        The exit code: 0, or 2 for an error that the user can mend, or 130 after an interrupt.
 
     Raises:
         SystemExit: for `--help`, `--version` and arguments that cannot be parsed.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nudging-hf: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:  # Whoever read the output, `head` for one, has had enough of it.
+    except BrokenPipeError:  # The program that reads the output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
@@ -54,12 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nudging-hf {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    generate.add_command(commands)
-    chat.add_command(commands)
-    demo.add_command(commands)
-    eval.add_command(commands)
-    hub.add_command(commands)
-    calibrate.add_command(commands)
-    analyze.add_command(commands)
-    compare.add_command(commands)
+    for command in (generate, chat, demo, eval, hub, calibrate, analyze, compare):
+        command.add_command(commands)
     return parser

@@ -1,4 +1,4 @@
-"""One answer in the terminal: streamed, timed and counted. It knows a chat and a pair, never what comes before."""
+"""One answer in the terminal: streamed, timed and counted. It knows one chat and a pair, never a command."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ..core.generate import generate
 from ..core.output import NudgingOutput
-from ..provenance import Piece, count_nudged_words, pieces_of
+from ..pair import Pair
+from ..provenance import Piece, count_nudged_words, pieces_of, text_of
 from ..streaming import MarkingStreamer
 from ..terminal import CLOSING, OPENING, TerminalWriter, is_coloured
-from .arguments import LoadedPair, add_color
+from .arguments import add_color
 
 
-class Answer:
-    """An answer that is being written, or was.
+class StreamedAnswer:
+    """An answer that is shown while it is written.
 
     Attributes:
-        pieces: what has been written so far; with the base's top-1 probabilities once the answer has ended.
+        pieces: what has been written so far. Once the answer has ended, they have the base's top-1 probabilities.
         output ([`NudgingOutput`]): what `generate` returned; `None` before that, and after an interrupt.
     """
 
@@ -31,17 +31,17 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
+        return text_of(self.pieces)
 
     def write(
         self,
-        pair: LoadedPair,
+        pair: Pair,
         messages: Sequence[dict[str, Any]],
         base_template: str,
         decoding: dict[str, Any],
         ink: TerminalWriter,
     ) -> None:
-        """Lets a pair answer a chat, and shows it as it comes.
+        """Lets a pair answer a chat, and shows the answer piece by piece.
 
         Raises:
             ValueError: for a chat, a template or a call that nudging refuses.
@@ -55,13 +55,13 @@ class Answer:
                 ink.write(text, nudged)
 
             streamer = MarkingStreamer(pair.tokenizer, show)
-            output: Any = generate(pair.base, **inputs, **decoding, streamer=streamer, return_dict_in_generate=True)
+            output = pair.generate(inputs, **decoding, streamer=streamer, return_dict_in_generate=True)
         self._seconds = time.monotonic() - began
         self.output = output
         self.pieces = pieces_of(output, pair.tokenizer)[0]
 
     def figures(self) -> dict[str, str]:
-        """What there is to say of it, by name."""
+        """The figures of the answer, by name."""
         nudged, words = count_nudged_words(self.pieces)
         figures = {"nudged words": f"{nudged} of {words}" + (f" ({nudged / words:.0%})" if words else "")}
         if self.output is not None:
@@ -74,7 +74,7 @@ class Answer:
 
     @property
     def finish_reason(self) -> str:
-        """Why it ended: a reason of [`NudgingOutput`], or "interrupted"."""
+        """Why the answer ended: a reason of [`NudgingOutput`], or "interrupted"."""
         reasons = self.output.finish_reasons if self.output is not None else None
         return str(reasons[0]) if reasons else "interrupted"
 
@@ -84,20 +84,20 @@ class Answer:
 
 
 def add_output(parser: argparse.ArgumentParser) -> Any:
-    """Adds how answers are shown, and returns the group, for more."""
+    """Adds the options that say how answers are shown, and returns their group."""
     output = parser.add_argument_group("output")
     add_color(output)
     output.add_argument(
         "--marks",
         action=argparse.BooleanOptionalAction,
-        help=f"put the nudged words in {OPENING} {CLOSING} (default: in a terminal without colour)",
+        help=f"put the nudged words in {OPENING} {CLOSING} (default: only in a terminal without colour)",
     )
     output.add_argument("--quiet", action="store_true", help="no line of figures")
     return output
 
 
 def ink_of(args: argparse.Namespace) -> TerminalWriter:
-    """How answers are written to standard output."""
+    """The ink with which answers are written to standard output."""
     coloured = is_coloured(args.color)
     marked = sys.stdout.isatty() and not coloured if args.marks is None else args.marks
     return TerminalWriter(sys.stdout, coloured, marked)

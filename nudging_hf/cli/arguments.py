@@ -1,24 +1,27 @@
-"""What several commands take alike: models, prompts, knobs, colours, numbers."""
+"""Arguments that several commands have: models, prompts, parameters of nudging, colours, numbers."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ..chats import chat_inputs
+from ..chats import REASONING_TEMPLATE
 from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
+from ..pair import Pair
+from ..study.reader import Reader
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first: the messages of transformers go on for lines."""
+    """The first line of an error's message, because those of transformers have many."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -57,12 +60,12 @@ def add_color(parser: Any) -> None:
         "--color",
         choices=("auto", "always", "never"),
         default="auto",
-        help="default: %(default)s, which is in a terminal, unless NO_COLOR is set",
+        help="default: %(default)s, which means only in a terminal, and not if NO_COLOR is set",
     )
 
 
 def add_threshold(parser: Any) -> None:
-    """Adds `--threshold` of the paper's gate, a number."""
+    """Adds `--threshold`, a number for the paper's gate."""
     parser.add_argument(
         "--threshold",
         type=float,
@@ -73,14 +76,14 @@ def add_threshold(parser: Any) -> None:
 
 
 def add_gate(parser: Any) -> None:
-    """Adds all that says when the base is unsure, as `NudgingConfig` names it; what is left out is `None`."""
+    """Adds the options that say when the base is unsure, under the names of `NudgingConfig`; the default is `None`."""
     parser.add_argument(
         "--threshold",
         type=threshold_or_auto,
         metavar="T",
         dest="nudge_threshold",
         help="what the gate compares with: for top1, the base is unsure where its most probable token has less than "
-        'this probability. "auto" finds one on the way (default: what is stored with the base, or else '
+        'this probability. "auto" finds one while it decodes (default: what is stored with the base, or else '
         + ", ".join(f"{value:g} for {gate}" for gate, value in DEFAULT_THRESHOLDS.items())
         + ")",
     )
@@ -88,7 +91,7 @@ def add_gate(parser: Any) -> None:
         "--gate",
         choices=tuple(DEFAULT_THRESHOLDS),
         dest="nudge_gate",
-        help=f"by what it is told whether the base is unsure (default: {NudgingConfig.nudge_gate})",
+        help=f"the measure that tells whether the base is unsure (default: {NudgingConfig.nudge_gate})",
     )
     parser.add_argument(
         "--target-nudge-rate",
@@ -102,7 +105,7 @@ def add_gate(parser: Any) -> None:
 
 
 def add_models(parser: argparse.ArgumentParser, required: bool = True) -> Any:
-    """Adds what `load_pair` goes by, and returns the group, for more; `required` says whether both must be named."""
+    """Adds the arguments of `load_pair` and returns their group; `required` says whether both models must be named."""
     models = parser.add_argument_group("models")
     name: dict[str, Any] = {"required": required, "metavar": "NAME"}
     models.add_argument("--base", **name, help="the large base model: a folder, or a name on the Hugging Face Hub")
@@ -111,57 +114,53 @@ def add_models(parser: argparse.ArgumentParser, required: bool = True) -> Any:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the weights of both (default: %(default)s, as they were saved)",
+        help="the dtype of the weights of both (default: %(default)s, as they were saved)",
     )
     models.add_argument("--device", help="where both run, such as cpu or cuda:0 (default: cpu)")
     models.add_argument("--device-map", metavar="MAP", help='such as "auto", instead of --device; needs accelerate')
     return models
 
 
-@dataclass(frozen=True)
-class LoadedPair:
-    """Two models in their places, and their tokenizers."""
-
-    base: Any
-    tokenizer: Any
-    nudging_model: Any
-    nudging_tokenizer: Any
-
-    def inputs(self, messages: list[dict[str, Any]], base_template: str) -> dict[str, Any]:
-        """What `generate` is to be told of the models and of a chat."""
-        prompts = chat_inputs(messages, self.tokenizer, self.nudging_tokenizer, base_template)
-        return {
-            **prompts.to(self.base.device),
-            "tokenizer": self.tokenizer,
-            "nudging_model": self.nudging_model,
-            "nudging_tokenizer": self.nudging_tokenizer,
-        }
-
-    def nudging_config(self, knobs: Mapping[str, Any]) -> NudgingConfig:
-        """The knobs that were given, and of all others those that are stored with the base."""
-        return NudgingConfig.resolve([knobs, self.base.generation_config.to_dict()])
-
-
-def load_pair(args: argparse.Namespace, progress: bool) -> LoadedPair:
+def load_pair(args: argparse.Namespace, progress: bool) -> Pair:
     """The models that `--base` and `--nudging-model` name.
 
     Raises:
-        ValueError: where one cannot be loaded or put in its place, naming the option.
+        ValueError: if one cannot be loaded or moved to its device, naming the option.
     """
     if args.device is not None and args.device_map is not None:
         raise ValueError("--device and --device-map both say where the models run: give one of them.")
     with loading_bars(progress):
-        base = load_model("--base", args.base, args)
-        nudging = load_model("--nudging-model", args.nudging_model, args)
-    return LoadedPair(*base, *nudging)
+        base = _load_model("--base", args.base, args)
+        nudging = _load_model("--nudging-model", args.nudging_model, args)
+    return Pair(*base, *nudging)
 
 
-def load_model(option: str, name: str, args: argparse.Namespace) -> tuple[Any, Any]:
-    """A model in its place, and its tokenizer.
+def load_readers(args: argparse.Namespace, progress: bool) -> tuple[Reader, Reader]:
+    """The pair of `load_pair`, each model as one that reads prompts with `--base-template`."""
+    pair = load_pair(args, progress)
+    base = Reader(pair.base, pair.tokenizer, False, args.base_template)
+    return base, Reader(pair.nudging_model, pair.nudging_tokenizer, True, args.base_template)
+
+
+def load_reader(args: argparse.Namespace, name: str, chat: bool, progress: bool) -> Reader | None:
+    """The model that another option names, if it was given.
+
+    Args:
+        name: the option's name in `args`, such as "large_aligned".
+        chat: whether the model is asked by its chat template.
 
     Raises:
-        ValueError: where it cannot be loaded or put in its place, naming `option`.
+        ValueError: if it cannot be loaded or moved to its device, naming the option.
     """
+    given = getattr(args, name)
+    if given is None:
+        return None
+    with loading_bars(progress):
+        model, tokenizer = _load_model("--" + name.replace("_", "-"), given, args)
+    return Reader(model, tokenizer, chat, args.base_template)
+
+
+def _load_model(option: str, name: str, args: argparse.Namespace) -> tuple[Any, Any]:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"{option}: there is no folder {name}.")
     try:
@@ -179,7 +178,7 @@ def load_model(option: str, name: str, args: argparse.Namespace) -> tuple[Any, A
 
 @contextmanager
 def loading_bars(shown: bool) -> Iterator[None]:
-    """Lets transformers show how loading goes, or not."""
+    """Shows or hides the progress bars with which transformers loads models."""
     before = logging.is_progress_bar_enabled()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     try:
@@ -188,22 +187,36 @@ def loading_bars(shown: bool) -> Iterator[None]:
         (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
-# Prompts and knobs --------------------------------------------------------------------------------------------------
+@contextmanager
+def answer_bar(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar for answers, which begins again when it is full. `show(what, answered)` moves it on."""
+    with tqdm(total=total, unit="answer", leave=False, file=sys.stderr) as bar:
+
+        def show(what: str, answered: int) -> None:
+            if bar.n == bar.total:
+                bar.reset()
+            bar.set_description(what, refresh=answered == 0)
+            bar.update(answered)
+
+        yield show
+
+
+# Prompts and parameters ---------------------------------------------------------------------------------------------
 
 
 def add_prompts(parser: argparse.ArgumentParser, base_template: str) -> None:
-    """Adds `--system` and `--base-template`, which is `base_template` where it is left out."""
+    """Adds `--system` and `--base-template`; `base_template` is the default of the latter."""
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--system",
         metavar="TEXT",
-        help="the system message of the nudging model; the base sees it where --base-template has {system}",
+        help="the system message of the nudging model; the base sees it if --base-template has {system}",
     )
     add_base_template(prompts, base_template)
 
 
 def add_base_template(parser: Any, base_template: str) -> None:
-    """Adds `--base-template`, which is `base_template` where it is left out."""
+    """Adds `--base-template`; `base_template` is the default."""
     parser.add_argument(
         "--base-template",
         type=lambda text: text.replace("\\n", "\n"),
@@ -215,44 +228,67 @@ def add_base_template(parser: Any, base_template: str) -> None:
     )
 
 
+def add_study(parser: argparse.ArgumentParser, title: str, prompts: str, required: bool = False) -> Any:
+    """Adds what a study asks and how it is answered, and returns the group.
+
+    Args:
+        title: the title of the group.
+        prompts: the help of `--prompts`.
+        required: whether `--prompts` must be given.
+    """
+    asked = parser.add_argument_group(title)
+    asked.add_argument("--prompts", type=Path, required=required, metavar="FILE", help=prompts)
+    add_base_template(asked, REASONING_TEMPLATE)
+    for option, default, what in (
+        ("--max-new-tokens", 256, "the limit on an answer, in tokens"),
+        ("--batch-size", 16, "how many prompts are answered at once"),
+    ):
+        asked.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+    return asked
+
+
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Adds what `decoding_of` goes by."""
+    """Adds the arguments of `decoding_of`."""
     nudging = parser.add_argument_group("nudging")
     add_gate(nudging)
     nudging.add_argument(
         "--num-draft-tokens",
         type=drafts,
         metavar="N",
-        help="how many tokens of the nudging model the base checks at once, which changes the speed and never the "
+        help="how many tokens of the nudging model the base verifies in a pass, which changes the speed and never the "
         f"answer (default: {NudgingConfig.num_draft_tokens})",
     )
     nudging.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: %(default)s")
     nudging.add_argument("--sample", action="store_true", help="draw tokens instead of taking the most probable ones")
-    nudging.add_argument("--temperature", type=float, metavar="T", help="of the base, with --sample")
-    nudging.add_argument("--seed", type=int, metavar="N", help="of what is drawn, with --sample")
+    nudging.add_argument("--temperature", type=float, metavar="T", help="the base's temperature, with --sample")
+    nudging.add_argument("--seed", type=int, metavar="N", help="the seed of the draws, with --sample")
 
 
-def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The knobs of [`NudgingConfig`] that were given."""
+def parameters_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of [`NudgingConfig`] that were given."""
     given = {name: getattr(args, name, None) for name in NudgingConfig.field_names()}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What `generate` is to be told of the way that it decodes. Seeds torch where `--seed` is given.
+    """The arguments of `generate` that say how it decodes.
 
     Raises:
-        ValueError: for values out of range, and for a temperature where nothing is drawn.
+        ValueError: for values out of range, and for a temperature without sampling.
     """
     if args.temperature is not None and not args.sample:
         raise ValueError("--temperature needs --sample: the most probable token has no temperature.")
-    if args.seed is not None:
-        transformers.set_seed(args.seed)
-    knobs = knobs_of(args)
-    NudgingConfig(**knobs)  # Refused now, not after the models have been loaded.
+    given = parameters_of(args)
+    NudgingConfig(**given)  # A value out of range is refused now, not after the models have been loaded.
     return {
-        "nudging_config": knobs,
+        "nudging_config": given,
         "max_new_tokens": args.max_new_tokens,
         "do_sample": args.sample,
         **({} if args.temperature is None else {"temperature": args.temperature}),
     }
+
+
+def apply_seed(args: argparse.Namespace) -> None:
+    """Seeds torch if `--seed` is given."""
+    if args.seed is not None:
+        transformers.set_seed(args.seed)

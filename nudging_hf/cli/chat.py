@@ -1,9 +1,8 @@
-"""`nudging-hf chat`: several turns, in the terminal. Answers go to standard output, all else to standard error."""
+"""`nudging-hf chat`: several turns in the terminal. Answers go to standard output, all else to standard error."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,19 +11,21 @@ from typing import Any
 
 from .. import __version__
 from ..chats import INSTRUCTION_TEMPLATE, turn_template
+from ..pair import Pair
 from ..provenance import spans
 from ..terminal import TerminalWriter
-from .answering import Answer, add_output, ink_of
+from .answering import StreamedAnswer, add_output, ink_of
 from .arguments import (
-    LoadedPair,
     add_decoding,
     add_models,
     add_prompts,
+    apply_seed,
     decoding_of,
     first_line,
     load_pair,
     threshold_or_auto,
 )
+from .files import write_json
 from .streams import keep_undecoded_bytes_of_typed_lines, refuse_undecoded, standard_input
 
 _DESCRIPTION = (
@@ -45,8 +46,9 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `nudging-hf chat`."""
-    turn_template(args.base_template)  # Refused now, not after the models have been loaded.
+    turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
     decoding = decoding_of(args)
+    apply_seed(args)
     pair = load_pair(args, progress=sys.stderr.isatty() and not args.quiet)
     decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
     chat = Chat(args, pair, decoding, ink_of(args))
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             if not chat.take(line.strip()):
                 return
         except KeyboardInterrupt:
-            if not at_terminal:  # What feeds the chat knows nothing of it.
+            if not at_terminal:  # The program that feeds the chat does not notice that an answer was stopped.
                 raise
         except ValueError as error:
             _say(f"error: {first_line(error)}")
@@ -80,10 +82,10 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _typed_lines() -> Iterator[str]:
-    """What is typed, until Ctrl-D. Ctrl-C drops a line."""
+    """The lines that are typed, until Ctrl-D. Ctrl-C drops a line."""
     try:
         import readline
-    except ImportError:  # Not on Windows: lines are edited as the terminal can.
+    except ImportError:  # Windows has none: the terminal itself edits lines.
         pass
     else:
         readline.parse_and_bind("set enable-bracketed-paste on")  # Several lines that are pasted are one turn.
@@ -110,16 +112,16 @@ class _Command:
 
 
 class Chat:
-    """What was said, and how the next answer is written.
+    """The turns so far, and the settings of the next answer.
 
     Args:
-        args: of the command line.
+        args: the arguments of the command line.
         pair: the models that answer.
-        decoding: how, as [`decoding_of`] says it.
-        ink: what answers are shown with.
+        decoding: how they decode, as [`decoding_of`] returns it.
+        ink: writes the answers.
     """
 
-    def __init__(self, args: argparse.Namespace, pair: LoadedPair, decoding: dict[str, Any], ink: TerminalWriter):
+    def __init__(self, args: argparse.Namespace, pair: Pair, decoding: dict[str, Any], ink: TerminalWriter):
         self._args = args
         self._pair = pair
         self._decoding = decoding
@@ -129,11 +131,11 @@ class Chat:
         self._saved_to: Path | None = None
 
     def take(self, line: str) -> bool:
-        """Takes a command or a turn, and says whether the chat goes on.
+        """Carries out a command or answers a turn, and returns whether the chat goes on.
 
         Raises:
-            ValueError: for a command that cannot be done, and for a turn that cannot be answered, which is then left
-                out of the chat.
+            ValueError: for a command that cannot be carried out, and for a turn that cannot be answered, which is then
+                left out of the chat.
         """
         if line.startswith("/"):
             name, _, argument = line.partition(" ")
@@ -152,7 +154,7 @@ class Chat:
         return [*system, *self._turns]
 
     def _answer(self, text: str) -> None:
-        turn, answer = {"role": "user", "content": text}, Answer()
+        turn, answer = {"role": "user", "content": text}, StreamedAnswer()
         try:
             answer.write(self._pair, [*self._messages, turn], self._args.base_template, self._decoding, self._ink)
         except KeyboardInterrupt:
@@ -161,7 +163,7 @@ class Chat:
             raise
         self._keep(turn, answer)
 
-    def _keep(self, turn: dict[str, Any], answer: Answer) -> None:
+    def _keep(self, turn: dict[str, Any], answer: StreamedAnswer) -> None:
         nudged = [[span.start, span.end] for span in spans(answer.pieces) if span.nudged]
         self._turns += [
             turn,
@@ -176,7 +178,7 @@ class Chat:
         if not self._args.quiet:
             answer.show_figures()
 
-    # The commands.
+    # The commands -----------------------------------------------------------------------------------------------
 
     def _new(self, _: str) -> None:
         self._turns, self._saved_to = [], None
@@ -210,7 +212,7 @@ class Chat:
             "messages": self._messages,
         }
         try:
-            path.write_text(json.dumps(chat, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            write_json(path, chat)
         except OSError as error:
             raise ValueError(f"The chat cannot be saved: {error}") from error
         self._saved_to = path
@@ -225,8 +227,8 @@ class Chat:
 
 _COMMANDS = {
     "/new": _Command("", "start over", Chat._new),
-    "/system": _Command("TEXT", "the system message from now on; without TEXT: none", Chat._set_system),
-    "/threshold": _Command("T", "when the base is unsure, from now on; without T: say it", Chat._set_threshold),
-    "/save": _Command("FILE", "write the chat to FILE, as JSON; later without FILE: to the same", Chat._save),
+    "/system": _Command("TEXT", "set the system message from now on; without TEXT there is none", Chat._set_system),
+    "/threshold": _Command("T", "set the threshold from now on; without T it is shown", Chat._set_threshold),
+    "/save": _Command("FILE", "write the chat to FILE as JSON; without FILE, to the same as before", Chat._save),
     "/help": _Command("", "list the commands", Chat._help),
 }

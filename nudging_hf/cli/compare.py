@@ -11,25 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from tqdm import tqdm
-
-from .. import __version__
-from ..chats import REASONING_TEMPLATE, turn_template
+from ..chats import turn_template
 from ..core.config import NudgingConfig
 from ..core.gate import GATES
 from ..study import comparison
-from ..study.analysis import Reader
 from ..study.journal import Journal, digest, model_setup
-from .arguments import add_base_template, add_models, load_model, load_pair, loading_bars, positive, threshold_or_auto
+from ..study.prompts import Prompt, first_of_each_task, read_labelled_prompts
+from .arguments import add_models, add_study, answer_bar, load_reader, load_readers, positive, threshold_or_auto
+from .files import versions, write_json
 
 _DESCRIPTION = (
     "Tells whether nudging helps a pair of models, and against what: on questions with known answers, the base alone, "
     "the nudging model alone, the base nudged, an ensemble, proxy tuning, in-context alignment, and the large aligned "
-    "model if there is one. Writes one table, and what it says in plain words."
+    "model if there is one. Writes one table, and says in plain words what it shows."
 )
-_OF_CONTESTANTS = ("nudge_gate", "nudge_threshold")
 
 
 def add_command(commands: Any) -> None:
@@ -42,33 +37,24 @@ def add_command(commands: Any) -> None:
     models.add_argument(
         "--shared-nudging-model",
         metavar="NAME",
-        help="a second nudging model, of the base's vocabulary, where --nudging-model has another: the ensemble and "
-        "proxy tuning need one, and the base is nudged by it too, so that like is compared with like",
+        help="a second nudging model, which has the base's vocabulary, for a --nudging-model that has another: the "
+        "ensemble and proxy tuning need one. The base is nudged by it too, so that the comparison is fair",
     )
     models.add_argument(
         "--unaligned",
         metavar="NAME",
-        help="what the nudging model that has the base's vocabulary was before its alignment, for proxy tuning",
+        help="for proxy tuning, the nudging model that has the base's vocabulary, before its alignment",
     )
-    models.add_argument("--large-aligned", metavar="NAME", help="what the base becomes by alignment")
-    asked = parser.add_argument_group("questions")
-    asked.add_argument(
-        "--prompts",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help='JSON lines: {"messages": [...], "pattern": a regular expression with one group, "answer": what its last '
-        'match in a right answer holds}, with "prompt" where the base is given something else than --base-template '
+    models.add_argument("--large-aligned", metavar="NAME", help="the model that alignment makes of the base")
+    asked = add_study(
+        parser,
+        "questions",
+        'JSON lines: {"messages": [...], "pattern": a regular expression with one group, "answer": what its last '
+        'match in a right answer holds}, with "prompt" if the base is given something else than --base-template '
         'makes of the messages, and "task" for a column of its own',
+        required=True,
     )
     asked.add_argument("--limit", type=positive, metavar="N", help="take the first N questions of each task")
-    add_base_template(asked, REASONING_TEMPLATE)
-    asked.add_argument(
-        "--max-new-tokens", type=positive, default=256, metavar="N", help="of an answer (default: %(default)s)"
-    )
-    asked.add_argument(
-        "--batch-size", type=positive, default=16, metavar="N", help="answered at once (default: %(default)s)"
-    )
     parser.add_argument(
         "--threshold",
         type=_gate_and_threshold,
@@ -76,7 +62,7 @@ def add_command(commands: Any) -> None:
         default=[_gate_and_threshold(f"{NudgingConfig().nudge_threshold}")],
         metavar="T",
         help="one or more: the base is unsure where its most probable token has less than this probability; GATE:T "
-        f"for a gate of {', '.join(GATES)}; auto or GATE:auto for one that sets itself "
+        f"for a gate of {', '.join(GATES)}; auto or GATE:auto for a threshold that sets itself "
         f"(default: {NudgingConfig().nudge_threshold})",
     )
     parser.add_argument(
@@ -84,7 +70,7 @@ def add_command(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="where to: table.md, results.json, and answers.jsonl, from which a run that was broken off goes on",
+        help="the folder for table.md, results.json, and answers.jsonl, from which a run that was broken off goes on",
     )
 
 
@@ -96,25 +82,20 @@ def _gate_and_threshold(text: str) -> tuple[str, float | str]:
 def run(args: argparse.Namespace) -> None:
     """Runs `nudging-hf compare`."""
     turn_template(args.base_template)
-    knobs = [{"nudge_gate": gate, "nudge_threshold": threshold} for gate, threshold in dict.fromkeys(args.threshold)]
-    for each in knobs:
-        NudgingConfig(**each)  # Refused now, not after the models are loaded.
-    questions = comparison.read_questions(args.prompts)
+    gates = [{"nudge_gate": gate, "nudge_threshold": threshold} for gate, threshold in dict.fromkeys(args.threshold)]
+    for each in gates:
+        NudgingConfig(**each)  # It is refused now, not after the models are loaded.
+    questions = read_labelled_prompts(args.prompts)
     if args.limit is not None:
-        questions = comparison.first_of_each_task(questions, args.limit)
+        questions = first_of_each_task(questions, args.limit)
     args.out.mkdir(parents=True, exist_ok=True)
     models = _load(args)
     stored = models.base.model.generation_config.to_dict()
-    configs = [NudgingConfig.resolve([each, stored]) for each in knobs]
+    configs = [NudgingConfig.resolve([each, stored]) for each in gates]
     contestants, left_out = comparison.contestants_of(models, configs)
     setup = _setup(args, models, configs[0], questions)
     journal = Journal(args.out / "answers.jsonl", setup)
-    with tqdm(total=len(contestants) * len(questions), unit="answer", leave=False, file=sys.stderr) as bar:
-
-        def show(name: str, answered: int) -> None:
-            bar.set_description(name, refresh=False)
-            bar.update(answered)
-
+    with answer_bar(len(contestants) * len(questions)) as show:
         results = comparison.compare(
             contestants,
             questions,
@@ -129,51 +110,41 @@ def run(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> comparison.Models:
     """The models that the arguments name."""
     shown = sys.stderr.isatty()
-    pair = load_pair(args, progress=shown)
-
-    def other(option: str, name: str | None, chat: bool) -> Reader | None:
-        return None if name is None else Reader(*load_model(option, name, args), chat, args.base_template)
-
-    with loading_bars(shown):
-        return comparison.Models(
-            base=Reader(pair.base, pair.tokenizer, False, args.base_template),
-            nudging=Reader(pair.nudging_model, pair.nudging_tokenizer, True, args.base_template),
-            shared=other("--shared-nudging-model", args.shared_nudging_model, chat=True),
-            unaligned=other("--unaligned", args.unaligned, chat=False),
-            large_aligned=other("--large-aligned", args.large_aligned, chat=True),
-        )
+    base, nudging = load_readers(args, progress=shown)
+    return comparison.Models(
+        base=base,
+        nudging=nudging,
+        shared=load_reader(args, "shared_nudging_model", chat=True, progress=shown),
+        unaligned=load_reader(args, "unaligned", chat=False, progress=shown),
+        large_aligned=load_reader(args, "large_aligned", chat=True, progress=shown),
+    )
 
 
 def _setup(
-    args: argparse.Namespace,
-    models: comparison.Models,
-    knobs: NudgingConfig,
-    questions: Sequence[comparison.Question],
+    args: argparse.Namespace, models: comparison.Models, config: NudgingConfig, questions: Sequence[Prompt]
 ) -> dict[str, Any]:
-    """All on which an answer and its time depend, but for gate and threshold, which a contestant's name has."""
+    """Everything that answers and times depend on, except gate and threshold, which are in a contestant's name."""
     return {
         **{name: reader and model_setup(reader.model) for name, reader in vars(models).items()},
         "device": str(models.base.model.device),
         "questions": len(questions),
         "questions_sha256": digest([asdict(question) for question in questions]),
         "base_template": args.base_template,
-        **{name: value for name, value in asdict(knobs).items() if name not in _OF_CONTESTANTS},
+        **{name: value for name, value in asdict(config).items() if name not in ("nudge_gate", "nudge_threshold")},
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "nudging_hf": __version__,
+        **versions(),
     }
 
 
 def _tell(folder: Path, results: Sequence[comparison.Result], left_out: dict[str, str], setup: dict[str, Any]) -> None:
-    """Prints what came of it, and writes it down."""
+    """Prints the table and the sentences, and writes them and all figures into a folder."""
     table, said = comparison.table(results), comparison.sentences(results)
     said += [f"{name} is left out: {why}." for name, why in left_out.items()]
     print(table, comparison.LEGEND, "\n".join(said), sep="\n\n", end="\n\n")
-    report = {"setup": setup, "contestants": comparison.as_dict(results), "left_out": left_out, "says": said}
-    (folder / "results.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    figures = [result.as_dict(base=results[0]) for result in results]
+    write_json(folder / "results.json", {"setup": setup, "contestants": figures, "left_out": left_out, "says": said})
     listed = [f"- {sentence}" for sentence in said]
     settings = [f"- {name}: `{json.dumps(value, ensure_ascii=False)}`" for name, value in setup.items()]
     page = ["# Does nudging help here?", table, comparison.LEGEND, "\n".join(listed), "## Setup", "\n".join(settings)]

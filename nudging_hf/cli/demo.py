@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from tqdm import tqdm
-
-from .. import __version__
 from ..core.config import NudgingConfig
 from ..study import comparison, demo
+from ..study.comparison import Models, Result
+from ..study.journal import Journal
+from ..study.prompts import Prompt, first_of_each_task
 from ..terminal import TerminalWriter
-from .arguments import add_color, add_threshold, count, loading_bars, positive
+from .arguments import add_color, add_threshold, answer_bar, count, loading_bars, positive
+from .files import refuse_missing_folders, versions, write_json
 
 _DESCRIPTION = (
     "Shows what nudging does with a pair of models: some answers, with the words of the nudging model in colour, and "
@@ -57,76 +55,66 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs `nudging-hf demo`."""
     began = time.monotonic()
-    NudgingConfig(nudge_threshold=args.threshold)  # Refused now, not after the models that answer alone.
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {args.json.parent}.")
-    folder = args.pair if args.pair is not None else demo.find_pair()
+    NudgingConfig(nudge_threshold=args.threshold)  # It is refused now, not after the models have answered alone.
+    refuse_missing_folders({"--json": args.json})
+    folder = args.pair if args.pair is not None else demo.find_folder()
     print(f"Loading the models of {folder} ...", file=sys.stderr)
     with loading_bars(False):
-        pair = demo.Pair.load(folder)
-    _show_examples(pair, args)
-    results: list[demo.Result] = []
+        models, questions = demo.load(folder)
+    _show_examples(models, first_of_each_task(questions, args.examples), args)
+    results: list[Result] = []
     try:
-        _evaluate(pair, args, results)
+        _compare(models, first_of_each_task(questions, args.questions), args, results)
     finally:  # After an interrupt, what was finished is shown all the same.
         seconds = time.monotonic() - began
-        _show_results(results, args)
+        if results:
+            print(f"\nAnswers to {len(results[0].questions)} questions, {args.batch_size} at once:\n")
+            print(comparison.table(results), comparison.LEGEND, sep="\n\n", end="\n\n")
+            for sentence in comparison.sentences(results):
+                print(sentence)
         if args.json is not None:
             _write_json(folder, results, seconds, args)
         print(f"This took {seconds:.0f} s.")
 
 
-def _show_examples(pair: demo.Pair, args: argparse.Namespace) -> None:
-    questions = comparison.first_of_each_task(pair.questions, args.examples)
+def _show_examples(models: Models, questions: Sequence[Prompt], args: argparse.Namespace) -> None:
     if questions:
         with TerminalWriter.of_stdout(args.color) as ink:
             ink.write("In the answers below ", False)
             ink.write("words like these", True)
             ink.write(" are the nudging model's, and all others the base's.\n", False)
     for question in questions:
-        print(f"\n[{question.task}] {question.text}", flush=True)
+        print(f"\n[{question.task}] {question.question}", flush=True)
         with TerminalWriter.of_stdout(args.color) as ink:
-            answer = demo.stream_answer(pair, question, args.threshold, ink.write)
-        given = "no answer" if answer.given is None else answer.given
-        print("-> " + (f"{given}: right" if answer.correct else f"{given}: wrong, it is {question.answer}"))
+            text = demo.stream_answer(models, question, args.threshold, ink.write).text
+        given = question.answer_in(text)
+        verdict = "right" if question.is_right(text) else f"wrong, it is {question.answer}"
+        print(f"-> {'no answer' if given is None else given}: {verdict}")
 
 
-def _evaluate(pair: demo.Pair, args: argparse.Namespace, results: list[demo.Result]) -> None:
-    """Lets all contestants answer; `results` holds those that have finished, also after an interrupt."""
-    questions = comparison.first_of_each_task(pair.questions, args.questions)
+def _compare(models: Models, questions: Sequence[Prompt], args: argparse.Namespace, results: list[Result]) -> None:
+    """Lets one contestant after the other answer, and appends its result to `results` when it has finished."""
     if not questions:
         return
-    contestants = demo.contestants(pair)
-    with tqdm(total=len(contestants) * len(questions), unit="answer", leave=False, file=sys.stderr) as bar:
+    config = NudgingConfig(nudge_threshold=args.threshold)
+    contestants, _ = comparison.contestants_of(models, [config], with_rivals=False)
+    settings: dict[str, Any] = {"max_new_tokens": demo.MAX_NEW_TOKENS, "batch_size": args.batch_size}
+    with answer_bar(len(contestants) * len(questions)) as show:
         for contestant in contestants:
-            bar.set_description(contestant.name)
-            results.append(demo.evaluate(contestant, questions, args.threshold, args.batch_size, bar.update))
+            show(contestant.name, 0)
+            results += comparison.compare([contestant], questions, Journal(None, {}), **settings, progress=show)
 
 
-def _show_results(results: Sequence[demo.Result], args: argparse.Namespace) -> None:
-    if not results:
-        return
-    print(f"\nRight answers, of {args.questions} questions a task; the share of words that the nudging model wrote;")
-    print(f"forward passes of the large and of the small model, each for up to {args.batch_size} answers at once:\n")
-    print(demo.table(results), end="\n\n")
-    for sentence in demo.summary(results):
-        print(sentence)
-
-
-def _write_json(folder: Path, results: Sequence[demo.Result], seconds: float, args: argparse.Namespace) -> None:
+def _write_json(folder: Path, results: Sequence[Result], seconds: float, args: argparse.Namespace) -> None:
     report = {
         "pair": str(folder),
         "nudge_threshold": args.threshold,
         "questions_per_task": args.questions,
         "batch_size": args.batch_size,
         "max_new_tokens": demo.MAX_NEW_TOKENS,
-        "versions": {
-            "nudging_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "seconds": round(seconds, 1),
-        "contestants": demo.as_dict(results),
+        "contestants": [demo.as_dict(result, base=results[0]) for result in results],
     }
-    args.json.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, report)
     print(f"All figures and answers: {args.json}")

@@ -9,8 +9,9 @@ from typing import Any
 
 from .. import page
 from ..chats import messages_of, turn_template
-from .answering import Answer, add_output, ink_of
-from .arguments import add_decoding, add_models, add_prompts, decoding_of, load_pair
+from .answering import StreamedAnswer, add_output, ink_of
+from .arguments import add_decoding, add_models, add_prompts, apply_seed, decoding_of, load_pair
+from .files import refuse_missing_folders
 from .streams import refuse_undecoded, standard_input
 
 _DESCRIPTION = (
@@ -23,7 +24,12 @@ def add_command(commands: Any) -> None:
     """Adds `generate` to the commands of `nudging-hf`."""
     parser = commands.add_parser("generate", help="answer a prompt", description=_DESCRIPTION)
     parser.set_defaults(run=run)
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help='left out or "-": read from standard input')
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help='the prompt; it is read from standard input if it is left out or "-"',
+    )
     add_models(parser)
     add_prompts(parser, base_template="{user}")
     add_decoding(parser)
@@ -31,7 +37,7 @@ def add_command(commands: Any) -> None:
         "--html",
         type=Path,
         metavar="FILE",
-        help="write a page with the answer too, which shows the base's top-1 probability at each piece",
+        help="also write a page with the answer, which shows the base's top-1 probability at each piece",
     )
 
 
@@ -39,13 +45,13 @@ def run(args: argparse.Namespace) -> None:
     """Runs `nudging-hf generate`."""
     prompt = _read_prompt(args.prompt)
     messages = messages_of(prompt, args.system)
-    turn_template(args.base_template)  # Refused now, not after the models have been loaded.
-    if args.html is not None and not args.html.parent.is_dir():
-        raise ValueError(f"--html: there is no folder {args.html.parent}.")
+    turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
+    refuse_missing_folders({"--html": args.html})
     decoding = decoding_of(args)
+    apply_seed(args)
     pair = load_pair(args, progress=sys.stderr.isatty() and not args.quiet)
     config = decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
-    answer = Answer()
+    answer = StreamedAnswer()
     answer.write(pair, messages, args.base_template, decoding, ink_of(args))
     if not args.quiet:
         answer.show_figures()
@@ -54,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         figures = {"base": args.base, "nudging model": args.nudging_model, **answer.figures()}
         compared = config.nudge_threshold if config.nudge_gate == "top1" else None
         gamma = compared if isinstance(compared, (int, float)) else None
-        page.write(args.html, [page.Answer(asked, answer.pieces, figures)], gamma)
+        page.write(args.html, [page.MarkedAnswer(asked, answer.pieces, figures)], gamma)
 
 
 def _read_prompt(argument: str | None) -> str:

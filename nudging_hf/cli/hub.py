@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..chats import REASONING_TEMPLATE
 from ..hub import export, files_to_push, push, write_code
-from .arguments import add_base_template, add_gate, drafts, knobs_of, loading_bars, positive
+from .arguments import add_base_template, add_gate, drafts, loading_bars, parameters_of, positive
 
 
 def add_command(commands: Any) -> None:
@@ -27,7 +27,7 @@ def _add_export(actions: Any) -> None:
     parser = actions.add_parser(
         "export",
         help="write a model folder that nudges by itself",
-        description="Writes a model folder that nudges by itself where it is loaded with trust_remote_code=True: the "
+        description="Writes a model folder that nudges by itself if it is loaded with trust_remote_code=True: the "
         "base, the nudging model (or its name on the Hub), the code, and a model card.",
     )
     parser.set_defaults(run=_run_export)
@@ -41,11 +41,11 @@ def _add_export(actions: Any) -> None:
     )
     add_base_template(parser, REASONING_TEMPLATE)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder")
-    knobs = parser.add_argument_group("knobs", "What is left out is not recorded.")
-    add_gate(knobs)
-    knobs.add_argument("--num-nudging-tokens", type=positive, metavar="N")
-    knobs.add_argument("--takeover-on-agreement", action=argparse.BooleanOptionalAction)
-    knobs.add_argument("--num-draft-tokens", type=drafts, metavar="N")
+    nudging = parser.add_argument_group("nudging", "Only the options that are given are recorded.")
+    add_gate(nudging)
+    nudging.add_argument("--num-nudging-tokens", type=positive, metavar="N")
+    nudging.add_argument("--takeover-on-agreement", action=argparse.BooleanOptionalAction)
+    nudging.add_argument("--num-draft-tokens", type=drafts, metavar="N")
 
 
 def _run_export(args: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def _run_export(args: argparse.Namespace) -> None:
             args.out,
             base_template=args.base_template,
             overwrite=args.overwrite,
-            **knobs_of(args),
+            **parameters_of(args),
         )
     _print_files(out)
 
@@ -66,7 +66,8 @@ def _add_code(actions: Any) -> None:
         "code",
         help="put the code into a folder",
         description="Writes FOLDER/custom_generate, so that FOLDER, or the repository that it is pushed to, can be "
-        "given as custom_generate=. Python files that are there are replaced; nothing else is touched.",
+        "given as custom_generate=. Python files there are replaced, and marked lists in FOLDER/README.md are "
+        "brought up to date; nothing else is touched.",
     )
     parser.set_defaults(run=_run_code)
     parser.add_argument("folder", metavar="FOLDER")
@@ -80,15 +81,15 @@ def _add_push(actions: Any) -> None:
     parser = actions.add_parser(
         "push",
         help="upload a folder",
-        description="Uploads a folder to a model repository on the Hub, which is made where there is none. It goes by "
-        "the token that `hf auth login` keeps.",
+        description="Uploads a folder to a model repository on the Hub, which is created if there is none. It uses "
+        "the token that `hf auth login` stores.",
     )
     parser.set_defaults(run=_run_push)
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("repo_id", metavar="REPO_ID", help="such as owner/name")
-    parser.add_argument("--private", action="store_true", help="if the repository is new")
-    parser.add_argument("--revision", metavar="BRANCH", help="made where there is none (default: the main one)")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and contact nobody")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: the main one)")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
 
 
 def _run_push(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .transformers_private import input_device
+from .transformers_private import commit_hash, input_device, without_wrapper
 
 
 class _Entry:
@@ -24,6 +25,29 @@ class _Entry:
 
 _LOADED: WeakKeyDictionary[Any, dict[str, _Entry]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
+
+
+def resolved_model(
+    base: PreTrainedModel, given: Any, tokenizer: Any = None, hub: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """The model that an argument of a call stands for, and its tokenizer.
+
+    Args:
+        base: the base of the call.
+        given: a model, or the name of one as [`named_nudging_model`] takes it. Anything else is returned as it is.
+        tokenizer: the tokenizer that the call gives for the model. `None` means the one that is loaded with a name.
+        hub: keywords of `from_pretrained` that say how to reach the Hub.
+
+    Returns:
+        The model, without a wrapper of PEFT, and the tokenizer. It is `None` if the call gave a model alone.
+
+    Raises:
+        ValueError: if a named model cannot be loaded.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        return without_wrapper(given), tokenizer
+    model, own_tokenizer = named_nudging_model(base, os.fspath(given), hub or {})
+    return model, own_tokenizer if tokenizer is None else tokenizer
 
 
 def named_nudging_model(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -65,7 +89,7 @@ def _load(base: PreTrainedModel, name: str, hub: Mapping[str, Any]) -> tuple[Any
         if Path(where).is_dir():
             where = str(Path(where, name))
         else:
-            options.update(subfolder=name[2:], revision=getattr(base.config, "_commit_hash", None))
+            options.update(subfolder=name[2:], revision=commit_hash(base))
     dtype = base.dtype if base.dtype.is_floating_point else "auto"
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers.generation import GenerationMode
 
 from .cache_layers import has_recurrent_state
@@ -92,6 +93,28 @@ def validate_call(model: Any, nudging_model: Any, config: Any, arguments: Mappin
             "The base is sharded by DeepSpeed ZeRO-3 or FSDP, where all ranks must make the same number of passes, "
             "but nudging makes as many as its rows need: gather the weights on each rank before generating."
         )
+
+
+def validate_prompts(input_ids: Any, attention_mask: Any, name: str) -> None:
+    """Raises a `ValueError` if prompts or their mask are not tensors of shape (batch_size, length).
+
+    Args:
+        input_ids, attention_mask: either may be `None`, but a mask without ids is an error.
+        name: what the names of both arguments begin with, such as "nudging".
+    """
+    ids, mask = input_ids, attention_mask
+    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.ndim != 2):
+        raise ValueError(f"`{name}_input_ids` must be a tensor of shape (batch_size, length), got {shape_of(ids)}.")
+    if mask is not None and (ids is None or not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
+        raise ValueError(
+            f"`{name}_attention_mask` must have the shape of `{name}_input_ids`, {shape_of(ids)}, got "
+            f"{shape_of(mask)}."
+        )
+
+
+def shape_of(value: Any) -> str:
+    """How an error calls a value: a tensor by its shape, anything else by its type."""
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def validate_streamer(streamer: Any, rows: int) -> None:

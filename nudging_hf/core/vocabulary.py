@@ -16,8 +16,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from .transformers_private import byte_of_character
+
 logger = logging.getLogger(__name__)
 
+_BYTE_OF_CHARACTER = byte_of_character()
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # The methods of a tokenizer that translating between text and ids needs.
 _REQUIRED_METHODS = ("convert_ids_to_tokens", "get_vocab", "decode")
@@ -310,13 +313,3 @@ def _byte_scheme(tokenizer: Any) -> str | None:
     state = json.loads(decoder.__getstate__())
     types = {part["type"] for part in [state, *state.get("decoders", [])]}
     return next((scheme for scheme in ("ByteLevel", "ByteFallback") if scheme in types), None)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's table from characters to bytes: printable bytes are their own characters, the others U+0100 and up."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_alphabet()

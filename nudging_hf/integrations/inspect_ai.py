@@ -14,13 +14,12 @@ try:
 except ImportError as error:
     raise ImportError("This needs inspect-ai: pip install 'nudging-hf[inspect-ai]'.") from error
 
-from ..chats import REASONING_TEMPLATE, chat_inputs, turn_template
+from ..chats import REASONING_TEMPLATE, turn_template
 from ..core.config import NudgingConfig
-from ..core.generate import generate
-from ..core.named_model import named_nudging_model
-from ..provenance import count_nudged_words, pieces_of
+from ..pair import Pair, nudging_model_named_in
+from ..provenance import count_nudged_words, pieces_of, text_of
 
-# Of all models together: they share torch's random numbers, which a seed sets.
+# The limit holds for all models together, because they share torch's random numbers, which a seed sets.
 _ONE_AT_A_TIME = anyio.CapacityLimiter(1)
 _STOP_REASONS: dict[str, Any] = {"eos": "stop", "stop_string": "stop", "length": "max_tokens"}
 _REFUSED = "logprobs top_logprobs prompt_logprobs best_of frequency_penalty presence_penalty".split()
@@ -31,30 +30,30 @@ _REFUSED += ["logit_bias", "response_schema"]
 class NudgingAPI(inspect.ModelAPI):
     """A nudged base: `--model nudging_hf/BASE -M nudging_model=SMALL`. Usage counts the base's tokens.
 
-    `-M` takes `nudging_model` (left out, the one that the base's generation config names), the knobs of
+    `-M` takes `nudging_model` (if it is left out, the one that the base's generation config names), the fields of
     [`NudgingConfig`], `base_template` and `chat_template_kwargs` as [`chat_inputs`] does, and what `from_pretrained`
-    takes for the base. Answers are greedy where neither a temperature above 0 nor `top_p` nor `top_k` is set.
+    takes for the base. Answers are greedy unless a temperature above 0, `top_p` or `top_k` is set.
     """
 
     def __init__(self, model_name: str, base_url: Any = None, api_key: Any = None, config: Any = None, **args: Any):
         super().__init__(model_name, base_url, api_key, config=config or GenerateConfig())
-        self.knobs = {name: args.pop(name) for name in NudgingConfig.field_names() if name in args}
-        NudgingConfig(**self.knobs)  # Refused now, not after the base is loaded.
+        self.parameters = {name: args.pop(name) for name in NudgingConfig.field_names() if name in args}
+        NudgingConfig(**self.parameters)  # A bad value is refused now, not after the base is loaded.
         template = args.pop("base_template", REASONING_TEMPLATE).replace("\\n", "\n")
         turn_template(template)
         self.prompting = {"base_template": template, "chat_template_kwargs": args.pop("chat_template_kwargs", None)}
         named = args.pop("nudging_model", None)
-        self.tokenizer = AutoTokenizer.from_pretrained(model_name)
-        self.base = AutoModelForCausalLM.from_pretrained(model_name, **{"device_map": "auto", **args})
-        named = named or getattr(self.base.generation_config, "nudging_model_name_or_path", None)
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        base = AutoModelForCausalLM.from_pretrained(model_name, **{"device_map": "auto", **args})
+        named = named or nudging_model_named_in(base)
         if named is None:
             raise ValueError("There is no nudging model: name one by `-M nudging_model=...`.")
-        self.nudging_model, self.nudging_tokenizer = named_nudging_model(self.base, named, {})
+        self.pair = Pair.of(base, named, tokenizer)
 
     def max_tokens(self) -> int:
         return 512
 
-    def collapse_user_messages(self) -> bool:  # The prompts take turns.
+    def collapse_user_messages(self) -> bool:  # Messages of user and assistant must alternate.
         return True
 
     collapse_assistant_messages = collapse_system_messages = collapse_user_messages
@@ -76,20 +75,22 @@ class NudgingAPI(inspect.ModelAPI):
         if config.seed is not None:
             torch.manual_seed(config.seed)
         chat = [message.model_dump(include={"role", "content"}) for message in messages]
-        inputs = chat_inputs(chat, self.tokenizer, self.nudging_tokenizer, **self.prompting).to(self.base.device)
-        models = {"nudging_model": self.nudging_model, "nudging_tokenizer": self.nudging_tokenizer}
-        drawing |= {"do_sample": bool(drawing), "num_return_sequences": rows, "max_new_tokens": config.max_tokens}
-        limits: dict[str, Any] = {
-            "stop_strings": stops or None,
-            "return_dict_in_generate": True,
-            "nudging_config": self.knobs,
-        }
-        output: Any = generate(self.base, **inputs, tokenizer=self.tokenizer, **models, **drawing, **limits)
+        inputs = self.pair.inputs(chat, **self.prompting)
+        output = self.pair.generate(
+            inputs,
+            do_sample=bool(drawing),
+            num_return_sequences=rows,
+            max_new_tokens=config.max_tokens,
+            stop_strings=stops or None,
+            nudging_config=self.parameters,
+            return_dict_in_generate=True,
+            **drawing,
+        )
         choices, nudged, words = [], 0, 0
-        for pieces, reason in zip(pieces_of(output, self.tokenizer), output.finish_reasons, strict=True):
+        for pieces, reason in zip(pieces_of(output, self.pair.tokenizer), output.finish_reasons, strict=True):
             counted = count_nudged_words(pieces)
             nudged, words = nudged + counted[0], words + counted[1]
-            text = "".join(piece.text for piece in pieces)
+            text = text_of(pieces)
             for stop in stops:
                 text = text.split(stop)[0]
             said = inspect.ChatMessageAssistant(content=text, model=self.model_name, source="generate")

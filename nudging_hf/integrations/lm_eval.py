@@ -24,11 +24,10 @@ try:
 except ImportError as error:
     raise ImportError("This needs lm-evaluation-harness: pip install 'nudging-hf[lm-eval]'.") from error
 
-from ..chats import chat_inputs, plain_prompt, turn_template
+from ..chats import plain_prompt, turn_template
 from ..core.config import NudgingConfig
-from ..core.generate import generate, loaded_vocabulary
-from ..core.named_model import named_nudging_model
-from ..provenance import count_nudged_words, pieces_of
+from ..pair import Pair, nudging_model_named_in
+from ..provenance import count_nudged_words, pieces_of, text_of
 
 NAME = "nudging_hf"
 # The paper's prompt, whose "Question: " or "Instruction: " a task writes itself.
@@ -36,38 +35,40 @@ BASE_TEMPLATE = "{system}\n{user}\n"
 
 
 def register() -> None:
-    """Makes `--model nudging_hf` known to the harness of this process. Registering twice is registering once."""
+    """Makes `--model nudging_hf` known to the harness of this process. A second call does nothing."""
     if NAME not in model_registry:
         model_registry.register(NAME, target=NudgingLM)
 
 
 class Conversation(str):
-    """Messages on their way through the harness, which hands a prompt about as one string: their JSON."""
+    """Messages as JSON, because the harness passes a prompt around as one string."""
 
 
 class NudgingLM(HFLM):
-    """A base model, nudged. It generates; it scores nothing.
+    """A base model, nudged. It generates, and does not score texts.
 
-    Without `--apply_chat_template` the base is given the harness's prompt as it is, and the nudging model the same
-    text as one user turn of its own chat template. With it the nudging model is given the messages, system message
-    included, and the base their text by `base_template`. Line breaks at the end of a message are left out.
+    Without `--apply_chat_template` the base is given the harness's prompt as it is, and the nudging model is given the
+    same text as one user turn of its own chat template. With it, the nudging model is given the messages, the system
+    message included, and the base is given the text that `base_template` makes of them. Line breaks at the end of a
+    message are left out.
 
     Args:
         pretrained (`str` or `PreTrainedModel`):
             The base.
         nudging_model (`str` or `PreTrainedModel`, *optional*):
-            The small aligned model; a name is loaded to the base's device and in its dtype. Left out, the one that
-            the base's generation config names.
+            The small aligned model; a name is loaded to the base's device and in its dtype. If it is left out, the
+            base's generation config names the model.
         nudging_tokenizer (`str` or tokenizer, *optional*):
-            Left out, it is loaded from where the nudging model came from.
+            If it is left out, it is loaded from where the nudging model came from.
         base_template (`str`, defaults to `"{system}\\n{user}\\n"`):
             How messages become the base's text: see [`plain_prompt`]. The two characters `\\n` are a line break.
         kwargs:
-            The knobs of [`NudgingConfig`], and all that `HFLM` takes (`dtype`, `device`, `batch_size`, `tokenizer`,
-            `chat_template_args`, ...). A task's generation arguments and `--gen_kwargs` may set knobs too.
+            The fields of [`NudgingConfig`], and everything that `HFLM` takes (`dtype`, `device`, `batch_size`,
+            `tokenizer`, `chat_template_args`, ...). A task's generation arguments and `--gen_kwargs` may set fields
+            too.
 
     Raises:
-        ValueError: where there is no nudging model, it cannot be loaded, or a knob or the template is out of range.
+        ValueError: if there is no nudging model, or it cannot be loaded, or a field or the template is out of range.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class NudgingLM(HFLM):
         base_template: str = BASE_TEMPLATE,
         **kwargs: Any,
     ):
-        knobs = {name: kwargs.pop(name) for name in NudgingConfig.field_names() if name in kwargs}
-        NudgingConfig.resolve([knobs])  # Refused now, not after the base is loaded.
+        given = {name: kwargs.pop(name) for name in NudgingConfig.field_names() if name in kwargs}
+        NudgingConfig.resolve([given])  # A bad value is refused now, not after the base is loaded.
         self.base_template = base_template.replace("\\n", "\n")
         turn_template(self.base_template)
         super().__init__(pretrained, **kwargs)
@@ -88,30 +89,23 @@ class NudgingLM(HFLM):
                 f"`think_end_token={self.think_end_token}` is an id, and control tokens of the nudging model do not "
                 "cross to the base: give the text that ends the thinking."
             )
-        of_base = self.model.generation_config.to_dict()
-        self.nudging_config = NudgingConfig.resolve([knobs, of_base])
-        named = nudging_model or of_base.get("nudging_model_name_or_path")
+        named = nudging_model or nudging_model_named_in(self.model)
         if named is None:
             raise ValueError("There is no nudging model: name one by `--model_args nudging_model=...`.")
         if isinstance(nudging_tokenizer, str):
             nudging_tokenizer = AutoTokenizer.from_pretrained(nudging_tokenizer)
-        if isinstance(named, str):
-            self.nudging_model, own_tokenizer = named_nudging_model(self.model, named, {})
-            self.nudging_tokenizer = nudging_tokenizer or own_tokenizer
-        else:
-            self.nudging_model = named
-            vocabulary = loaded_vocabulary(nudging_tokenizer, named, "nudging_tokenizer", "nudging model")
-            self.nudging_tokenizer = vocabulary.tokenizer
+        self.pair = Pair.of(self.model, named, self.tokenizer, nudging_tokenizer)
+        self.nudging_config = self.pair.nudging_config(given)
         self._words: Counter[str] = Counter()
         self._finish_reasons: Counter[str] = Counter()
 
     # Prompts --------------------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages themselves: each model is given them in its own way, later.
+        """The messages themselves; each model's own prompt is made of them later.
 
         Raises:
-            ValueError: where the task begins the answer itself.
+            ValueError: if the task begins the answer itself.
         """
         if not add_generation_prompt:
             raise ValueError(
@@ -121,16 +115,16 @@ class NudgingLM(HFLM):
         return Conversation(json.dumps(chat_history, ensure_ascii=False))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The nudging model's chat template, for the record."""
+        """The nudging model's chat template, which the harness records."""
         if isinstance(chat_template, str):
             raise ValueError(
                 f"--apply_chat_template takes no name here, got {chat_template!r}: the nudging model's own is used."
             )
-        return self.nudging_tokenizer.get_chat_template() if chat_template else None
+        return self.pair.nudging_tokenizer.get_chat_template() if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
-        """What cached requests are kept under: with messages, they are the same for every tokenizer."""
+        """The name under which the harness caches requests, which hold messages and suit every tokenizer."""
         return NAME
 
     def _inputs(self, contexts: Sequence[str], max_new_tokens: int) -> dict[str, Any]:
@@ -144,10 +138,8 @@ class NudgingLM(HFLM):
                 chat = [{"role": "user", "content": context.rstrip("\n")}]
                 texts.append(context)
             chats.append(chat)
-        inputs = dict(
-            chat_inputs(chats, self.tokenizer, self.nudging_tokenizer, self.base_template, self.chat_template_args)
-        )
-        # The base's prompts as HFLM makes them: `add_bos_token`, `truncation` and `max_length` hold.
+        inputs = dict(self.pair.inputs(chats, self.base_template, self.chat_template_args))
+        # HFLM makes the base's prompts, so that `add_bos_token`, `truncation` and `max_length` hold.
         inputs["input_ids"], inputs["attention_mask"] = self.tok_batch_encode(
             texts, left_truncate_len=self._prompt_length(max_new_tokens), truncation=self.truncation
         )
@@ -169,7 +161,7 @@ class NudgingLM(HFLM):
         """The nudged answers, each cut before the first of its stop strings."""
         collator = Collator(
             [request.args for request in requests],
-            sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),  # The longest first, as HFLM does.
+            sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),  # The longest come first, as in HFLM.
             group_by="gen_kwargs",
             group_fn=lambda args: args[1],
         )
@@ -195,12 +187,8 @@ class NudgingLM(HFLM):
             decoding.pop("temperature", None)
         mixed = self.mixed_precision_dtype
         with torch.autocast(device_type=self.device.type, dtype=mixed, enabled=mixed is not None):
-            output: Any = generate(
-                self.model,
-                **self._inputs(contexts, max_new_tokens),
-                tokenizer=self.tokenizer,
-                nudging_model=self.nudging_model,
-                nudging_tokenizer=self.nudging_tokenizer,
+            output = self.pair.generate(
+                self._inputs(contexts, max_new_tokens),
                 nudging_config=self.nudging_config,
                 max_new_tokens=max_new_tokens,
                 stop_strings=until or None,
@@ -209,34 +197,33 @@ class NudgingLM(HFLM):
                 **decoding,
             )
         self._finish_reasons.update(output.finish_reasons)
-        # The end mark is no part of the text; written out, it ends an answer as the harness has it.
+        # The end mark is no part of the text. If a model spells it out, the harness ends the answer there.
         stop = [*until, self.tokenizer.eos_token]
         answers = []
         for pieces in pieces_of(output, self.tokenizer):
             nudged, words = count_nudged_words(pieces)
             self._words.update(nudged=nudged, all=words)
-            text = "".join(piece.text for piece in pieces)
-            answers.append(postprocess_generated_text(text, stop, self.think_end_token))
+            answers.append(postprocess_generated_text(text_of(pieces), stop, self.think_end_token))
         return answers
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model: HFLM's, the nudging model, every knob, and how much it nudged.
+        """What the results say about the model: HFLM's entries, the nudging model, the config, and figures.
 
-        `nudge_rate` is the share of words that the nudging model wrote, of the answers that this process wrote itself:
-        those that came from `--use_cache` are not among them. `None` where there are none.
+        `nudge_rate` is the share of words that the nudging model wrote, in the answers that this process decoded
+        itself and did not take from `--use_cache`. It is `None` if there are none.
         """
         words = self._words["all"]
         return {
             **super().get_model_info(),
-            "nudging_model": self.nudging_model.name_or_path,
-            "nudging_model_num_parameters": self.nudging_model.num_parameters(),
+            "nudging_model": self.pair.nudging_model.name_or_path,
+            "nudging_model_num_parameters": self.pair.nudging_model.num_parameters(),
             "base_template": self.base_template,
             **asdict(self.nudging_config),
             "nudge_rate": self._words["nudged"] / words if words else None,
             "finish_reasons": dict(self._finish_reasons),
         }
 
-    # What there is none of ------------------------------------------------------------------------------------------
+    # Scores, which there are none of --------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         """Raises a `ValueError`: a nudged model has no probabilities."""

@@ -1,17 +1,15 @@
-"""What nudging is compared with: an ensemble, proxy tuning, in-context alignment. It knows logits and no gate.
+"""What nudging is compared with: an ensemble, proxy tuning and in-context alignment. It knows logits and no gate.
 
-Each is called as [`nudging_hf.generate`] is, and returns what plain `generate` returns. The first two ask every model
-at every token and mix what they say before `generate` does anything else to it: its processors, temperature, stopping
-criteria and streamers see one model.
+Each is called as [`nudging_hf.generate`] is, and returns what plain `generate` returns. The first two run every model
+at every token and mix the logits before `generate` does anything else with them: processors, temperature, stopping
+criteria and streamers see a single model.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
@@ -21,8 +19,8 @@ from ..chats import padded
 from ..core.answer import OneVocabulary, answer_class
 from ..core.cached_lm import CachedLM, Reading, SeparateRows, cached_lm
 from ..core.generate import loaded_vocabulary, take_over_stop_strings
-from ..core.named_model import named_nudging_model
-from ..core.prompts import nudging_prompts, unpad
+from ..core.named_model import resolved_model
+from ..core.prompts import given_prompts, nudging_prompts, unpad
 from ..core.transformers_private import (
     end_tokens,
     merged_generation_config,
@@ -30,10 +28,15 @@ from ..core.transformers_private import (
     token_by_token,
     without_wrapper,
 )
-from ..core.validation import validate_cache
+from ..core.validation import (
+    shape_of,
+    validate_cache,
+    validate_causal_lm,
+    validate_prompts,
+)
 from ..core.vocabulary import Vocabulary
 
-# What in-context alignment puts before a question; in the manner of URIAL (arXiv 2312.01552), the words our own.
+# In-context alignment puts this before a question, as URIAL does (arXiv 2312.01552). The wording is our own.
 PREAMBLE = """\
 Below are queries from people and the answers that a capable assistant gave to them. The assistant is honest, kind \
 and thorough. It works through a problem step by step before it states a result, puts the points of a long answer in \
@@ -62,6 +65,7 @@ EXAMPLES = (
 )
 STOP_STRING = "\n# Query:"
 
+# Makes one distribution of the logits of the base and of the small models, each of shape (rows, tokens).
 Mix = Callable[..., torch.Tensor]
 
 
@@ -77,7 +81,7 @@ def ensemble(
     nudging_attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Writes with the mean of the two models' next-token distributions, (p_base + p_nudging) / 2, at every token.
+    """Decodes from the mean of the two models' next-token distributions, (p_base + p_nudging) / 2, at every token.
 
     Source: the ensemble that the nudging paper compares with (arXiv 2410.09300).
 
@@ -88,13 +92,14 @@ def ensemble(
         nudging_model (`PreTrainedModel` or `str`):
             The small aligned model, or the folder or Hub name that it is loaded from.
         tokenizer, nudging_tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Of the two models, and of one vocabulary; left out, they are loaded from the models' `name_or_path`.
+            The tokenizers of the two models, which have one vocabulary. Each is loaded from its model's `name_or_path`
+            if it is left out.
         nudging_input_ids, nudging_attention_mask (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
-            The nudging model's own prompts. Left out, the text of the base's prompt is one user turn of the nudging
-            tokenizer's chat template, or is taken as it is where the tokenizer has none.
+            The nudging model's own prompts. If they are left out, the text of the base's prompt becomes one user turn
+            of the nudging tokenizer's chat template, or is taken as it is where the tokenizer has none.
         kwargs:
-            Everything else that the base's `generate` takes, beams and assistants excepted. An answer ends with an
-            EOS of either model.
+            Everything else that the base's `generate` takes, except beams and assistants. An EOS of either model ends
+            an answer.
 
     Returns:
         What `generate` returns: ids of shape `(batch_size, length)`, or its output class where
@@ -104,8 +109,8 @@ def ensemble(
         ValueError: where the models do not share a vocabulary, for prompts that are missing or too few, and for
             what cannot be mixed (beam search, encoder-decoder models, ...).
     """
-    nudging = _Small("nudging", nudging_model, nudging_tokenizer, nudging_input_ids, nudging_attention_mask)
-    return _generate_mixed(model, inputs, tokenizer, [nudging], _log_mean_probability, kwargs)
+    nudging = nudging_model, nudging_tokenizer, nudging_input_ids, nudging_attention_mask
+    return _generate_mixed(model, inputs, tokenizer, {"nudging": nudging}, _log_mean_probability, kwargs)
 
 
 @torch.no_grad()
@@ -125,7 +130,7 @@ def proxy_tuning(
     unaligned_attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Writes with the base's logits, moved by what alignment did to a small model's, at every token.
+    """Decodes from the base's logits, shifted at every token by what alignment changed in a small model's logits.
 
     The logits are s_base + alpha * (s_nudging - s_unaligned). Source: Liu et al., "Tuning Language Models by Proxy"
     (arXiv 2401.08565), where alpha is 1, the small models are the expert and the anti-expert, and only the expert of
@@ -133,25 +138,26 @@ def proxy_tuning(
 
     Args:
         unaligned_model (`PreTrainedModel` or `str`):
-            What `nudging_model` was before its alignment, or the folder or Hub name that it is loaded from.
-        alpha (`float`, *optional*, defaults to 1.0): how far the base is moved; 0 leaves it as it is.
-        unaligned_tokenizer (`PreTrainedTokenizerBase`, *optional*): left out, loaded as the others are.
+            The model that `nudging_model` was before its alignment, or the folder or Hub name that it is loaded from.
+        alpha (`float`, *optional*, defaults to 1.0):
+            How far the base's logits are shifted; 0 leaves them as they are.
+        unaligned_tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            It is loaded as the other tokenizers are if it is left out.
         unaligned_input_ids, unaligned_attention_mask (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
-            The unaligned model's prompts; left out, those of the base.
+            The unaligned model's prompts. If they are left out, it reads those of the base.
         model, inputs, nudging_model, tokenizer, nudging_tokenizer, nudging_input_ids, nudging_attention_mask, kwargs:
-            As those of [`ensemble`], and so are the return value and the errors.
+            They are those of [`ensemble`], and so are the return value and the errors.
     """
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ValueError(f"`alpha` must be a finite number, got {alpha!r}.")
-    nudging = _Small("nudging", nudging_model, nudging_tokenizer, nudging_input_ids, nudging_attention_mask)
-    unaligned = _Small(
-        "unaligned", unaligned_model, unaligned_tokenizer, unaligned_input_ids, unaligned_attention_mask
-    )
+    nudging = nudging_model, nudging_tokenizer, nudging_input_ids, nudging_attention_mask
+    unaligned = unaligned_model, unaligned_tokenizer, unaligned_input_ids, unaligned_attention_mask
 
-    def moved(base: torch.Tensor, aligned: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    def shifted(base: torch.Tensor, aligned: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         return base + alpha * (aligned - before)
 
-    return _generate_mixed(model, inputs, tokenizer, [nudging, unaligned], moved, kwargs)
+    small = {"nudging": nudging, "unaligned": unaligned}
+    return _generate_mixed(model, inputs, tokenizer, small, shifted, kwargs)
 
 
 @torch.no_grad()
@@ -164,32 +170,33 @@ def in_context(
     examples: Sequence[tuple[str, str]] = EXAMPLES,
     **kwargs: Any,
 ) -> Any:
-    """Lets the base answer alone, shown what answers look like: a preamble and a few restyled examples.
+    """Lets the base answer alone, after a preamble and a few examples that show what an answer looks like.
 
     Source: URIAL, Lin et al., "The Unlocking Spell on Base LLMs: Rethinking Alignment via In-Context Learning" (arXiv
-    2312.01552). An answer ends at `STOP_STRING`, where the base goes on to a query of its own, or at its EOS; as with
-    any stop string of `generate` it is left in place, and `text.partition(STOP_STRING)[0]` takes it off.
+    2312.01552). An answer ends at `STOP_STRING`, where the base begins a query of its own, or at its EOS. The string
+    is left in place, as `generate` leaves any stop string; `text.partition(STOP_STRING)[0]` removes it.
 
     Args:
         model (`PreTrainedModel`): the base.
         inputs (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
-            The prompts as nudging would be given them, also as `input_ids=`: the text of each becomes the query of an
+            The prompts as they are given to nudging, also as `input_ids=`. The text of each becomes the query of an
             [`in_context_prompt`].
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the base's; left out, loaded from its `name_or_path`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The base's tokenizer; it is loaded from the base's `name_or_path` if it is left out.
         preamble (`str`, *optional*), examples (sequence of pairs of a query and its answer, *optional*):
             See [`in_context_prompt`].
         kwargs:
             Everything else that the base's `generate` takes. `max_length` counts the preamble and the examples too.
 
     Returns:
-        What `generate` returns. `sequences` are the prompts that were given and the answers behind them, without
+        What `generate` returns. `sequences` are the prompts that were given, each followed by its answer, without
         preamble and examples.
 
     Raises:
         ValueError: for prompts that are missing, and a tokenizer that is missing or cannot be loaded.
     """
     model = without_wrapper(model)
-    input_ids = _prompts_given(inputs, kwargs)
+    input_ids = _take_prompts(inputs, kwargs)
     config = merged_generation_config(model, **kwargs)
     tokenizer = loaded_vocabulary(tokenizer, model, "tokenizer", "base").tokenizer
     queries = tokenizer.batch_decode(unpad(input_ids, kwargs.pop("attention_mask", None)), skip_special_tokens=True)
@@ -214,12 +221,12 @@ def in_context(
 
 
 def in_context_prompt(query: str, preamble: str = PREAMBLE, examples: Sequence[tuple[str, str]] = EXAMPLES) -> str:
-    """The text that in-context alignment gives a base: the preamble, the examples, and the query, to be answered.
+    """The text that in-context alignment gives a base: the preamble, the examples, and the query.
 
     Args:
-        query: white space at its ends is dropped.
-        preamble: "" leaves it out.
-        examples: pairs of a query and the answer to it; the same whatever is asked.
+        query: what is asked. White space at its ends is dropped.
+        preamble: the text at the head; "" leaves it out.
+        examples: pairs of a query and the answer to it. They are the same whatever is asked.
     """
     shown = [f"# Query:\n{asked}\n\n# Answer:\n{answer}\n" for asked, answer in examples]
     return "\n".join([*([f"{preamble}\n"] if preamble else []), *shown, f"# Query:\n{query.strip()}\n\n# Answer:\n"])
@@ -228,20 +235,12 @@ def in_context_prompt(query: str, preamble: str = PREAMBLE, examples: Sequence[t
 # How models are mixed ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Small:
-    """A small model as a call gives it: what its arguments' names begin with, and their values."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    input_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None
+# A small model as a call gives it: the model, its tokenizer, its prompts and their attention mask.
+_Given = tuple[Any, Any, torch.Tensor | None, torch.Tensor | None]
 
 
-@dataclass(frozen=True)
-class _Voice:
-    """A small model, checked, that is mixed into the base's logits, and its prompts; `None` stands for the base's."""
+class _SmallModel(NamedTuple):
+    """A small model whose arguments have been checked. Prompts that are `None` are made of the base's."""
 
     name: str
     model: Any
@@ -249,23 +248,22 @@ class _Voice:
     prompts: list[list[int]] | None
 
 
-@dataclass(frozen=True)
-class _Mixture:
+class _Mixture(NamedTuple):
     """What is handed past transformers to the decoding loop."""
 
     vocabulary: Vocabulary
-    voices: list[_Voice]
+    small_models: list[_SmallModel]
     mix: Mix
     streamer: Any
 
 
 class _MixedLogits(LogitsProcessor):
-    """Makes the mixture's logits of the base's.
+    """Replaces the base's logits by those of the mixture.
 
     Args:
-        readers: the small models, each with its prompts, one a row.
-        prompt_length: of the base's padded prompts.
-        mix: what makes logits of the base's and the small models', all of shape (rows, tokens).
+        readers: the small models, each with its prompts, one for each row.
+        prompt_length: the length of the base's padded prompts.
+        mix: the function that mixes the logits.
     """
 
     def __init__(self, readers: list[tuple[CachedLM | SeparateRows, list[list[int]]]], prompt_length: int, mix: Mix):
@@ -291,10 +289,15 @@ def _log_mean_probability(base: torch.Tensor, nudging: torch.Tensor) -> torch.Te
 
 
 def _generate_mixed(
-    model: Any, inputs: torch.Tensor | None, tokenizer: Any, small: list[_Small], mix: Mix, arguments: dict[str, Any]
+    model: Any,
+    inputs: torch.Tensor | None,
+    tokenizer: Any,
+    small: dict[str, _Given],
+    mix: Mix,
+    arguments: dict[str, Any],
 ) -> Any:
     model = without_wrapper(model)
-    input_ids = _prompts_given(inputs, arguments)
+    input_ids = _take_prompts(inputs, arguments)
     config = merged_generation_config(model, **arguments)
     mode = config.get_generation_mode(arguments.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -303,14 +306,16 @@ def _generate_mixed(
             "`prompt_lookup_num_tokens`, `penalty_alpha` and `dola_layers`."
         )
     if arguments.get("custom_generate") is not None:
-        raise ValueError("`custom_generate` is a way of generating of its own, and models are mixed: leave it out.")
+        raise ValueError("`custom_generate` replaces the loop in which models are mixed: leave it out.")
+    validate_causal_lm(model, "base", "model")
     vocabulary = loaded_vocabulary(tokenizer, model, "tokenizer", "base")
-    voices = [_voice(each, model, vocabulary, len(input_ids), bool(config.use_cache)) for each in small]
+    rows, use_cache = len(input_ids), bool(config.use_cache)
+    small_models = [_checked(name, given, model, vocabulary, rows, use_cache) for name, given in small.items()]
     ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
-    arguments["eos_token_id"] = list(dict.fromkeys([*ends, *_eos_of(voices[0], model)])) or None
+    arguments["eos_token_id"] = list(dict.fromkeys([*ends, *_eos_of(small_models[0], model)])) or None
     if config.stop_strings is not None:
         take_over_stop_strings(arguments, model, config.stop_strings, vocabulary.tokenizer)
-    mixture = _Mixture(vocabulary, voices, mix, arguments.get("streamer"))
+    mixture = _Mixture(vocabulary, small_models, mix, arguments.get("streamer"))
     return GenerationMixin.generate(model, input_ids, **arguments, custom_generate=_decode, mixture=mixture)
 
 
@@ -326,16 +331,15 @@ def _decode(
     rows = len(input_ids)
     base_prompts = unpad(input_ids, prepared.get("attention_mask"))
     readers = []
-    for voice in mixture.voices:
-        prompts = voice.prompts
-        if prompts is None and voice.name == "nudging":
-            prompts = nudging_prompts(
-                base_prompts, mixture.vocabulary.tokenizer, voice.vocabulary.tokenizer, one_vocabulary=True
-            )
+    for small in mixture.small_models:
+        prompts = small.prompts
+        if prompts is None and small.name == "nudging":
+            tokenizers = mixture.vocabulary.tokenizer, small.vocabulary.tokenizer
+            prompts = nudging_prompts(base_prompts, *tokenizers, one_vocabulary=True)
         elif prompts is None:
             prompts = base_prompts
-        copies = rows // len(prompts)  # Of `num_return_sequences`, in succession.
-        lm = cached_lm(voice.model, rows, bool(generation_config.use_cache))
+        copies = rows // len(prompts)  # `num_return_sequences` rows in succession share one prompt.
+        lm = cached_lm(small.model, rows, bool(generation_config.use_cache))
         readers.append((lm, [prompt for prompt in prompts for _ in range(copies)]))
     return token_by_token(
         model,
@@ -349,37 +353,31 @@ def _decode(
     )
 
 
-def _prompts_given(inputs: torch.Tensor | None, arguments: dict[str, Any]) -> torch.Tensor:
-    """Takes the base's prompts out of a call's arguments."""
+def _take_prompts(inputs: torch.Tensor | None, arguments: dict[str, Any]) -> torch.Tensor:
+    """Takes the base's prompts out of a call's arguments, and returns them."""
     input_ids = arguments.pop("input_ids", None)
     if inputs is not None and input_ids is not None:
         raise ValueError("The prompts were given twice: leave out `inputs` or `input_ids`.")
     input_ids = inputs if inputs is not None else input_ids
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"`input_ids` must be a tensor of shape (batch_size, length), got {_shape(input_ids)}.")
+        raise ValueError(f"`input_ids` must be a tensor of shape (batch_size, length), got {shape_of(input_ids)}.")
     return input_ids
 
 
-def _voice(small: _Small, base: Any, vocabulary: Vocabulary, rows: int, use_cache: bool) -> _Voice:
-    """Checks one small model and completes it.
+def _checked(name: str, given: _Given, base: Any, vocabulary: Vocabulary, rows: int, use_cache: bool) -> _SmallModel:
+    """A small model as it is mixed in.
 
     Args:
+        name: what the names of its arguments begin with.
+        vocabulary: the base's.
         rows: how many prompts the base was given.
+
+    Raises:
+        ValueError: for what is no small model of the base's vocabulary, or has other prompts than the base.
     """
-    name, model, tokenizer = small.name, small.model, small.tokenizer
-    if isinstance(model, (str, os.PathLike)):
-        model, own_tokenizer = named_nudging_model(base, os.fspath(model), {})
-        tokenizer = tokenizer if tokenizer is not None else own_tokenizer
-    model = without_wrapper(model)
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "generation_config"):
-        raise ValueError(
-            f"`{name}_model` must be a causal language model of transformers, got {type(model).__name__}: load it "
-            "with `AutoModelForCausalLM.from_pretrained`."
-        )
-    models: dict[str, Any] = {"base": base, f"{name} model": model}
-    for whose, lm in models.items():
-        if lm.config.is_encoder_decoder:
-            raise ValueError(f"The {whose} is an encoder-decoder model, {type(lm).__name__}: give a decoder-only one.")
+    model, tokenizer, input_ids, attention_mask = given
+    model, tokenizer = resolved_model(base, model, tokenizer)
+    validate_causal_lm(model, f"{name} model", f"{name}_model")
     if use_cache:
         validate_cache(model, f"{name} model")
     own = loaded_vocabulary(tokenizer, model, f"{name}_tokenizer", f"{name} model")
@@ -389,39 +387,22 @@ def _voice(small: _Small, base: Any, vocabulary: Vocabulary, rows: int, use_cach
             f"tokens, and that of the {name} model {len(own.tokenizer)}, with other ids or spellings. Give a "
             f"`{name}_model` of the base's family; `nudging_hf.generate` takes any."
         )
-    ids, mask = small.input_ids, small.attention_mask
-    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.ndim != 2):
-        raise ValueError(f"`{name}_input_ids` must be a tensor of shape (batch_size, length), got {_shape(ids)}.")
-    if mask is not None and (ids is None or not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
-        raise ValueError(
-            f"`{name}_attention_mask` must have the shape of `{name}_input_ids`, {_shape(ids)}, got {_shape(mask)}."
-        )
-    prompts = None if ids is None else unpad(ids, mask)
-    if prompts is not None and len(prompts) != rows:
-        raise ValueError(
-            f"`{name}_input_ids` holds {len(prompts)} prompts, and the base was given {rows}: each row needs one of "
-            "each."
-        )
-    if prompts is not None and not all(prompts):
-        raise ValueError(f"A prompt of the {name} model is empty: give it at least one token in `{name}_input_ids`.")
-    return _Voice(name, model, own, prompts)
+    validate_prompts(input_ids, attention_mask, name)
+    prompts = None if input_ids is None else given_prompts(input_ids, attention_mask, rows, name)
+    return _SmallModel(name, model, own, prompts)
 
 
-def _eos_of(nudging: _Voice, base: Any) -> list[int]:
+def _eos_of(nudging: _SmallModel, base: Any) -> list[int]:
     """The tokens with which the nudging model ends an answer.
 
     Raises:
-        ValueError: where the base can write none of them.
+        ValueError: if the base can write none of them.
     """
     ends = end_tokens(nudging.model, nudging.vocabulary.tokenizer)
     rows = base.get_input_embeddings().num_embeddings
     if ends and min(ends) >= rows:
         raise ValueError(
-            f"The nudging model ends its answers with token {min(ends)}, and the base has {rows} alone: set "
+            f"The nudging model ends its answers with token {min(ends)}, and the base has only {rows}: set "
             "`nudging_model.generation_config.eos_token_id` to one of those."
         )
     return [token for token in ends if token < rows]
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -9,29 +9,30 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from .. import html_page
+from .tables import percent as plain_percent
 
 SOURCE = "Fei, Razeghi and Singh, Nudging: Inference-time Alignment of LLMs via Guided Decoding, arXiv 2410.09300"
 
 _WITHOUT_LARGE = (
-    " They are of a large aligned model, and here there is none: what the nudging model lacks in skill counts as "
+    " They are those of a large aligned model, and here there is none: the nudging model's lack of skill counts as "
     "disagreement too, and a base that is sure of itself may be right there."
 )
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"  # Okabe and Ito's: told apart by everybody.
-
-_ABOVE: dict[str, Any] = {"frameon": False, "loc": "lower right", "bbox_to_anchor": (1, 1)}  # A legend off the bars.
+# Okabe and Ito's colours, which everybody can tell apart.
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 
 
 def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> Path:
     """Writes `tables.json`, each plot as a PNG, and `report.html`, which needs nothing but itself.
 
     Args:
-        folder: where to; it must exist.
-        tables: as [`~analysis.tables`] gives them.
-        about: what else to say of the analysis, by name, such as `{"base": "gemma-2-27b"}`.
+        folder: a folder that exists.
+        tables: the figures, as [`~analysis.tables`] returns them.
+        about: what else the page says about the analysis, by name, such as `{"base": "gemma-2-27b"}`.
 
     Returns:
         The path of the page.
@@ -45,12 +46,12 @@ def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> 
     text = json.dumps({"about": dict(about), **tables}, ensure_ascii=False, indent=1)
     (folder / "tables.json").write_text(text + "\n", encoding="utf-8", newline="\n")
     page = folder / "report.html"
-    page.write_text(render(tables, about, images), encoding="utf-8", newline="\n")
+    html_page.write(page, render(tables, about, images))
     return page
 
 
 def paper_comparison(tables: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What the paper reports beside what was found here: what it is, the paper's figure, and this one."""
+    """The figures that the paper reports too: what each is, the paper's value, and the value here."""
     lowest = tables["bins"][0]
     half = next(row for row in tables["thresholds"] if row["threshold"] == 0.5)
     return [
@@ -70,10 +71,8 @@ def paper_comparison(tables: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def percent(share: float | None) -> str:
-    """A share as text, on one line; "-" where it is the share of nothing."""
-    if share is None:
-        return "-"
-    return f"{100 * share:.0f}\u00a0%" if share in (0, 1) else f"{100 * share:.1f}\u00a0%"
+    """A share as text that stays on one line; "-" if it is the share of nothing."""
+    return plain_percent(share, digits=0 if share in (0, 1) else 1).replace("%", "\u00a0%")
 
 
 # Plots --------------------------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def plot_calibration(found: Any) -> bytes:
-    """A [`~calibration.Calibration`] as PNG: nudge rate, and the score where there is one, against the threshold.
+    """A [`~calibration.Calibration`] as PNG: nudge rate, and the score if there is one, against the threshold.
 
     Raises:
         ImportError: without matplotlib, naming the extra to install.
@@ -107,7 +106,7 @@ def plot_calibration(found: Any) -> bytes:
 
 
 def require_matplotlib() -> None:
-    """Refuses now what would else be refused when there is something to draw.
+    """Refuses plots before there is something to draw.
 
     Raises:
         ImportError: without matplotlib, naming the extra to install.
@@ -122,7 +121,7 @@ def _draw(plot: Any, figures: Any) -> bytes:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), dpi=144, layout="constrained")  # Without pyplot: no backend and no state.
+    figure = Figure(figsize=(7, 3.6), dpi=144, layout="constrained")  # pyplot would bring a backend and global state.
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4")
@@ -147,27 +146,19 @@ def _calibration(axes: Any, found: Any) -> None:
 
 
 def _positions(axes: Any, tables: Mapping[str, Any]) -> None:
-    bars = axes.bar(_centres(tables), _percents(tables["bins"], "share"), width=0.09, color=_BLUE)
-    axes.bar_label(bars, [percent(row["share"]) for row in tables["bins"]], fontsize=7, padding=2)
+    _bars(axes, tables, "share", [percent(row["share"]) for row in tables["bins"]], _BLUE)
     _finish(axes, "of all positions (%)")
 
 
 def _disagreement(axes: Any, tables: Mapping[str, Any]) -> None:
-    bars = axes.bar(_centres(tables), _percents(tables["bins"], "disagreement"), width=0.09, color=_ORANGE)
-    _label_bars(axes, bars, tables, "disagreement", of="compared")
-    if (mean := tables["along"]["disagreement"]) is not None:
-        axes.axhline(100 * mean, color=_GREY, linestyle="--", linewidth=1, label=f"all positions: {percent(mean)}")
-        axes.legend(**_ABOVE)
+    _bars(axes, tables, "disagreement", _labels(tables, "disagreement", of="compared"), _ORANGE)
+    _mean_line(axes, tables["along"]["disagreement"], "all positions")
     _finish(axes, "base and aligned disagree (%)", whole=True)
 
 
 def _agreement(axes: Any, tables: Mapping[str, Any]) -> None:
-    bars = axes.bar(_centres(tables), _percents(tables["bins"], "small_agreement"), width=0.09, color=_GREEN)
-    _label_bars(axes, bars, tables, "small_agreement", of="small_compared")
-    mean = tables["agreement"]["alignment_related"]
-    label = f"all alignment-related positions: {percent(mean)}"
-    axes.axhline(100 * mean, color=_GREY, linestyle="--", linewidth=1, label=label)
-    axes.legend(**_ABOVE)
+    _bars(axes, tables, "small_agreement", _labels(tables, "small_agreement", of="small_compared"), _GREEN)
+    _mean_line(axes, tables["agreement"]["alignment_related"], "all alignment-related positions")
     _finish(axes, "small and large aligned agree (%)", whole=True)
 
 
@@ -194,33 +185,56 @@ def _curve(axes: Any, tables: Mapping[str, Any]) -> None:
     _finish(axes, "accuracy, nudged words (%)", "threshold γ", whole=True)
 
 
-def _centres(tables: Mapping[str, Any]) -> list[float]:
-    return [(row["from"] + row["to"]) / 2 for row in tables["bins"]]
-
-
 def _percents(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [float("nan") if row[name] is None else 100 * row[name] for row in rows]
 
 
-def _label_bars(axes: Any, bars: Any, tables: Mapping[str, Any], name: str, of: str) -> None:
-    """Above each bar what it shows, and of how many positions: those that the bin counts under `of`."""
-    rows = tables["bins"]
-    labels = ["" if row[name] is None else f"{percent(row[name])}\nof {row[of]:,}" for row in rows]
+def _bars(axes: Any, tables: Mapping[str, Any], name: str, labels: Sequence[str], color: str) -> None:
+    """Draws a bar for each bin, with a label above it."""
+    centres = [(row["from"] + row["to"]) / 2 for row in tables["bins"]]
+    bars = axes.bar(centres, _percents(tables["bins"], name), width=0.09, color=color)
     axes.bar_label(bars, labels, fontsize=7, padding=2)
 
 
+def _labels(tables: Mapping[str, Any], name: str, of: str) -> list[str]:
+    """What each bar shows, and of how many positions: those that the bin counts under `of`."""
+    return ["" if row[name] is None else f"{percent(row[name])}\nof {row[of]:,}" for row in tables["bins"]]
+
+
+def _mean_line(axes: Any, mean: float | None, whose: str) -> None:
+    if mean is not None:
+        axes.axhline(100 * mean, color=_GREY, linestyle="--", linewidth=1, label=f"{whose}: {percent(mean)}")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))  # It stands above the bars.
+
+
 def _finish(axes: Any, y: str, x: str = "the base's top-1 probability p", whole: bool = False) -> None:
-    """Labels, and the range of the axes; `whole` says that y goes up to 100 %."""
+    """Sets labels and the range of the axes; `whole` says that y goes up to 100 %."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_xlim(0, 1.02)
     axes.set_xticks([i / 10 for i in range(11)])
     if whole:
-        axes.set_ylim(0, 116)  # Room for the labels of bars.
+        axes.set_ylim(0, 116)  # This leaves room for the labels of bars.
         axes.set_yticks(range(0, 101, 20))
 
 
 # The page -----------------------------------------------------------------------------------------------------------
+
+
+class _Section(NamedTuple):
+    """A section of the page.
+
+    Args:
+        title, text: its heading, and the paragraph under it.
+        image: the name of a plot and the text that stands for it, if there is one.
+        head, rows: a table, if there is one.
+    """
+
+    title: str
+    text: str
+    image: tuple[str, str] | None = None
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
 
 
 def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[str, bytes]) -> str:
@@ -228,145 +242,138 @@ def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[
 
     Args:
         tables, about: see [`write`].
-        images: as [`plots`] gives them.
+        images: the plots, as [`plots`] returns them.
     """
     along = tables["along"]
     large = along["writer"] == "large aligned"
     whose = "large aligned model's" if large else f"nudged (γ = {along['threshold']:g})"
     aligned = "large aligned model" if large else "nudging model"
     sections = [
-        _section(
+        _Section(
             "Beside the paper",
-            _table(("", "paper", "here"), paper_comparison(tables)),
-            f"The paper's figures: {escape(SOURCE)}." + ("" if large else _WITHOUT_LARGE),
+            f"The paper's figures: {SOURCE}." + ("" if large else _WITHOUT_LARGE),
+            head=("", "paper", "here"),
+            rows=paper_comparison(tables),
         ),
-        _section(
+        _Section(
             "How sure the base is",
-            _image(images, "positions", "Share of positions by the base's top-1 probability"),
             f"{along['positions']:,} positions along the {whose} answers to {tables['prompts']} prompts.",
+            ("positions", "Share of positions by the base's top-1 probability"),
         ),
-        _section(
+        _Section(
             "Where base and aligned model disagree",
-            _image(images, "disagreement", "Disagreement of base and aligned model by the base's top-1 probability"),
             f"The share of positions where the base's greedy token is not the {aligned}'s: alignment-related ones. "
             f"{along['compared']:,} positions were compared, {along['alignment_related']:,} are alignment-related.",
+            ("disagreement", "Disagreement of base and aligned model by the base's top-1 probability"),
         ),
-        _section(
+        _Section(
             "What a threshold catches",
-            _image(images, "caught", "Alignment-related positions caught, and positions nudged, by threshold"),
             "A nudge wherever p < γ would fall on this share of all positions, and on this share of the "
             "alignment-related ones.",
+            ("caught", "Alignment-related positions caught, and positions nudged, by threshold"),
         ),
     ]
     if "agreement" in images:
         agreement = tables["agreement"]
         sections.append(
-            _section(
+            _Section(
                 "Whether the small model can stand in for the large",
-                _image(images, "agreement", "Agreement of small and large aligned model"),
-                f"Of the {agreement['alignment_related_compared']:,} alignment-related positions where both can be "
-                f"compared, they agree on {percent(agreement['alignment_related'])}; elsewhere on "
-                f"{percent(agreement['elsewhere'])}.",
+                f"Both can be compared at {agreement['alignment_related_compared']:,} alignment-related positions. "
+                f"They agree on {percent(agreement['alignment_related'])} of them, and on "
+                f"{percent(agreement['elsewhere'])} of the other positions.",
+                ("agreement", "Agreement of small and large aligned model"),
             )
         )
     if "thresholds" in images:
-        sections.append(_thresholds(tables, images))
+        sections.append(_thresholds(tables))
+    shares = ("share", "disagreement", "small_agreement")
     sections.append(
-        _section(
+        _Section(
             "By the base's top-1 probability",
-            _table(
-                ("p", "positions", "of all", "disagree", "small and large agree"),
-                [
-                    (
-                        f"{row['from']:g} to {row['to']:g}",
-                        f"{row['positions']:,}",
-                        *(percent(row[name]) for name in ("share", "disagreement", "small_agreement")),
-                    )
-                    for row in tables["bins"]
-                ],
-            ),
             _how_compared(large),
+            head=("p", "positions", "of all", "disagree", "small and large agree"),
+            rows=[
+                (
+                    f"{row['from']:g} to {row['to']:g}",
+                    f"{row['positions']:,}",
+                    *(percent(row[name]) for name in shares),
+                )
+                for row in tables["bins"]
+            ],
         )
     )
-    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in about.items())
-    return _PAGE.format(style=_STYLE, facts=facts, sections="\n".join(sections))
+    return html_page.render(
+        _TEMPLATE,
+        title="Nudging: analysis of a pair",
+        style=_STYLE,
+        about=list(about.items()),
+        sections=sections,
+        images={name: base64.b64encode(image).decode("ascii") for name, image in images.items()},
+    )
 
 
-def _thresholds(tables: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+def _thresholds(tables: Mapping[str, Any]) -> _Section:
     rows = tables["curve"]
     names = {"accuracy": "accuracy", "nudged_words": "nudged words", "nudged_tokens": "nudged tokens"}
     if rows[0]["accuracy"] is None:
         del names["accuracy"]
-    table = _table(
-        ("γ", *names.values(), "unfinished"),
-        [(f"{row['threshold']:g}", *(percent(row[name]) for name in names), str(row["unfinished"])) for row in rows],
-    )
-    text = "An answer is unfinished where the limit on its length ended it."
+    text = "An answer is unfinished if the limit on its length ended it."
     if "accuracy" in names:
         alone = [f"{name} {percent(share)}" for name, share in tables["alone"].items() if share is not None]
-        points = 98 / tables["prompts"] ** 0.5  # 1.96 / 2, of a share at its most uncertain
+        points = 98 / tables["prompts"] ** 0.5  # 1.96 standard errors of a share of one half, in percent.
         text += (
             f" Accuracy of each model alone: {', '.join(alone)}. An accuracy on {tables['prompts']} questions is "
             f"uncertain by up to {points:.0f} points either way."
         )
-    return _section(
+    return _Section(
         "Nudged answers at each threshold",
-        _image(images, "thresholds", "Accuracy and nudge rate by threshold") + table,
         text,
+        ("thresholds", "Accuracy and nudge rate by threshold"),
+        ("γ", *names.values(), "unfinished"),
+        [(f"{row['threshold']:g}", *(percent(row[name]) for name in names), str(row["unfinished"])) for row in rows],
     )
 
 
 def _how_compared(large: bool) -> str:
     whose = "large one's" if large else "nudging model's, as no large one was given"
     return (
-        "Positions are the base's tokens, the end mark left out; all models read the same answers. The aligned "
-        f"model's token is the {whose}. Two greedy tokens agree, in one vocabulary, if they are the same; across "
-        "vocabularies, if the text of one is a prefix of the text of the other, and only positions are compared where "
-        "a token starts in both. The last column is of the alignment-related positions."
+        "Positions are the base's tokens without the end mark; all models read the same answers. The aligned model's "
+        f"token is the {whose}. Two greedy tokens of one vocabulary agree if they are the same. Across vocabularies "
+        "they agree if the text of one is a prefix of the text of the other, and only positions where a token starts "
+        "in both are compared. The last column counts the alignment-related positions alone."
     )
 
 
-def _section(title: str, body: str, text: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n<p>{text}</p>\n{body}\n</section>"
-
-
-def _image(images: Mapping[str, bytes], name: str, alt: str) -> str:
-    data = base64.b64encode(images[name]).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return f"<table>\n<thead>{line(head, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-# The policy makes sure that the page loads and runs nothing.
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Nudging: analysis of a pair</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-<h1>Nudging: analysis of a pair</h1>
-<dl>{facts}</dl>
+_TEMPLATE = """\
+{% extends "page" %}
+{% block policy %}; img-src data:{% endblock %}
+{% block header %}
+<dl>{% for name, value in about %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 <p>p is the probability of the base's most probable token. Nudging lets the small model write where p is below a \
-threshold γ. The paper observes three things: that the base is mostly sure, that it and the aligned model disagree \
-where it is not, and that there the small aligned model says what the large one would.</p>
-</header>
-<main>
-{sections}
-</main>
-</body>
-</html>
+threshold γ. The paper observes three things: the base is mostly sure; where it is not, it and the aligned model \
+disagree; and there the small aligned model says what the large one would.</p>
+{% endblock %}
+{% block main %}
+{% for section in sections %}
+<section>
+<h2>{{ section.title }}</h2>
+<p>{{ section.text }}</p>
+{% if section.image %}
+<img src="data:image/png;base64,{{ images[section.image[0]] }}" alt="{{ section.image[1] }}">
+{% endif %}
+{% if section.rows %}
+<table>
+<thead><tr>{% for cell in section.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in section.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+{% endif %}
+</section>
+{% endfor %}
+{% endblock %}
 """
 
 _STYLE = """:root { color-scheme: light; --ink: #1b1b1b; --faint: #5c5c5c; --rule: #d8d8d8; }

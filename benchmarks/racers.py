@@ -1,4 +1,4 @@
-"""Who races: each writes answers to the same questions in a way of its own. They know models, never clocks."""
+"""Who races: each racer writes answers to the same questions in its own way. They know models, never clocks."""
 
 from __future__ import annotations
 
@@ -17,46 +17,47 @@ from widen import hand_to_onednn, widened
 import nudging_hf
 from nudging_hf.core.transformers_private import CACHE
 from nudging_hf.study import baselines
-from nudging_hf.study.demo import LM, MAX_NEW_TOKENS, Question
+from nudging_hf.study.demo import MAX_NEW_TOKENS
+from nudging_hf.study.prompts import Prompt
+from nudging_hf.study.reader import Reader, pair_of
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 BASE, LARGE = "base", "large-aligned"
 OWN, SHARED, UNALIGNED = "nudging", "nudging-shared", "nudging-shared-unaligned"
 THRESHOLD = 0.4
 
-# Linear layers read several tokens at a time by MKL where torch is left to itself, which is far from what the CPU can
-# do on some, or by oneDNN.
+# torch's linear layers use MKL for passes of several tokens, which is slow at them on some CPUs, or oneDNN.
 ONEDNN = "float32-onednn"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, ONEDNN: torch.float32}
 
 BASE_ALONE = "base alone"
 ADAPTIVE = "adaptive"
-LMs = dict[str, LM]
+LMs = dict[str, Reader]
 
 
-def dev_questions(per_task: int, skip: int = 0) -> list[Question]:
+def dev_questions(per_task: int, skip: int = 0) -> list[Prompt]:
     """The first dev questions of each task of the mini pair, task by task, after those that are skipped."""
     sys.path.insert(0, str(MINI))
     import world
 
-    drawn: dict[str, list[Question]] = {}
+    drawn: dict[str, list[Prompt]] = {}
     for problem in world.problem_set("dev", world.DEV_SEED, world.DEV_ROWS_PER_TASK):
-        drawn.setdefault(problem.task, []).append(Question(**world.row(problem)))
+        drawn.setdefault(problem.task, []).append(Prompt(**world.row(problem)))
     return [question for questions in drawn.values() for question in questions[skip : skip + per_task]]
 
 
-def load(name: str, factor: int, dtype: str, change: Callable[[LM], Any] | None = None) -> LM:
-    """A model of the mini pair, widened, in one of `DTYPES`; where `change` is given, what that makes of it."""
-    lm = LM.load(MINI / "models" / name)
+def load(name: str, factor: int, dtype: str, change: Callable[[Reader], Any] | None = None) -> Reader:
+    """A model of the mini pair, widened, in one of `DTYPES`. If `change` is given, its result is widened instead."""
+    lm = Reader.load(MINI / "models" / name)
     model = lm.model if change is None else change(lm)
-    wide = LM(widened(model, factor).to(DTYPES[dtype]), lm.tokenizer, chat=True)
+    wide = Reader(widened(model, factor).to(DTYPES[dtype]), lm.tokenizer, chat=True)
     if dtype == ONEDNN:
         hand_to_onednn(wide.model)
     return wide
 
 
 @torch.no_grad()
-def contradicting(lm: LM) -> Any:
+def contradicting(lm: Reader) -> Any:
     """The model, writing nothing but tokens that begin a word, each in the place of another: it agrees by accident.
 
     So each of its words is one token, and the base is asked at once. Noise may write on without a space, and an answer
@@ -87,7 +88,7 @@ class Work:
         max_new_tokens: of a nudged answer, which ends by itself.
     """
 
-    questions: Sequence[Question]
+    questions: Sequence[Prompt]
     threshold: float = THRESHOLD
     lengths: Sequence[int] = ()
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -95,11 +96,22 @@ class Work:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def prompts(self, lm: LM) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompts(self, lm: Reader) -> tuple[torch.Tensor, torch.Tensor]:
         """The questions as a model reads them, `input_ids` and `attention_mask`, encoded once, untimed."""
         if id(lm) not in self._prompts:
             self._prompts[id(lm)] = lm.padded_prompts(self.questions)
         return self._prompts[id(lm)]
+
+    def inputs_of_both(self, base: Reader, nudging: Reader) -> dict[str, torch.Tensor]:
+        """The questions as a pair reads them, as arguments of `generate`."""
+        ids, mask = self.prompts(base)
+        nudging_ids, nudging_mask = self.prompts(nudging)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "nudging_input_ids": nudging_ids,
+            "nudging_attention_mask": nudging_mask,
+        }
 
     def of_length(self, tokens: int) -> Work:
         return replace(self, max_new_tokens=tokens, lengths=[tokens] * len(self.questions))
@@ -115,15 +127,15 @@ Write = Callable[[LMs, Work], list[list[int]]]
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Racer:
     """One way to write an answer.
 
     Args:
-        name: as tables have it.
-        models: the names of those that it uses, the large one first.
-        write: does it; the ids of each row's answer, without padding.
-        draft: of nudged answers, the pair's vocabulary and how far is drafted.
-        in_batches: whether it races in batches too. Some write one row alone, and others say nothing new there.
+        name: its name in tables.
+        models: the names of the models that it uses, the large one first.
+        write: writes, and returns the ids of each row's answer, without padding.
+        draft: for nudged answers, the name of the nudging model and the draft length.
+        in_batches: whether it races in batches too. Some write one row alone, and others show nothing new there.
     """
 
     name: str
@@ -141,34 +153,22 @@ def nudged(lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any) ->
 def nudged_output(
     lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any
 ) -> tuple[list[list[int]], nudging_hf.NudgingOutput]:
-    """The same, and all else that `generate` can return: for that the base reads an answer's last tokens too."""
+    """The ids, and the whole output of `generate`, for which the base reads an answer's last tokens too."""
     return _generate(lms, work, small, draft, return_dict_in_generate=True, **kwargs)
 
 
 def _generate(lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any) -> tuple[list[list[int]], Any]:
     base, nudging = lms[BASE], lms[small]
-    ids, mask = work.prompts(base)
-    nudging_ids, nudging_mask = work.prompts(nudging)
-    arguments = {
+    settings = {
         "nudge_threshold": work.threshold,
         "num_draft_tokens": draft,
         "do_sample": False,
         "max_new_tokens": work.max_new_tokens,
-        **kwargs,
     }
-    out = nudging_hf.generate(
-        base.model,
-        input_ids=ids,
-        attention_mask=mask,
-        tokenizer=base.tokenizer,
-        nudging_model=nudging.model,
-        nudging_tokenizer=nudging.tokenizer,
-        nudging_input_ids=nudging_ids,
-        nudging_attention_mask=nudging_mask,
-        **arguments,
-    )
+    inputs = work.inputs_of_both(base, nudging)
+    out = pair_of(base, nudging).generate(inputs, **{**settings, **kwargs})
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    rows, eos = sequences[:, ids.shape[1] :].tolist(), base.tokenizer.eos_token_id
+    rows, eos = sequences[:, inputs["input_ids"].shape[1] :].tolist(), base.tokenizer.eos_token_id
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows], out
 
 
@@ -191,24 +191,12 @@ def assisted(lms: LMs, work: Work) -> list[list[int]]:
 
 def mixed(lms: LMs, work: Work, mix: Callable[..., torch.Tensor], unaligned: bool) -> list[list[int]]:
     base, nudging = lms[BASE], lms[SHARED]
-    ids, mask = work.prompts(base)
-    nudging_ids, nudging_mask = work.prompts(nudging)
     more: dict[str, Any] = {}
     if unaligned:
         more = {"unaligned_model": lms[UNALIGNED].model, "unaligned_tokenizer": lms[UNALIGNED].tokenizer}
-    out = mix(
-        base.model,
-        ids,
-        attention_mask=mask,
-        tokenizer=base.tokenizer,
-        nudging_model=nudging.model,
-        nudging_tokenizer=nudging.tokenizer,
-        nudging_input_ids=nudging_ids,
-        nudging_attention_mask=nudging_mask,
-        **more,
-        **work.fixed,
-    )
-    return _rows(out, ids, work)
+    inputs = work.inputs_of_both(base, nudging)
+    out = mix(base.model, **inputs, **pair_of(base, nudging).arguments, **more, **work.fixed)
+    return _rows(out, inputs["input_ids"], work)
 
 
 @torch.no_grad()
@@ -249,26 +237,26 @@ def _rows(sequences: torch.Tensor, ids: torch.Tensor, work: Work) -> list[list[i
     return [row[:n] for row, n in zip(new, work.lengths, strict=True)]
 
 
-def nudging_contestant(small: str, draft: int | str) -> Contestant:
+def nudged_racer(small: str, draft: int | str) -> Racer:
     name = "nudged, " + ("two vocabularies" if small == OWN else "one vocabulary")
     name += "" if draft == ADAPTIVE else f", {'nothing drafted' if draft == 0 else f'drafts of {draft}'}"
     few = draft in (ADAPTIVE, 0, 4, 8) if small == SHARED else draft == ADAPTIVE
-    return Contestant(name, (BASE, small), partial(nudged, small=small, draft=draft), (small, draft), few)
+    return Racer(name, (BASE, small), partial(nudged, small=small, draft=draft), (small, draft), few)
 
 
-ALONE = Contestant(BASE_ALONE, (BASE,), base_alone)
-CONTESTANTS = [
+ALONE = Racer(BASE_ALONE, (BASE,), base_alone)
+RACERS = [
     ALONE,
-    *(nudging_contestant(SHARED, draft) for draft in (ADAPTIVE, 0, 4, 8, 16, 32)),
-    *(nudging_contestant(OWN, draft) for draft in (ADAPTIVE, 8, 16, 32)),
-    Contestant("assisted generation", (BASE, SHARED), assisted, in_batches=False),
-    Contestant("both models at every token", (BASE, SHARED), stepping_both, in_batches=False),
-    Contestant("ensemble", (BASE, SHARED), partial(mixed, mix=baselines.ensemble, unaligned=False), in_batches=False),
-    Contestant(
+    *(nudged_racer(SHARED, draft) for draft in (ADAPTIVE, 0, 4, 8, 16, 32)),
+    *(nudged_racer(OWN, draft) for draft in (ADAPTIVE, 8, 16, 32)),
+    Racer("assisted generation", (BASE, SHARED), assisted, in_batches=False),
+    Racer("both models at every token", (BASE, SHARED), stepping_both, in_batches=False),
+    Racer("ensemble", (BASE, SHARED), partial(mixed, mix=baselines.ensemble, unaligned=False), in_batches=False),
+    Racer(
         "proxy tuning",
         (BASE, SHARED, UNALIGNED),
         partial(mixed, mix=baselines.proxy_tuning, unaligned=True),
         in_batches=False,
     ),
-    Contestant("large aligned model alone", (LARGE,), large_aligned),
+    Racer("large aligned model alone", (LARGE,), large_aligned),
 ]

@@ -1,0 +1,37 @@
+"""What several commands write into files. It knows paths and versions, never what is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import __version__
+
+
+def refuse_missing_folders(files: Mapping[str, Path | None]) -> None:
+    """Refuses files that cannot be written because their folder does not exist, before the models have answered.
+
+    Args:
+        files: the file that each option names, if it was given.
+
+    Raises:
+        ValueError: if a folder is missing, naming the option.
+    """
+    for option, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{option}: there is no folder {path.parent}.")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON that people can read too."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """The versions on which figures may depend."""
+    return {"nudging_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
