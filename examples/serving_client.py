@@ -62,8 +62,8 @@ def ask(url: str, model: str) -> None:
     for chunk in client.chat.completions.create(model=model, messages=MESSAGES, stream=True):
         print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()
-    knobs = {"generation_config": json.dumps({"nudge_threshold": 0.2, "max_new_tokens": 256})}
-    answer = client.chat.completions.create(model=model, messages=MESSAGES, extra_body=knobs)
+    parameters = {"generation_config": json.dumps({"nudge_threshold": 0.2, "max_new_tokens": 256})}
+    answer = client.chat.completions.create(model=model, messages=MESSAGES, extra_body=parameters)
     print(f"\nWith γ = 0.2: {answer.choices[0].message.content}")
 
 

@@ -1,4 +1,4 @@
-"""What the documents say of the tree is so: links lead somewhere, every module and knob is named, the snippet runs."""
+"""What the documents say of the tree is so: links lead somewhere, every module and parameter is named, the snippet runs."""
 
 import re
 from itertools import chain

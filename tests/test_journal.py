@@ -8,7 +8,7 @@ import tiny
 
 from nudging_hf.study.journal import Journal, digest, model_setup
 
-SETUP = {"base": "b", "knobs": [1, 2], "large": None}
+SETUP = {"base": "b", "parameters": [1, 2], "large": None}
 ROWS = [{"n": 1, "text": "\u00e9\u2028\n"}, {"n": 2, "text": ""}, {"n": 3, "text": "\U0001f600"}]
 
 
@@ -57,9 +57,9 @@ def test_cut_at_any_byte_it_goes_on_with_the_whole_rows_and_ends_the_same(tmp_pa
     ("setup", "names"),
     [
         ({**SETUP, "base": "c"}, "base"),
-        ({**SETUP, "knobs": [1], "large": "l"}, "knobs, large"),
+        ({**SETUP, "parameters": [1], "large": "l"}, "parameters, large"),
         ({**SETUP, "more": 1}, "more"),
-        ({"base": "b", "large": None}, "knobs"),
+        ({"base": "b", "large": None}, "parameters"),
     ],
 )
 def test_another_setup_is_refused_by_name_and_nothing_is_lost(tmp_path, setup, names):

@@ -73,7 +73,7 @@ def asked(completions, folder, **fields):
     return completions.create(model=str(folder), messages=CHAT, **fields).choices[0].message.content
 
 
-def knobs(**fields):
+def parameters(**fields):
     return {"extra_body": {"generation_config": json.dumps({"max_new_tokens": 256, "do_sample": False} | fields)}}
 
 
@@ -95,7 +95,7 @@ def test_completions_and_responses_are_nudged_too(client, folder, nudged):
 
 
 def test_a_request_may_set_the_knobs(completions, folder, nudged):
-    unsure = asked(completions, folder, **knobs(nudge_threshold=1.01, takeover_on_agreement=False))
+    unsure = asked(completions, folder, **parameters(nudge_threshold=1.01, takeover_on_agreement=False))
     assert unsure == nudged(nudge_threshold=1.01, takeover_on_agreement=False) != nudged()
 
 
@@ -106,7 +106,7 @@ def test_limits_and_stop_strings_hold(completions, folder, nudged):
 
 def test_a_sample_is_repeatable_by_its_seed(completions, folder):
     drawn = [
-        asked(completions, folder, seed=seed, temperature=1.5, **knobs(do_sample=True, temperature=1.5))
+        asked(completions, folder, seed=seed, temperature=1.5, **parameters(do_sample=True, temperature=1.5))
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -114,7 +114,7 @@ def test_a_sample_is_repeatable_by_its_seed(completions, folder):
 
 def test_what_nudging_refuses_is_an_error_of_the_request_and_the_server_goes_on(completions, folder, nudged):
     with pytest.raises(openai.APIError):
-        asked(completions, folder, **knobs(nudge_threshold=-1))
+        asked(completions, folder, **parameters(nudge_threshold=-1))
     assert asked(completions, folder) == nudged()
 
 
