@@ -177,8 +177,8 @@ def _with_template(tokenizer, template):
 
 def test_the_other_knobs_are_those_given_or_else_the_bases(pair, monkeypatch):
     less = {"max_new_tokens": 24, "thresholds": [0.3]}
-    knobs = NudgingConfig(num_nudging_tokens=3, takeover_on_agreement=False)
-    found = calibrated(pair, nudging_config=knobs, **less)
+    settings = NudgingConfig(num_nudging_tokens=3, takeover_on_agreement=False)
+    found = calibrated(pair, nudging_config=settings, **less)
     assert found != calibrated(pair, **less)
     own = GenerationConfig(**pair[0].generation_config.to_dict(), num_nudging_tokens=3, takeover_on_agreement=False)
     monkeypatch.setattr(pair[0], "generation_config", own)

@@ -1,4 +1,4 @@
-"""What the documents say of the tree is so: links lead somewhere, every module and parameter is named, the snippet runs."""
+"""What the documents say about the tree is true: links resolve, modules and parameters are named, the snippet runs."""
 
 import re
 from itertools import chain

@@ -806,13 +806,13 @@ def files(folder):
 def test_export_and_push_from_the_command_line(pair, out, tmp_path, capsys, api):
     made = tmp_path / "made"
     exported = ["hub", "export", "--base", str(pair.base), "--nudging-model", str(pair.nudging), str(made)]
-    knobs = ["--threshold", "0.5", "--num-draft-tokens", "3", "--base-template", TEMPLATE.replace("\n", "\\n")]
-    assert cli.main([*exported, *knobs]) == 0
+    settings = ["--threshold", "0.5", "--num-draft-tokens", "3", "--base-template", TEMPLATE.replace("\n", "\\n")]
+    assert cli.main([*exported, *settings]) == 0
     assert files(made) == files(out)
     for name in files(made):
         same = (out / name).read_bytes().replace(b"# pair-nudged", b"# made")
         assert (made / name).read_bytes() == same, name
-    assert cli.main([*exported, *knobs]) == 2
+    assert cli.main([*exported, *settings]) == 2
     captured = capsys.readouterr()
     assert "is there already" in captured.err and "custom_generate/generate.py" in captured.out
     assert cli.main([*exported, "--overwrite", "--no-takeover-on-agreement", "--num-nudging-tokens", "8"]) == 0
