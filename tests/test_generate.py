@@ -168,6 +168,24 @@ def test_the_output_says_who_wrote_what(shared, inputs):
         )
 
 
+def test_logits_after_the_end_of_a_row_are_zero_whatever_was_drafted(shared):
+    """A stop string can end a row in the middle of a draft, of which the base has predicted more."""
+    given = inputs_of(shared, *prompts(shared, 3, 0))
+    settings = {"max_new_tokens": 40, "return_dict_in_generate": True, "output_logits": True}
+    first = nudging_hf.generate(shared.base, **given, **settings)
+    stop = shared.tokenizer.decode(first.sequences[0, given["input_ids"].shape[1] + 6])
+    seen = []
+    for num_draft_tokens in (0, 8):
+        output = nudging_hf.generate(
+            shared.base, **given, **settings, stop_strings=[stop], num_draft_tokens=num_draft_tokens
+        )
+        logits = torch.stack(output.logits, dim=1)
+        is_padding = output.base_top1_probs.isnan()
+        assert is_padding.any() and not logits[is_padding].any()
+        seen.append(logits)
+    torch.testing.assert_close(*seen, rtol=0, atol=1e-5)
+
+
 def test_drafts_save_passes_of_the_base(shared, inputs):
     passes = [
         nudging_hf.generate(
