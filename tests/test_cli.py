@@ -188,7 +188,7 @@ def test_a_seed_makes_a_sample_repeatable(models, capsys):
         (["--base", "/no/such/folder"], "--base: there is no folder /no/such/folder."),
         (["--nudging-model", "./nowhere"], "--nudging-model: there is no folder ./nowhere."),
         (["--base-template", "{question}"], "may have the fields {user} and {system}, got {question}"),
-        (["--base-template", "{user"], "The base's template: "),
+        (["--base-template", "{user"], "The base's template is malformed"),
         (["--base-template", "Answer:"], "needs {user} once"),
         (["--threshold", "-1"], "`nudge_threshold` must be >= 0"),
         (["--temperature", "1"], "--temperature needs --sample"),

@@ -192,7 +192,7 @@ def test_the_greatest_length_is_that_of_the_position_embeddings():
 
 def test_a_prompt_that_fills_a_context_is_refused():
     chosen = gpt2_pair("shared", 0, base_positions=16)
-    with pytest.raises(ValueError, match="base's prompt in row 0 has 16 tokens, and the model has 16 positions"):
+    with pytest.raises(ValueError, match="base's prompt in row 0 has 16 tokens, but the model has only 16 positions"):
         nudge(chosen, [[5] * 16], [[5]], max_new_tokens=4)
     chosen = gpt2_pair("shared", 0, nudging_positions=16)
     with pytest.raises(ValueError, match="nudging model's prompt in row 1 has 20 tokens"):
