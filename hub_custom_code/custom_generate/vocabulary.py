@@ -22,13 +22,12 @@ logger = logging.getLogger(__name__)
 
 _BYTE_OF_CHARACTER = byte_of_character()
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# The methods of a tokenizer that translating between text and ids needs.
+# Translating between text and ids needs these methods of a tokenizer.
 _REQUIRED_METHODS = ("convert_ids_to_tokens", "get_vocab", "decode")
 _SENTENCEPIECE_SPACE = "\u2581"
 _MAX_QUOTED_CHARACTERS = 20  # A warning quotes at most this much of a text.
-# A place where the text to encode can be cut off from its context is looked for within this end of the context, ...
-_JOIN_CHARACTERS = 32
-_HEAD_CHARACTERS = 256  # ... and tested with this beginning of the text.
+_JOIN_CHARACTERS = 32  # `encode_after` drops a context up to any place within this end of it.
+_HEAD_CHARACTERS = 256  # It tries each place with this beginning of the text first.
 
 
 class _CachedBytes(dict[int, bytes]):
