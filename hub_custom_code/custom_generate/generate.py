@@ -40,7 +40,7 @@ from .validation import (
     validate_call,
     validate_causal_lm,
     validate_multimodal_inputs,
-    validate_prompts,
+    validate_prompt_tensors,
     validate_streamer,
 )
 from .vocabulary import Vocabulary
@@ -250,7 +250,7 @@ def _checked_call(
     tokenizer = arguments.get("tokenizer")
     tokenizer = tokenizer if tokenizer is not None else own["base_tokenizer"]
     ids, mask = own["nudging_input_ids"], own["nudging_attention_mask"]
-    validate_prompts(ids, mask, "nudging")
+    validate_prompt_tensors(ids, mask, "nudging")
     call = NudgingCall(
         nudging_model=nudging_model,
         vocabulary=loaded_vocabulary(tokenizer, model, "tokenizer", "base"),

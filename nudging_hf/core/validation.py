@@ -95,7 +95,7 @@ def validate_call(model: Any, nudging_model: Any, config: Any, arguments: Mappin
         )
 
 
-def validate_prompts(input_ids: Any, attention_mask: Any, name: str) -> None:
+def validate_prompt_tensors(input_ids: Any, attention_mask: Any, name: str) -> None:
     """Raises a `ValueError` if prompts or their mask are not tensors of shape (batch_size, length).
 
     Args:

@@ -32,7 +32,7 @@ from ..core.validation import (
     shape_of,
     validate_cache,
     validate_causal_lm,
-    validate_prompts,
+    validate_prompt_tensors,
 )
 from ..core.vocabulary import Vocabulary
 
@@ -387,7 +387,7 @@ def _checked(name: str, given: _Given, base: Any, vocabulary: Vocabulary, rows: 
             f"tokens, and that of the {name} model {len(own.tokenizer)}, with other ids or spellings. Give a "
             f"`{name}_model` of the base's family; `nudging_hf.generate` takes any."
         )
-    validate_prompts(input_ids, attention_mask, name)
+    validate_prompt_tensors(input_ids, attention_mask, name)
     prompts = None if input_ids is None else given_prompts(input_ids, attention_mask, rows, name)
     return _SmallModel(name, model, own, prompts)
 
