@@ -282,13 +282,13 @@ _CHAT_TEMPLATE = string.Template("""\
     {%- endif -%}
 {%- endmacro -%}
 {%- if messages is string or messages is mapping or messages is not sequence -%}
-    {{- raise_exception('A chat is a list of messages.') -}}
+    {{- raise_exception('A chat must be a list of messages.') -}}
 {%- endif -%}
 {%- for message in messages -%}
     {%- if message is not mapping -%}
-        {{- raise_exception('A message of a chat has a role and a content.') -}}
+        {{- raise_exception('A message must have a role and a content.') -}}
     {%- elif message['tool_calls'] or message['function_call'] -%}
-        {{- raise_exception('A message of a chat must be text, and calls no tools.') -}}
+        {{- raise_exception('The content of a message must be text, without tool calls.') -}}
     {%- endif -%}
 {%- endfor -%}
 {%- set has_system = messages and messages[0]['role'] == 'system' -%}
@@ -299,7 +299,7 @@ _CHAT_TEMPLATE = string.Template("""\
 {{- $opening -}}
 {%- for message in turns -%}
     {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
-        {{- raise_exception('A chat goes: a system message or none, then user and assistant by turns.') -}}
+        {{- raise_exception('A chat may begin with a system message; then user and assistant alternate.') -}}
     {%- endif -%}
     {%- if message['role'] == 'assistant' -%}
         {%- set said = text(message) -%}
