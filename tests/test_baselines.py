@@ -397,7 +397,7 @@ def test_an_answer_in_context_ends_where_the_base_asks_a_query_of_its_own():
         ({"inputs": torch.ones(1, 2, dtype=torch.long)}, "given twice"),
         ({"nudging_input_ids": [1]}, "`nudging_input_ids` must be a tensor"),
         ({"nudging_attention_mask": torch.ones(1, 1)}, "must have the shape of `nudging_input_ids`"),
-        ({"nudging_input_ids": torch.ones(3, 2).long(), "nudging_attention_mask": None}, "holds 3 prompts"),
+        ({"nudging_input_ids": torch.ones(3, 2).long(), "nudging_attention_mask": None}, "has 3 prompts"),
         ({"nudging_attention_mask": 0}, "at least one token in `nudging_input_ids`"),
         ({"nudge_treshold": 0.4}, "nudge_treshold"),
     ],
