@@ -269,7 +269,7 @@ def test_standard_input_that_is_not_utf_8_is_one_line_and_exit_code_2(models, ca
     monkeypatch.setattr(sys, "stdin", piped(NOT_UTF_8))
     code, out, err = run(capsys, "generate", *models, *argument)
     assert (code, out) == (2, "")
-    said = "Standard input is no text in utf-8: behind 'caf' stands the byte 0xe9; give it as UTF-8."
+    said = "Standard input is not valid utf-8: it has the byte 0xe9 after 'caf'; give it as UTF-8."
     assert err == f"nudging-hf: error: {said}\n"
     assert not sys.stdin.closed
 
@@ -277,7 +277,7 @@ def test_standard_input_that_is_not_utf_8_is_one_line_and_exit_code_2(models, ca
 def test_standard_input_that_is_not_what_its_encoding_says_names_the_way_out(models, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", piped("café".encode(), "ascii"))
     code, _, err = run(capsys, "generate", *models)
-    assert code == 2 and "is no text in ascii: behind 'caf' stands the byte 0xc3; set PYTHONUTF8=1" in err
+    assert code == 2 and "is not valid ascii: it has the byte 0xc3 after 'caf'; set PYTHONUTF8=1" in err
 
 
 def test_standard_input_is_read_in_its_encoding(models, capsys, monkeypatch):
@@ -309,7 +309,7 @@ def test_an_argument_that_is_not_utf_8_is_one_line_and_exit_code_2(capsys, args)
     code, out, err = run(capsys, *args)
     assert (code, out) == (2, "")
     number = next(i for i, arg in enumerate(args, start=1) if "\udce9" in arg)
-    assert err.startswith(f"nudging-hf: error: Argument {number} is no text in utf-8: ") and err.count("\n") == 1
+    assert err.startswith(f"nudging-hf: error: Argument {number} is not valid utf-8: ") and err.count("\n") == 1
     assert "stands the byte 0xe9; give it as UTF-8" in err
 
 
@@ -382,8 +382,8 @@ def test_an_output_that_lacks_characters_is_given_escapes_and_that_is_said(model
     assert cli.main(["generate", *models, "--quiet", PROMPT]) == 130
     assert written() == b"caf\\xe9 \\U0001f600!\n"
     err = capsys.readouterr().err
-    said = "nudging-hf: standard output is ascii, which lacks '\\xe9', '\\U0001f600': escapes stand there instead."
-    assert err.splitlines().count(said + " Set PYTHONIOENCODING=utf-8 to have the characters.") == 1
+    said = "nudging-hf: standard output is ascii, which lacks '\\xe9', '\\U0001f600': they are shown as escapes."
+    assert err.splitlines().count(said + " Set PYTHONIOENCODING=utf-8 to see the characters.") == 1
     assert sys.stdout.errors == "strict"
 
 
@@ -417,8 +417,8 @@ SCRIPT = "import sys; from nudging_hf.cli import main; sys.exit(main())"
 @pytest.mark.parametrize(
     ("args", "data", "streams", "said"),
     [
-        ([], NOT_UTF_8, "", b"Standard input is no text in utf-8: behind 'caf' stands the byte 0xe9"),
-        ([b"caf\xe9"], b"", "", b"Argument 6 is no text in utf-8: behind 'caf' stands the byte 0xe9"),
+        ([], NOT_UTF_8, "", b"Standard input is not valid utf-8: it has the byte 0xe9 after 'caf'"),
+        ([b"caf\xe9"], b"", "", b"Argument 6 is not valid utf-8: it has the byte 0xe9 after 'caf'"),
         ([], b"", "<&-", b"The prompt is empty"),
     ],
 )

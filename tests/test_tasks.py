@@ -246,4 +246,4 @@ def test_a_judge_out_of_form_counts_as_the_lowest_score_and_is_told(judged, repl
     assert judge.verdict(judge.CORRECT_PROMPT, {"correct": (0, 1)}, question="q", reference="r", answer="a") == {
         "correct": 0
     }
-    assert "did not keep to its form" in caplog.text
+    assert "does not have the requested form" in caplog.text
