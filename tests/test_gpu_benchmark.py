@@ -238,7 +238,7 @@ def test_memory_is_compared_with_weights_and_caches():
         return {"contestants": [row]}
 
     assert gpu_race.memory_is_small(race(105)) == Outcome(
-        True, "1.050 of weights and caches; besides weights 1.25 of caches"
+        True, "1.050 of weights and caches; without the weights, 1.25 of the caches"
     )
     assert not gpu_race.memory_is_small(race(106)).ok
 
@@ -298,7 +298,7 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["rase"], "no part rase"), (["--device", "cpu"], "give --tiny too")]
+    ("arguments", "message"), [(["rase"], "unknown part rase"), (["--device", "cpu"], "give --tiny too")]
 )
 def test_what_cannot_be_done_is_refused(capsys, arguments, message):
     with pytest.raises(SystemExit):

@@ -304,7 +304,7 @@ def test_the_harness_s_command_line_gives_the_accuracy_of_the_demonstration(tmp_
 
 @pytest.mark.parametrize("scores", ["loglikelihood", "loglikelihood_rolling"])
 def test_texts_are_not_scored(pair, scores):
-    with pytest.raises(ValueError, match="nudging gives no probabilities"):
+    with pytest.raises(ValueError, match="a nudged model has no probabilities"):
         getattr(model(pair), scores)([Instance(scores, {}, ("a", "b"), 0)])
 
 

@@ -109,8 +109,8 @@ class NudgingLM(HFLM):
         """
         if not add_generation_prompt:
             raise ValueError(
-                "The task begins the answer itself (`gen_prefix`), which is not possible with two chat prompts: leave "
-                "out --apply_chat_template."
+                "The task begins the answer itself (`gen_prefix`), which is not possible with two chat prompts: "
+                "leave out --apply_chat_template."
             )
         return Conversation(json.dumps(chat_history, ensure_ascii=False))
 
@@ -118,8 +118,8 @@ class NudgingLM(HFLM):
         """The nudging model's chat template, which the harness records."""
         if isinstance(chat_template, str):
             raise ValueError(
-                f"--apply_chat_template takes no name here, got {chat_template!r}: leave out the name, and the nudging "
-                "model's own template is used."
+                f"--apply_chat_template takes no name here, got {chat_template!r}: leave out the name, and the "
+                "nudging model's own template is used."
             )
         return self.pair.nudging_tokenizer.get_chat_template() if chat_template else None
 
