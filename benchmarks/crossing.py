@@ -166,7 +166,9 @@ def main(argv: list[str] | None = None) -> None:
         "tokenizers", nargs="*", metavar="FOLDER", help="two or more tokenizers that `AutoTokenizer` can load"
     )
     parser.add_argument("--quick", action="store_true", help="use short answers and few tokens")
-    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="the kinds of text to time (default: all)")
+    parser.add_argument(
+        "--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="the kinds of text to time (default: all)"
+    )
     args = parser.parse_args(argv)
     names = args.tokenizers or [str(MINI / "base"), str(MINI / "nudging")]
     if len(names) < 2:

@@ -166,8 +166,7 @@ class Call:
 
     @property
     def common(self) -> Row:
-        """Arguments that all calls of `generate` share. EOS is never the most probable token, so no answer ends early.
-        """
+        """Arguments of every `generate`. EOS is never the most probable token, so no answer ends early."""
         return {
             "attention_mask": torch.ones_like(self.ids),
             "do_sample": False,
