@@ -6,7 +6,7 @@ unit here runs in a fresh process with two settings:
 
 - glibc returns every large block to the system when it is freed. That is its default at the start of a process, but
   it later raises its limit for "large" to save time.
-- oneDNN does not keep the kernels that it compiles for each number of tokens of a pass, which take some megabytes each.
+- oneDNN does not keep the kernels that it compiles for each number of tokens of a pass. They take some megabytes each.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class CallMeter(Meter):
 
 
 def _call_timed(timed: dict[int, Callable[..., Any]], own: Callable[..., Any]) -> Callable[..., Any]:
-    """A `__call__` for a class that uses the function in `timed` if the object's `id` is there, and `own` otherwise."""
+    """A class's `__call__`: it calls the function that `timed` has for the object's `id`, or `own` if it has none."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         known = timed.get(id(self))
