@@ -1,4 +1,4 @@
-r"""Answers several questions in one batch. Each row advances at its own pace and gets the same answer as it does alone.
+r"""Answers several questions in one batch. Each row advances at its own pace and gets the answer that it gets alone.
 
 Run it with the mini pair or with a real pair:
 
