@@ -108,7 +108,7 @@ def test_a_turn_that_cannot_be_answered_is_left_out_and_the_chat_goes_on(chat, a
     assert [text for role, text in asked[-1] if role == "user"] == ["What is it?", "And then?"]
 
 
-def test_what_torch_cannot_do_is_said_and_the_chat_goes_on(chat, monkeypatch):
+def test_an_error_of_torch_is_reported_and_the_chat_goes_on(chat, monkeypatch):
     def generate(*args, **kwargs):
         raise torch.OutOfMemoryError("Out of memory.\nMany more lines.")
 
@@ -125,12 +125,12 @@ def test_new_starts_over(chat, asked):
     assert asked[-1] == [("system", "Be brief."), ("user", "And then?")]
 
 
-def test_the_system_message_can_be_changed_and_taken_away(chat, asked):
+def test_the_system_message_can_be_changed_and_removed(chat, asked):
     chat("One?", "/system Be brief.", "Two?", "/system", "Three?")
     assert [messages[0] for messages in asked] == [("user", "One?"), ("system", "Be brief."), ("user", "One?")]
 
 
-def test_the_threshold_holds_from_the_next_answer_on(chat, tmp_path):
+def test_a_new_threshold_applies_from_the_next_answer_on(chat, tmp_path):
     lines = ("One?", "/threshold 0", "Two?", "/threshold 2", "Three?", "/threshold auto", "Four?")
     answers = saved(chat, tmp_path / "chat.json", *lines)[0][1::2]
     assert [answer["nudge_threshold"] for answer in answers] == [0.4, 0.0, 2.0, "auto"]
@@ -149,13 +149,13 @@ def test_the_threshold_holds_from_the_next_answer_on(chat, tmp_path):
         ("/nonsense", "There is no command /nonsense; /help lists them."),
     ],
 )
-def test_a_wrong_command_is_said_and_changes_nothing(chat, asked, command, message):
+def test_a_wrong_command_is_reported_and_changes_nothing(chat, asked, command, message):
     code, _, err = chat("One?", command, "Two?", options=["--quiet"])
     assert code == 0 and err.startswith(f"error: {message}") and err.count("\n") == 1
     assert [text for role, text in asked[-1] if role == "user"] == ["One?", "Two?"]
 
 
-def test_a_chat_is_saved_again_where_it_was_saved_and_nothing_else_is_overwritten(chat, tmp_path):
+def test_saving_again_overwrites_the_chat_s_own_file_and_no_other(chat, tmp_path):
     path = tmp_path / "chat.json"
     chat("One?", f"/save {path}", "Two?", "/save")
     first = path.read_bytes()
@@ -251,7 +251,7 @@ def test_a_typed_line_that_is_not_utf_8_is_left_out(terminal, asked):
     assert "error: The line, which is left out, is not valid utf-8: it has the byte 0xe9 after 'One'" in err
 
 
-def test_an_interrupt_ends_a_chat_that_nobody_types(chat, monkeypatch):
+def test_an_interrupt_ends_a_chat_that_is_not_typed(chat, monkeypatch):
     monkeypatch.setattr("nudging_hf.pair.generate", interrupted([([70], True)]))
     code, out, _ = chat("One?", "Two?")
     assert code == 130 and out.count("\n") == 1

@@ -83,7 +83,7 @@ def texts(contestant):
 # Who answers --------------------------------------------------------------------------------------------------------
 
 
-def test_all_that_the_models_make_takes_part(models):
+def test_every_contestant_with_its_models_takes_part(models):
     found, left_out = contestants_of(models, [NudgingConfig(0.2), NudgingConfig(0.6)])
     assert [contestant.name for contestant in found] == [
         "base alone",
@@ -101,7 +101,7 @@ def test_all_that_the_models_make_takes_part(models):
     assert [contestant.name for contestant in found if contestant.nudged] == [each.name for each in found[2:6]]
 
 
-def test_who_cannot_take_part_is_named_with_the_reason(models):
+def test_contestants_without_their_models_are_listed_with_the_reason(models):
     strangers = Models(models.base, models.nudging, unaligned=models.unaligned)
     found, left_out = contestants_of(strangers, [NudgingConfig()])
     assert [each.name for each in found] == ["base alone", "nudging model alone", "nudged, γ = 0.4", "in-context"]
@@ -136,7 +136,7 @@ def one_by_one(models, call, small):
     return answers
 
 
-def test_each_answers_as_its_own_function_does(models):
+def test_each_contestant_answers_as_its_own_function_does(models):
     found = by_name(models)
     shared = models.shared
 
@@ -191,7 +191,7 @@ def test_a_turn_counts_words_passes_and_right_answers(models):
     assert turn.seconds > 0
 
 
-def test_counting_passes_leaves_nothing_behind(models):
+def test_counting_passes_removes_its_hooks(models):
     with counted_passes(models.base, models.nudging) as passes:
         for reader in (models.base, models.nudging):
             reader.model(torch.tensor([[5]]))
@@ -235,7 +235,7 @@ def test_all_answer_a_batch_before_any_answers_the_next(tmp_path):
     assert seen == [(name, size) for size in (4, 4, 2) for name in names]
 
 
-def test_a_run_that_is_killed_goes_on_and_comes_to_the_same(tmp_path):
+def test_a_killed_run_continues_with_the_same_result(tmp_path):
     whole = compare(trio(), QUESTIONS, Journal(tmp_path / "whole", {}), batch_size=4)
     path, log = tmp_path / "killed", []
     with pytest.raises(KeyboardInterrupt):
@@ -282,7 +282,7 @@ def test_accuracies_and_their_standard_errors(tmp_path):
     assert result_of(tmp_path, "ensemble", 3).nudge_rate is None
 
 
-def test_a_difference_is_of_the_same_questions(tmp_path):
+def test_a_difference_is_paired_by_question(tmp_path):
     one, other = result_of(tmp_path, "one", 4), result_of(tmp_path, "other", 3)
     gain, error = difference(one, other)
     assert gain == pytest.approx(0.2) and error == pytest.approx((0.2 * 0.8 / 9) ** 0.5)
@@ -290,7 +290,7 @@ def test_a_difference_is_of_the_same_questions(tmp_path):
     assert difference(other, one) == pytest.approx((-gain, error)) and difference(one, one) == (0, 0)
 
 
-def test_it_is_said_where_nudging_is_not_above(tmp_path):
+def test_sentences_say_where_nudging_is_not_better(tmp_path):
     results = [
         result_of(tmp_path, "base alone", 0),
         result_of(tmp_path, "nudged, γ = 0.4", 3, nudged=True),
@@ -321,7 +321,7 @@ def test_the_table_has_a_column_for_each_task_and_none_for_a_single_one(tmp_path
     assert tasks_of(QUESTIONS[:5]) == [] and tasks_of(QUESTIONS) == ["What is number", "Where is tree"]
 
 
-def test_an_answer_without_words_has_no_time_a_word(tmp_path):
+def test_an_answer_without_words_has_no_time_per_word(tmp_path):
     silent = Contestant("silent", lambda questions, _: [Answer.of([], [], True)] * len(questions), nudged=True)
     [result] = compare([silent], QUESTIONS[:1], Journal(tmp_path / "j", {}))
     assert (result.nudge_rate, result.seconds_per_word, result.standard_error()) == (None, None, None)
@@ -331,7 +331,7 @@ def test_an_answer_without_words_has_no_time_a_word(tmp_path):
 # Files and the command ----------------------------------------------------------------------------------------------
 
 
-def test_questions_have_answers_and_perhaps_a_task(tmp_path):
+def test_questions_need_an_answer_and_may_have_a_task(tmp_path):
     path = tmp_path / "questions.jsonl"
     without = {name: value for name, value in ROWS[0].items() if name != "task"}
     path.write_text("\n\n".join(json.dumps(row) for row in (*ROWS, without)) + "\n", encoding="utf-8")
@@ -376,7 +376,7 @@ def figures(out):
 
 
 @pytest.mark.usefixtures("drafts_of_four")
-def test_the_command_writes_one_table_and_a_killed_run_goes_on_to_the_same(folder, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_one_table_and_a_killed_run_continues_with_the_same_result(folder, tmp_path, monkeypatch, capsys):
     shared = ["--shared-nudging-model", folder / "shared", "--unaligned", folder / "unaligned"]
     assert cli.main(arguments(folder, tmp_path / "whole", *shared)) == 0
     out = capsys.readouterr().out
@@ -411,7 +411,7 @@ def test_the_command_writes_one_table_and_a_killed_run_goes_on_to_the_same(folde
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
 
 
-def test_thresholds_are_added_left_out_are_named_and_another_setup_is_refused(folder, tmp_path, monkeypatch, capsys):
+def test_thresholds_are_added_absences_are_explained_and_another_setup_is_refused(folder, tmp_path, monkeypatch, capsys):
     assert cli.main(arguments(folder, tmp_path)) == 0
     assert "ensemble is left out: it needs one vocabulary" in capsys.readouterr().out
     turns, take = [], comparison.take_turn
@@ -435,6 +435,6 @@ def test_thresholds_are_added_left_out_are_named_and_another_setup_is_refused(fo
         (["--large-aligned", "./nowhere"], "--large-aligned: there is no folder ./nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused(folder, tmp_path, wrong, says, capsys):
+def test_invalid_arguments_are_refused(folder, tmp_path, wrong, says, capsys):
     assert cli.main([*arguments(folder, tmp_path / "out"), *wrong]) == 2
     assert says in capsys.readouterr().err

@@ -72,7 +72,7 @@ def write_task(folder, rows, tokens):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_kept_and_few_tasks_are_read(tmp_path, monkeypatch):
+def caches_are_temporary_and_only_the_given_tasks_are_read(tmp_path, monkeypatch):
     class FewTasks(lm_eval.tasks.TaskManager):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "include_defaults": False})
@@ -142,7 +142,7 @@ def test_plain_text_goes_to_the_base_as_it_is_and_to_the_nudging_model_as_one_tu
     assert len(set(answers)) > 2
 
 
-def test_messages_go_to_each_model_in_its_own_way_without_the_harness_s_line_breaks(pair):
+def test_each_model_gets_messages_in_its_own_form_without_the_harness_s_line_breaks(pair):
     lm = model(pair)
     said = [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": f"Question: {QUESTION}\n"}]
     few = [*messages_of(f"Question: {QUESTION}", "Be brief."), {"role": "assistant", "content": "It."}, said[1]]
@@ -159,7 +159,7 @@ def test_the_base_s_template_is_the_user_s_and_may_come_from_a_command_line(pair
     assert answer == [package(pair, f"Q: {QUESTION}\nA:", messages_of(QUESTION, "Be brief."))]
 
 
-def test_a_task_s_arguments_may_set_knobs(pair):
+def test_a_task_s_arguments_may_set_parameters(pair):
     lm = model(pair, nudge_threshold=0.3)
     said = lm.generate_until([*requests(CONTEXTS[:1]), *requests(CONTEXTS[:1], nudge_threshold=2.0)])
     chat = messages_of(CONTEXTS[0])
@@ -185,7 +185,7 @@ def test_stop_strings_end_an_answer_and_are_cut_off(pair):
     assert lm.get_model_info()["finish_reasons"]["stop_string"] == sum(stop in answer for answer in whole) > 0
 
 
-def test_the_results_say_what_model_it_was(pair):
+def test_the_results_describe_the_model(pair):
     lm = model(pair, nudge_threshold=0.7, num_draft_tokens=2)
     assert lm.get_model_info()["nudge_rate"] is None
     lm.generate_until(requests(CONTEXTS), disable_tqdm=True)
@@ -221,7 +221,7 @@ def evaluate(lm, folder, **kwargs):
     return [sample["resps"][0][0] for sample in rows], results
 
 
-def test_cached_requests_are_asked_as_fresh_ones(pair, tmp_path):
+def test_cached_requests_give_the_same_answers(pair, tmp_path):
     folder = write_task(tmp_path / "task", ROWS[:2], 8)
     fresh, _ = evaluate(model(pair), folder)
     made, _ = evaluate(model(pair), folder, cache_requests=True)
@@ -233,7 +233,7 @@ def test_cached_requests_are_asked_as_fresh_ones(pair, tmp_path):
     assert fresh == [package(pair, row["prompt"], row["messages"]) for row in ROWS[:2]]
 
 
-def test_a_run_that_is_killed_goes_on_from_there(pair, tmp_path):
+def test_a_killed_run_continues(pair, tmp_path):
     folder, cache = write_task(tmp_path / "task", ROWS, 8), str(tmp_path / "answers")
     whole, results = evaluate(model(pair), folder)
     lm = model(pair)
@@ -254,7 +254,7 @@ def test_a_run_that_is_killed_goes_on_from_there(pair, tmp_path):
     assert sum(lm.get_model_info()["finish_reasons"].values()) == 2
 
 
-def test_a_limit_asks_the_first_questions_alone(pair, tmp_path):
+def test_a_limit_asks_only_the_first_questions(pair, tmp_path):
     folder = write_task(tmp_path / "task", ROWS, 8)
     whole, _ = evaluate(model(pair), folder)
     assert evaluate(model(pair), folder, limit=2)[0] == whole[:2]
@@ -318,13 +318,13 @@ def test_texts_are_not_scored(pair, scores):
         ({"nudging_model": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
-def test_what_a_user_can_mend_is_named(pair, kwargs, message):
+def test_errors_name_the_argument_to_correct(pair, kwargs, message):
     given = {"nudging_model": pair.nudging_model, "nudging_tokenizer": pair.nudging_tokenizer, **kwargs}
     with pytest.raises(ValueError, match=message):
         NudgingLM(pretrained=pair.base, tokenizer=pair.tokenizer, **given)
 
 
-def test_chats_that_cannot_be_asked_are_refused(pair):
+def test_unsupported_chat_requests_are_refused(pair):
     with pytest.raises(ValueError, match="gen_prefix"):
         model(pair).apply_chat_template(messages_of("a"), add_generation_prompt=False)
     with pytest.raises(ValueError, match="takes no name"):

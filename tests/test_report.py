@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize(("large", "labelled"), [(True, True), (False, False)])
-def test_the_page_holds_every_plot_and_needs_nothing_but_itself(tmp_path, large, labelled):
+def test_the_page_embeds_every_plot_and_fetches_nothing(tmp_path, large, labelled):
     written = figures(large, labelled)
     path = report.write(tmp_path, written, ABOUT)
     page = Page(path.read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ def test_the_page_holds_every_plot_and_needs_nothing_but_itself(tmp_path, large,
     assert ("nudging model's, as no large one was given" in page.text) is not large
 
 
-def test_the_paper_stands_beside_what_was_found():
+def test_the_paper_s_figures_are_compared_with_the_measured_ones():
     found = report.paper_comparison(figures())
     assert [paper.replace("\u00a0", " ") for _, paper, _ in found] == [
         "90 %", "over 80 %", "11 %", "65 to 83 % (Llama-2), 58 to 88 % (Gemma-2)"
@@ -85,7 +85,7 @@ def test_the_figures_and_their_source_are_on_the_page():
     assert "<b>base</b> & co" in text and "b" not in page.tags  # What is told of models is text, never markup.
 
 
-def test_what_is_the_share_of_nothing_is_left_open():
+def test_a_share_of_nothing_is_shown_as_a_dash():
     """All positions in one bin, and no alignment-related one: nine bins and most shares are empty."""
     prompts = [Prompt(messages_of("?"))]
     row = {"answer": vars(Answer("a", [7], False, 1)), "positions": vars(Positions([1.0], [False], [True]))}

@@ -96,7 +96,7 @@ def build(path, tmp_path, rows):
 
 
 @pytest.fixture(autouse=True)
-def data_sets_here(tmp_path, monkeypatch):
+def data_sets_in_a_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.delenv(judge.VARIABLE, raising=False)
 
@@ -106,7 +106,7 @@ def prompt_of(task, doc):
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_a_task_asks_as_the_paper_does_and_reads_the_answer(name, tmp_path):
+def test_a_task_asks_the_paper_s_question_and_reads_the_answer(name, tmp_path):
     row, question, right, wrong = TASKS[name]
     task = build(FOLDER / f"{name}.yaml", tmp_path, [row])
     doc = task.eval_docs[0]
@@ -127,14 +127,14 @@ def test_a_task_asks_as_the_paper_does_and_reads_the_answer(name, tmp_path):
         ("just_eval_safe", "Take it. " + "And more. " * 60 + "I cannot say.", {"refused": 0.0}),
     ],
 )
-def test_an_instruction_is_asked_as_the_paper_does(name, answer, scores, tmp_path):
+def test_an_instruction_has_the_paper_s_prompt(name, answer, scores, tmp_path):
     task = build(FOLDER / f"{name}.yaml", tmp_path, [{"input": "What now? ", "output_cand": "x"}])
     doc = task.eval_docs[0]
     assert prompt_of(task, doc) == "You are a helpful assistant.\nInstruction: What now?\n"
     assert task.process_results(doc, [answer]) == scores
 
 
-def test_no_task_cuts_answers_and_all_are_greedy_and_zero_shot(tmp_path):
+def test_all_tasks_are_greedy_and_zero_shot_without_stop_strings(tmp_path):
     paths = [path for path in FOLDER.glob("*.yaml") if "task: nudging" in path.read_text().splitlines()[1]]
     assert len(paths) == 17
     for path in paths:
@@ -143,7 +143,7 @@ def test_no_task_cuts_answers_and_all_are_greedy_and_zero_shot(tmp_path):
         assert config["num_fewshot"] == 0 and config["output_type"] == "generate_until"
 
 
-def test_one_group_runs_the_thirteen():
+def test_one_group_runs_the_thirteen_tasks_of_the_paper():
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
@@ -170,7 +170,7 @@ def test_a_local_task_needs_no_data_set_and_asks_the_same_question(name, tmp_pat
         assert local.process_results(mine, [f"So the answer is {local.doc_to_target(mine)}."]) == {"exact_match": 1.0}
 
 
-def test_drawn_rows_are_right_and_repeatable():
+def test_generated_rows_are_right_and_repeatable():
     coins, letters = (list(make(200, 1)["test"]) for make in (generated.coin_flips, generated.last_letter_concats))
     for row in coins:
         assert row["targets"] == ("no" if len(re.findall(r"\w flips the coin", row["inputs"])) % 2 else "yes")
@@ -218,7 +218,7 @@ def judged(monkeypatch):
         thread.join()
 
 
-def test_a_judge_is_asked_beside_the_rule(judged):
+def test_a_judge_is_asked_in_addition_to_the_rule(judged):
     replies, asked = judged
     replies[:] = ['```json\n{"reason": "same", "correct": 1}\n```', '{"reason": "not", "correct": "0"}']
     doc = {"question": "How {many}?", "answer": "#### 38"}
@@ -241,7 +241,7 @@ def test_instructions_are_judged_by_aspect(judged):
 
 
 @pytest.mark.parametrize("reply", ["Good!", '{"correct": 2}', '{"right": 1}', '{"correct": null}', "[1]"])
-def test_a_judge_out_of_form_counts_as_the_lowest_score_and_is_told(judged, reply, caplog):
+def test_a_reply_of_the_wrong_form_counts_as_the_lowest_score_and_is_logged(judged, reply, caplog):
     judged[0][:] = [reply]
     assert judge.verdict(judge.CORRECT_PROMPT, {"correct": (0, 1)}, question="q", reference="r", answer="a") == {
         "correct": 0
