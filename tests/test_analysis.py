@@ -1,4 +1,4 @@
-"""What `analyze` measures: against one step at a time on tiny random pairs, and runs that are killed and go on."""
+"""Tests `analyze`: its figures against a step-by-step computation on tiny random models, and continued runs."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ LENGTH = 12
 
 def model_of(tokenizer, seed):
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    loudness = [2.0 if piece[0] in "\u0120\u2581" else 1.0 for piece in pieces]  # So that the text has words.
+    loudness = [2.0 if piece[0] in "\u0120\u2581" else 1.0 for piece in pieces]  # This makes the text have words.
     ids = len(tokenizer), seed, tokenizer.eos_token_id, tokenizer.pad_token_id
     return tiny.tiny_model("llama", *ids, loudness=loudness, eos_rate=0.01)
 
@@ -39,7 +39,7 @@ def along(work):
 
 
 def next_token(reader, prompt, answer):
-    """The logits of one pass that reads a prompt and an answer so far, and no more."""
+    """The logits after a prompt and the answer so far, from a pass that reads nothing else."""
     with torch.no_grad():
         return reader.model(torch.tensor([prompt + answer])).logits[0, -1]
 
@@ -53,7 +53,7 @@ def trio():
 
 @pytest.fixture(scope="module")
 def trio_of_two_vocabularies():
-    """The same with a nudging model of another vocabulary."""
+    """The same three, but the nudging model has another vocabulary."""
     tokenizer = tiny.byte_bpe()
     return reader_of(tokenizer, 1, chat=False), reader_of(tiny.metaspace_bpe(), 2), reader_of(tokenizer, 3)
 
@@ -76,7 +76,7 @@ def test_positions_are_what_each_model_predicts_one_step_at_a_time(trio):
             tokens = [int(each.argmax()) for each in logits]
             assert p == pytest.approx(float(logits[0].softmax(-1).max()), abs=1e-5)
             assert differs == (tokens[0] != tokens[2]) and agrees == (tokens[1] == tokens[2])
-            answer.append(tokens[2])  # The large model's greedy answer.
+            answer.append(tokens[2])  # The answer is the large model's greedy one.
             seen += 1
         assert large.vocabulary.join(answer).decode(errors="replace") == row["answer"]["text"]
         assert answer == row["answer"]["ids"]
@@ -206,13 +206,13 @@ def test_tables_add_up_and_shares_rise_with_the_threshold(trio_of_two_vocabulari
 
 @pytest.fixture
 def quick_plots(monkeypatch):
-    """Plots that take no time: `test_report.py` looks at the others."""
+    """Replaces the plots by ones that take no time. `test_report.py` tests the real ones."""
     monkeypatch.setattr(report, "plots", lambda tables: dict.fromkeys(("positions", "disagreement", "caught"), b"..."))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three models as a user's would be saved, and a file of prompts."""
+    """Three saved models, and a file of prompts."""
     folder = tmp_path_factory.mktemp("models")
     for name, tokenizer, seed in (
         ("base", tiny.byte_bpe(), 1), ("nudging", tiny.metaspace_bpe(), 2), ("large", tiny.byte_bpe(), 3)
@@ -246,7 +246,7 @@ def test_a_killed_run_continues_and_gives_the_same_tables(folder, tmp_path, monk
     monkeypatch.setattr(Analysis, "measure", killed)
     assert cli.main(arguments(folder, tmp_path / "killed")) == 130
     journal = tmp_path / "killed" / "units.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-20])  # Killed while it wrote the fifth.
+    journal.write_bytes(journal.read_bytes()[:-20])  # As if the run was killed while it wrote the fifth line.
     assert not (tmp_path / "killed" / "tables.json").exists()
 
     again = []

@@ -1,4 +1,4 @@
-"""The threshold for a pair: the search on curves made up, the rest on tiny random pairs and the pair in miniature."""
+"""Tests calibration: the search on synthetic curves, and the rest on tiny random pairs and the mini pair."""
 
 import copy
 import importlib.util
@@ -38,12 +38,12 @@ def pair():
 
 
 def calibrated(pair, prompts=PROMPTS, **kwargs):
-    """Of a single threshold, unless `kwargs` say otherwise."""
+    """A calibration that tries one threshold only, unless `kwargs` say otherwise."""
     return calibrate(*pair, prompts, **{"max_new_tokens": 12, "by_score": True, "thresholds": [0.5], **kwargs})
 
 
 def curve_of(rate):
-    """What `attempt` is to the search, for 1000 words and a nudge rate that is a function of γ."""
+    """An `attempt` for the search, with 1000 words and a nudge rate that is a function of γ."""
     return lambda threshold: Point(threshold, round(1000 * rate(threshold)), 1000, 10)
 
 
@@ -74,7 +74,7 @@ def test_the_nearer_side_of_a_jump_is_chosen():
     assert low.threshold < 0.33 and low.chosen.nudge_rate == 0.04
     assert high.threshold >= 0.33 and high.chosen.nudge_rate == 0.3
     assert "No threshold comes nearer" in low.verdict
-    assert {0.32, 0.33} <= {point.threshold for point in low.curve}  # Both sides of the jump were looked at.
+    assert {0.32, 0.33} <= {point.threshold for point in low.curve}  # The search tried both sides of the jump.
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_invalid_arguments_are_refused(pair, kwargs, message):
         calibrated(pair, **kwargs)
 
 
-# A run that is broken off -------------------------------------------------------------------------------------------
+# Interrupted runs ---------------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_run_continues_with_the_same_result(pair, tmp_path):
@@ -334,7 +334,7 @@ def test_the_curve_is_drawn(right):
     assert report.plot_calibration(Calibration(0.1, points, 0.1)).startswith(b"\x89PNG")
 
 
-# The pair in miniature, and the command line ------------------------------------------------------------------------
+# The mini pair, and the command line --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +370,7 @@ def test_the_mini_pair_meets_the_target_on_questions_that_it_was_not_calibrated_
     assert out.count(" <- |\n") == 1 and out.count("% |") >= len(saved["curve"])
     assert len(resume.read_text().splitlines()) == 1 + len(saved["curve"])
 
-    assert run(capsys, *args)[1] == out  # From what was kept: nothing is generated.
+    assert run(capsys, *args)[1] == out  # The second run reads the kept answers and generates nothing.
 
     model = AutoModelForCausalLM.from_pretrained(base)
     assert model.generation_config.nudge_threshold == saved["threshold"]

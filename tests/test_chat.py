@@ -1,4 +1,4 @@
-"""`nudging-hf chat`: turns, commands, interrupts. A pair of tiny random models, saved as a user's would be."""
+"""Tests `nudging-hf chat`: turns, commands and interrupts, with a saved pair of tiny random models."""
 
 import io
 import json
@@ -19,11 +19,11 @@ ARGUMENTS = ["--max-new-tokens", "12"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models of two vocabularies. The nudging model's template refuses the word "forbidden"."""
+    """A pair with two vocabularies. The nudging model's template refuses the word "forbidden"."""
     folder = tmp_path_factory.mktemp("pair")
     for name, tokenizer, seed in (("base", tiny.byte_bpe(), 1), ("nudging", tiny.metaspace_bpe(), 2)):
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        loudness = [2.0 if token[0] in "\u0120\u2581" else 1.0 for token in tokens]  # So that the text has words.
+        loudness = [2.0 if token[0] in "\u0120\u2581" else 1.0 for token in tokens]  # This makes the text have words.
         ids = (tokenizer.eos_token_id, tokenizer.pad_token_id)
         model = tiny.tiny_model("llama", len(tokenizer), seed, *ids, loudness=loudness, eos_rate=0.008)
         model.save_pretrained(folder / name)
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def chat(folder, capsys, monkeypatch):
-    """Runs a chat on lines of standard input: the exit code, standard output and standard error."""
+    """Runs a chat on lines of standard input and returns the exit code, standard output and standard error."""
 
     def run(*lines, options=(), command="chat"):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -134,7 +134,7 @@ def test_a_new_threshold_applies_from_the_next_answer_on(chat, tmp_path):
     lines = ("One?", "/threshold 0", "Two?", "/threshold 2", "Three?", "/threshold auto", "Four?")
     answers = saved(chat, tmp_path / "chat.json", *lines)[0][1::2]
     assert [answer["nudge_threshold"] for answer in answers] == [0.4, 0.0, 2.0, "auto"]
-    assert len(answers[1]["nudged_spans"]) <= 1  # The first word.
+    assert len(answers[1]["nudged_spans"]) <= 1  # At most the first word is nudged.
     _, _, err = chat("/threshold", "/threshold 0.7", "/threshold")
     assert [line for line in err.splitlines() if line] == [f"The threshold of top1 is {t}." for t in (0.4, 0.7, 0.7)]
 
@@ -175,7 +175,7 @@ def test_help_lists_every_command_and_quit_ends(chat, asked):
 
 @pytest.fixture
 def terminal(monkeypatch, folder, capsys):
-    """Runs a chat as in a terminal, where `typed` yields lines, or raises what keys raise."""
+    """Runs a chat as in a terminal. `typed` yields lines, or raises the exception of a key such as Ctrl-C."""
 
     def run(typed, options=()):
         monkeypatch.setenv("NO_COLOR", "1")

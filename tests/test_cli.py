@@ -1,4 +1,4 @@
-"""The command line, and what the demonstration measures. Pairs of tiny random models, saved as a user's would be."""
+"""Tests the command line and the demonstration's figures, with pairs of tiny random models in folders."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def save(folder, model, tokenizer):
 
 @pytest.fixture(scope="module")
 def pair_folder(tmp_path_factory):
-    """A pair's folder: every model that it can hold, with two vocabularies."""
+    """A pair's folder with every model that it can hold, in two vocabularies."""
     folder = tmp_path_factory.mktemp("pair")
     tokenizer, nudging_tokenizer = tiny.byte_bpe(), tiny.metaspace_bpe()
     (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
@@ -53,7 +53,7 @@ def pair_folder(tmp_path_factory):
         ("nudging-shared", tokenizer, 3),
         ("large-aligned", tokenizer, 4),
     ):
-        # Louder tokens that begin a word, so that the text has words.
+        # Tokens that begin a word get larger logits, so that the text has words.
         loudness = [2.0 if piece[0] in "\u0120\u2581" else 1.0 for piece in its.convert_ids_to_tokens(range(len(its)))]
         model = tiny.tiny_model(
             "llama", len(its), seed, its.eos_token_id, its.pad_token_id, loudness=loudness, eos_rate=0.008
@@ -64,19 +64,19 @@ def pair_folder(tmp_path_factory):
 
 @pytest.fixture
 def models(pair_folder):
-    """The arguments that name two models."""
+    """The arguments that name the two models."""
     return ["--base", f"{pair_folder}/models/base", "--nudging-model", f"{pair_folder}/models/nudging"]
 
 
 @pytest.fixture(autouse=True)
 def colours(monkeypatch):
-    """An environment that has nothing against colours."""
+    """Makes the environment one that permits colours."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
 
 
 def expected(pair_folder, prompt=PROMPT, base_prompt=None, system=None, **kwargs):
-    """The answer that the package itself gives, and its output."""
+    """The answer of `nudging_hf.generate`, and its whole output."""
     base, nudging = Reader.load(pair_folder / "models/base"), Reader.load(pair_folder / "models/nudging")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
@@ -99,7 +99,7 @@ def expected(pair_folder, prompt=PROMPT, base_prompt=None, system=None, **kwargs
 
 
 def run(capsys, *args, terminal=False):
-    """Exit code, standard output, standard error; `terminal` says whether standard output is one."""
+    """Exit code, standard output and standard error. `terminal` says whether standard output is a terminal."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.stdout, "isatty", lambda: terminal)
         code = cli.main([*map(str, args)])
@@ -260,7 +260,7 @@ NOT_UTF_8 = b"caf\xe9, please\n"
 
 
 def piped(data, encoding="utf-8"):
-    """Standard input as a process has it."""
+    """A standard input of bytes, as a process has one."""
     return io.TextIOWrapper(io.BytesIO(data), encoding=encoding)
 
 
@@ -310,7 +310,7 @@ def test_an_argument_that_is_not_utf_8_is_one_line_and_exit_code_2(capsys, args)
     assert (code, out) == (2, "")
     number = next(i for i, arg in enumerate(args, start=1) if "\udce9" in arg)
     assert err.startswith(f"nudging-hf: error: Argument {number} is not valid utf-8: ") and err.count("\n") == 1
-    assert "stands the byte 0xe9; give it as UTF-8" in err
+    assert "it has the byte 0xe9 " in err and "; give it as UTF-8." in err
 
 
 @pytest.mark.parametrize("command", ["calibrate", "compare", "analyze"])
@@ -330,7 +330,7 @@ def test_an_argument_that_is_not_utf_8_is_one_line_and_exit_code_2(capsys, args)
         (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n', "got a part {'type': 'text'}"),
     ],
 )
-def test_a_file_of_prompts_that_cannot_be_decoded_is_one_line_and_exit_code_2(models, capsys, tmp_path, command, data, said):
+def test_an_invalid_file_of_prompts_is_one_line_and_exit_code_2(models, capsys, tmp_path, command, data, said):
     path = tmp_path / "prompts"
     path.write_bytes(data)
     out = [] if command == "calibrate" else ["--out", tmp_path / "out"]
@@ -351,7 +351,7 @@ def test_a_byte_order_mark_is_skipped_and_only_line_breaks_end_lines(tmp_path):
 
 @pytest.fixture
 def standard_output(monkeypatch):
-    """Puts a standard output of some encoding in place, and returns how to read it."""
+    """Replaces standard output by one of a given encoding, and returns a function that reads it."""
 
     def put(encoding, errors="strict"):
         raw = io.BytesIO()
@@ -363,7 +363,7 @@ def standard_output(monkeypatch):
 
 @pytest.fixture
 def says(monkeypatch):
-    """Has the answer be a text."""
+    """Makes the answer a given text."""
 
     def put(text):
         def answer(*args, streamer, **kwargs):
@@ -454,7 +454,7 @@ NUDGED, SHARED = f"{comparison.NUDGED}, γ = 0.4", f"{comparison.NUDGED} (shared
 
 
 def contestants_in(folder):
-    """The contestants that a folder has models for, and its questions."""
+    """The contestants whose models a folder has, and its questions."""
     models, questions = demo.load(folder)
     return contestants_of(models, [NudgingConfig(0.4)], with_rivals=False)[0], questions
 

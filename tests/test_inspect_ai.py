@@ -1,4 +1,4 @@
-"""The nudged model in inspect-ai: its answers are the package's own, its settings hold, and calls take turns."""
+"""Tests the nudged model in inspect-ai: its answers, its settings, and concurrent calls."""
 
 import asyncio
 import gc
@@ -28,7 +28,7 @@ from inspect_ai.model import (
 from inspect_ai.scorer import includes
 from inspect_ai.tool import ToolInfo
 
-# inspect-ai's own, with tenacity 9.2.
+# inspect-ai itself causes this warning with tenacity 9.2.
 pytestmark = pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning")
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
@@ -59,7 +59,7 @@ def ask(model, messages, **config):
 
 
 def package(model, row, **kwargs):
-    """The package's own answer: its pieces, and what `generate` returned."""
+    """The answer of `nudging_hf.generate`: its pieces, its whole output, and its inputs."""
     pair = model.api.pair
     inputs = nudging_hf.chat_inputs(row["messages"], pair.tokenizer, pair.nudging_tokenizer, "{system}\n{user}\n")
     output = nudging_hf.generate(
@@ -180,10 +180,10 @@ def test_calls_run_one_at_a_time_and_do_not_block_the_event_loop(model, rows, mo
 
     assert asyncio.run(all_at_once()) == singles
     assert most == [1] * len(rows)
-    assert sum(ticks) > len(rows)  # The loop turned while a model wrote.
+    assert sum(ticks) > len(rows)  # The event loop ran while a model wrote.
 
 
-# inspect-ai's own door -----------------------------------------------------------------------------------------------
+# An evaluation by inspect-ai ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # An evaluation leaves streams open.
@@ -199,10 +199,10 @@ def test_an_evaluation_finds_the_provider_and_its_score_is_the_package_s(model, 
     assert [sample.output.completion for sample in log.samples] == answers
     assert log.results.scores[0].metrics["accuracy"].value == 0.5
     assert all(0 < sample.output.metadata["nudge_rate"] < 1 for sample in log.samples)
-    gc.collect()  # What the evaluation left open is told here, and not in another test.
+    gc.collect()  # Warnings about streams that the evaluation left open appear here and not in another test.
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What was finished is there, wherever a process is killed."""
+"""Tests that a journal keeps all finished work, wherever a process is killed."""
 
 import json
 import logging

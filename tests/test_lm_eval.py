@@ -1,4 +1,4 @@
-"""The nudged model in lm-evaluation-harness: its answers are the package's own, whatever the harness does."""
+"""Tests the nudged model in lm-evaluation-harness: its answers must be those of `nudging_hf.generate`."""
 
 import importlib.util
 import json
@@ -62,7 +62,7 @@ def score(doc, results):
 
 
 def write_task(folder, rows, tokens):
-    """A task of the user's own, in a folder of its own."""
+    """Writes a user-defined task to a folder."""
     folder.mkdir(exist_ok=True)
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -111,7 +111,7 @@ def requests(contexts, **gen_kwargs):
 
 
 def package(pair, base_prompt, chat, **kwargs):
-    """The package's own answer."""
+    """The answer of `nudging_hf.generate`."""
     ids = pair.tokenizer(base_prompt, return_tensors="pt").input_ids
     inputs = nudging_hf.chat_inputs(chat, pair.tokenizer, pair.nudging_tokenizer)
     output = nudging_hf.generate(
@@ -132,7 +132,7 @@ def package(pair, base_prompt, chat, **kwargs):
 CONTEXTS = [f"Q: {QUESTION * n}\nA:" for n in (1, 3, 2, 1)] + ["The cat\n\n"]
 
 
-# What both models are given ------------------------------------------------------------------------------------------
+# Prompts ------------------------------------------------------------------------------------------------------------
 
 
 def test_plain_text_goes_to_the_base_as_it_is_and_to_the_nudging_model_as_one_turn(pair):
@@ -167,7 +167,7 @@ def test_a_task_s_arguments_may_set_parameters(pair):
     assert said[0] != said[1]
 
 
-# What the harness does with it ---------------------------------------------------------------------------------------
+# Answers and results in the harness ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
@@ -209,7 +209,7 @@ ROWS = [
 
 
 def evaluate(lm, folder, **kwargs):
-    """The answers by row, and the results."""
+    """The answers in the order of the rows, and the harness's results."""
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=["local"],
@@ -227,7 +227,7 @@ def test_cached_requests_give_the_same_answers(pair, tmp_path):
     made, _ = evaluate(model(pair), folder, cache_requests=True)
     assert list((tmp_path / "requests").iterdir())
     lm = model(pair)
-    lm.apply_chat_template = None  # Nobody is to make them again.
+    lm.apply_chat_template = None  # The cached requests must be used, so nothing may render them again.
     kept, _ = evaluate(lm, folder, cache_requests=True)
     assert fresh == made == kept
     assert fresh == [package(pair, row["prompt"], row["messages"]) for row in ROWS[:2]]
@@ -275,7 +275,7 @@ def test_the_harness_s_command_line_gives_the_accuracy_of_the_demonstration(tmp_
     spec.loader.exec_module(world)
     rows = [world.row(problem) for problem in world.problem_set("dev", world.DEV_SEED, 1)]
     for row in rows[::2]:
-        row["answer"] += "0"  # Else all are right.
+        row["answer"] += "0"  # Otherwise all answers would be right.
     folder = write_task(tmp_path / "task", rows, MAX_NEW_TOKENS)
     models = f"pretrained={MINI}/models/base,nudging_model={MINI}/models/nudging,nudge_threshold=0.4"
     args = ["--model", "nudging_hf", "--model_args", models, "--tasks", "local", "--include_path", folder]
@@ -299,7 +299,7 @@ def test_the_harness_s_command_line_gives_the_accuracy_of_the_demonstration(tmp_
     assert sys.argv[0] != "lm-eval"
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scores", ["loglikelihood", "loglikelihood_rolling"])
@@ -335,7 +335,7 @@ def test_unsupported_chat_requests_are_refused(pair):
     assert model(pair).chat_template(True) == pair.nudging_tokenizer.chat_template
 
 
-# Finding it ----------------------------------------------------------------------------------------------------------
+# Registration -------------------------------------------------------------------------------------------------------
 
 
 def test_the_harness_knows_the_model_by_its_name():

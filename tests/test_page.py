@@ -1,4 +1,4 @@
-"""The page: any text comes back from it exactly, what was nudged is marked, and it loads and runs nothing."""
+"""Tests the page: it preserves any text, marks the nudged characters, and loads and runs nothing."""
 
 import re
 from html.parser import HTMLParser
@@ -21,11 +21,11 @@ ANSWERS = st.lists(st.builds(page.MarkedAnswer, TEXT, PIECES, st.dictionaries(TE
 
 
 class Reader(HTMLParser):
-    """The texts of a page, and which characters of them are marked; every tag and tip."""
+    """Reads the texts of a page, which of their characters are marked, and all tags and tips."""
 
     def __init__(self, html):
         super().__init__()
-        self.texts = []  # Of each element of class "text": its class, text, and the characters within <mark>.
+        self.texts = []  # For each element of class "text": its kind, its text, and which characters are in <mark>.
         self.figures = []
         self.tags, self.tips, self.title = [], [], ""
         self._open = []
@@ -125,7 +125,7 @@ def test_the_figures_are_counted_from_the_pieces():
 
 
 def luminance(colour):
-    """As WCAG 2 defines it."""
+    """The relative luminance of a colour, as WCAG 2 defines it."""
     colour = colour * 2 if len(colour) == 3 else colour
     linear = []
     for i in (0, 2, 4):

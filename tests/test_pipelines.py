@@ -234,7 +234,9 @@ def test_both_models_go_to_the_device_of_the_pipeline():
 def test_a_saved_pipeline_is_the_base_and_needs_no_code(tmp_path):
     chosen = pair("llama", 0, "shared")
     nudged_pipeline(chosen).save_pretrained(tmp_path)
-    pipe = pipeline(TASK, model=str(tmp_path), **{k: v for k, v in complete_arguments(chosen).items() if k != "tokenizer"})
+    pipe = pipeline(
+        TASK, model=str(tmp_path), **{k: v for k, v in complete_arguments(chosen).items() if k != "tokenizer"}
+    )
     assert pipe(TEXTS[0]) == nudged_pipeline(chosen)(TEXTS[0])
     assert not list(tmp_path.glob("*.py"))
 

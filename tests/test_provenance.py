@@ -1,4 +1,4 @@
-"""Who wrote what: pieces, spans and words add up to the answer, whoever wrote it and wherever tokens cut it."""
+"""Tests provenance: pieces, spans and words add up to the answer, whoever wrote it and however tokens split it."""
 
 import random
 from itertools import pairwise
@@ -61,7 +61,7 @@ def test_an_answer_that_ends_inside_a_character_keeps_its_author(nudged):
     reader = PieceReader(tokenizer)
     begun = tokenizer("\U0001f9ff", add_special_tokens=False).input_ids[0]
     assert reader.read(begun, nudged, 0.3) == []
-    assert reader.read(tokenizer.eos_token_id, False, 0.5) == []  # The end mark is nobody's.
+    assert reader.read(tokenizer.eos_token_id, False, 0.5) == []  # The end mark has no author.
     assert reader.finish() == [Piece("\ufffd", nudged, 0.3)]
     assert reader.finish() == []
 
@@ -72,7 +72,7 @@ def test_pieces_join_to_the_text_without_control_tokens(name, data):
     tokenizer = tiny.TOKENIZERS[name]()
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
     reader = PieceReader(tokenizer)
-    for _ in range(2):  # A reader that has finished is ready for another answer.
+    for _ in range(2):  # A reader can be used again after `finish`.
         pieces = read_all(reader, ids, [i % 2 == 0 for i in ids])
         assert "".join(piece.text for piece in pieces) == to_text(Vocabulary(tokenizer).join(ids))
 

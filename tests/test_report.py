@@ -1,4 +1,4 @@
-"""An analysis as plots and a page: no models, and figures that can be looked for."""
+"""Tests the plots and the page of an analysis with given figures and without models."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ ABOUT = {"base": "<b>base</b> & co", "prompts": "some"}
 
 
 def figures(large=True, labelled=True):
-    """Tables of two prompts at two thresholds."""
+    """The tables of two prompts at two thresholds."""
     label = {"pattern": "(.)", "answer": "a"} if labelled else {}
     prompts = [Prompt(messages_of("?"), **label) for _ in range(2)]
     answer = vars(Answer("a", [7] * 10, True, words=8, nudged_words=3, nudged_tokens=3))
@@ -79,14 +79,14 @@ def test_the_paper_s_figures_are_compared_with_the_measured_ones():
 def test_the_figures_and_their_source_are_on_the_page():
     names = ("positions", "disagreement", "caught", "agreement", "thresholds")
     page = Page(report.render(figures(), ABOUT, dict.fromkeys(names, b"...")))
-    text = re.sub(r"\s+", " ", page.text)  # A space that does not break is one too.
+    text = re.sub(r"\s+", " ", page.text)  # This also matches non-breaking spaces.
     for expected in ("arXiv 2410.09300", "66.7 %", "37.5 %", "30.0 %", "6 positions", "4 are alignment-related"):
         assert expected in text
-    assert "<b>base</b> & co" in text and "b" not in page.tags  # What is told of models is text, never markup.
+    assert "<b>base</b> & co" in text and "b" not in page.tags  # Texts about models are escaped.
 
 
 def test_a_share_of_nothing_is_shown_as_a_dash():
-    """All positions in one bin, and no alignment-related one: nine bins and most shares are empty."""
+    """All positions are in one bin and none is alignment-related, so nine bins and most shares are empty."""
     prompts = [Prompt(messages_of("?"))]
     row = {"answer": vars(Answer("a", [7], False, 1)), "positions": vars(Positions([1.0], [False], [True]))}
     written = tables(prompts, {Unit("along", 0): [row]})

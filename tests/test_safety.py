@@ -1,4 +1,4 @@
-"""Prompts that would talk nudging away: what is asked, and what the metrics make of known answers."""
+"""Tests the safety tasks: the prompts, and the metrics for known answers."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def only_the_given_tasks_are_read(monkeypatch, tmp_path):
 
 
 class Scripted(LM):
-    """Answers each prompt as `answer(doc)` says, and keeps the prompts."""
+    """A model that answers each prompt with `answer(doc)` and records the prompts."""
 
     def __init__(self, answer):
         super().__init__()
@@ -49,7 +49,7 @@ Scripted.__abstractmethods__ = frozenset()
 
 
 def evaluate(task, lm, limit=None, metadata=None):
-    """The metrics of a task by name, and the rows that were asked."""
+    """The metrics of a task by name, and its rows."""
     manager = lm_eval.tasks.TaskManager(include_path=str(FOLDER), metadata=metadata)
     results = lm_eval.simple_evaluate(model=lm, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=10)
     metrics = {name.removesuffix(",none"): value for name, value in results["results"][task].items()}
@@ -60,7 +60,7 @@ def right(doc):
     return f'So the answer is "{doc["answer"]}".' if doc["task"] == "last_letter_concat" else f"{doc['answer']}."
 
 
-# What is asked -------------------------------------------------------------------------------------------------------
+# Prompts ------------------------------------------------------------------------------------------------------------
 
 
 def test_each_question_is_asked_plainly_and_then_with_one_override():
@@ -107,20 +107,18 @@ def test_an_override_follows_the_question_verbatim():
     ]
 
 
-# What the metrics make of known answers ------------------------------------------------------------------------------
+# Metrics of known answers -------------------------------------------------------------------------------------------
 
 
 def test_answers_that_an_override_makes_wrong_or_right_are_counted():
     def answer(doc):
-        if doc["override"] in ("ignore", "ChatML"):  # Two overrides of eight spoil what was right,
+        if doc["override"] in ("ignore", "ChatML"):  # Two of eight overrides make right answers wrong.
             return "I cannot tell."
-        if doc["override"] == "certain":  # one mends what was wrong,
+        if doc["override"] == "certain":  # One makes wrong answers right.
             return right(doc)
-        return (
-            "Who knows?" if doc["number"] % 16 in (2, 3, 14, 15) else right(doc)
-        )  # and two questions of eight are hard.
+        return "Who knows?" if doc["number"] % 16 in (2, 3, 14, 15) else right(doc)  # Two of eight questions are hard.
 
-    # Of "certain" all questions are hard, and of "Llama 3", the last, which does nothing.
+    # The hard questions are those of "certain" and of "Llama 3". The latter changes no answer.
     names = list(safety.OVERRIDES)
     assert (names.index("certain"), names.index("Llama 3"), len(names)) == (1, 7, 8)
     metrics, docs = evaluate(OVERRIDE, Scripted(answer))

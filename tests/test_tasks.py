@@ -1,4 +1,4 @@
-"""The paper's tasks: each YAML file on a few rows in its data set's own columns, and how answers are read."""
+"""Tests the paper's tasks: each YAML file on a few rows with its data set's columns, and the reading of answers."""
 
 import json
 import re
@@ -17,7 +17,7 @@ MC = {"question": "What gives light?", "choices": CHOICES, "answerKey": "B"}
 SPORTS = "Determine whether the following statement is plausible or implausible:\nStatement: Ann hit a home run.\n"
 CUT = "Plausible/implausible?"
 
-# A row, the question as it is asked, right answers, wrong answers.
+# For each task: a row, the question as the task asks it, right answers, wrong answers.
 TASKS = {
     "gsm8k": (
         {"question": " How many? ", "answer": "2 + 1,200 = <<2+1200=1202>>1,202\n#### 1,202"},
@@ -83,7 +83,7 @@ TASKS = {
 
 
 def build(path, tmp_path, rows):
-    """The task of a YAML file, on rows of a local file in the place of its data set."""
+    """The task of a YAML file, with rows of a local file in place of its data set."""
     from lm_eval.api.task import ConfigurableTask
 
     config = yaml_loader.load_yaml(path, resolve_func=True)
@@ -157,7 +157,7 @@ def test_one_group_runs_the_thirteen_tasks_of_the_paper():
     assert members | local | safety == set(manager.all_subtasks)
 
 
-# Rows that are drawn here -------------------------------------------------------------------------------------------
+# Generated rows -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["coin_flip", "last_letter_concat"])
@@ -187,7 +187,7 @@ def test_generated_rows_are_right_and_repeatable():
 
 @pytest.fixture
 def judged(monkeypatch):
-    """An endpoint with an OpenAI-compatible API: `replies` are what it says, `asked` what it was told."""
+    """An endpoint with an OpenAI-compatible API. It returns `replies` in order and appends requests to `asked`."""
     replies, asked = [], []
 
     class Handler(BaseHTTPRequestHandler):
