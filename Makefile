@@ -1,9 +1,9 @@
-# `make test` and `make demo` each work on a fresh clone: both make the environment first.
+# `make test` and `make demo` work on a fresh clone, because both create the environment first.
 #
-#   PYTHON   the interpreter that makes the environment
-#   VENV     the folder that it lies in
+#   PYTHON   the interpreter that creates the environment
+#   VENV     the folder of the environment
 #   EVAL     the folder that `make eval-demo` writes to
-#   BENCH    what else the benchmark is told, as in `make bench BENCH=--quick`
+#   BENCH    further arguments of the benchmark, as in `make bench BENCH=--quick`
 #   HOSTS    the versions of transformers that `make test-hosts` runs on
 
 PYTHON ?= python3
@@ -24,33 +24,33 @@ HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-venv: $(STAMP) ## make the environment: the versions of constraints.txt, and the project in place
+venv: $(STAMP) ## create the environment: the versions of constraints.txt, and the project in editable mode
 
-# The constraints hold from the first command on: an unpinned torch may be another build, gigabytes larger.
+# The first command already uses the constraints, because an unpinned torch may be a build that is gigabytes larger.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: name a Python 3.11 or newer, as in make PYTHON=python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: $(PYTHON) is Python " + sys.version.split()[0] + ", and the versions of constraints.txt need 3.11 or newer: name one, as in make PYTHON=python3.11")'
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: choose a Python 3.11 or newer, as in make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: $(PYTHON) is Python " + sys.version.split()[0] + ", and the versions of constraints.txt need 3.11 or newer: choose one, as in make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	@echo 'Installing; this takes some minutes, and longer where torch brings the CUDA libraries along.'
+	@echo 'Installing. This takes some minutes, and longer if torch comes with the CUDA libraries.'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-test: $(STAMP) ## ruff, mypy and the tests, in some minutes
+test: $(STAMP) ## run ruff, mypy and the tests, in some minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy nudging_hf
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## the tests that `make test` leaves out: every architecture of transformers, in some minutes
+test-slow: $(STAMP) ## run the tests that `make test` leaves out: every architecture of transformers, in some minutes
 	$(BIN)/python -m pytest -m slow
 
-test-hosts: $(HOSTS:%=test-host-%) ## the tests that touch transformers, on each of HOSTS in an environment of its own
+test-hosts: $(HOSTS:%=test-host-%) ## run the tests that use transformers with each version of HOSTS
 
 test-host-%: $(VENV)-hosts/%/.installed
 	@echo "transformers $*"
 	$(VENV)-hosts/$*/bin/python -m pytest $(HOST_TESTS)
 
-# Of the constraints, those of torch and the tools: the rest is what each version of transformers asks for.
+# Only torch and the tools keep their constraints. Each version of transformers chooses its other dependencies itself.
 .PRECIOUS: $(VENV)-hosts/%/.installed
 $(VENV)-hosts/%/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-hosts/$*
@@ -62,9 +62,9 @@ $(VENV)-hosts/%/.installed: setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP) ## see nudging at work, on a CPU
 	$(BIN)/nudging-hf demo
 
-# A run that was broken off goes on; where one was finished, a new one begins, for the code may be another.
-# Models as small as these gain nothing by a second thread, which waits where the machine has other work.
-eval-demo: $(STAMP) ## see what nudging is worth beside its rivals, on dev questions, in some minutes on a CPU
+# An interrupted run continues. After a finished run a new one begins, because the code may have changed.
+# Models as small as these do not gain from a second thread, which only waits on a busy machine.
+eval-demo: $(STAMP) ## compare nudging with its rivals on dev questions, in some minutes on a CPU
 	@test ! -e $(EVAL)/results.json || rm -f $(EVAL)/results.json $(EVAL)/table.md $(EVAL)/answers.jsonl
 	@mkdir -p $(EVAL)
 	$(BIN)/python $(MINI)/world.py --dev $(EVAL)/dev.jsonl
@@ -73,17 +73,17 @@ eval-demo: $(STAMP) ## see what nudging is worth beside its rivals, on dev quest
 		--shared-nudging-model $(MINI)/models/nudging-shared --unaligned $(MINI)/models/nudging-shared-unaligned \
 		--large-aligned $(MINI)/models/large-aligned
 
-bench: $(STAMP) ## time nudging against everything else; BENCH=--quick to see that it runs
+bench: $(STAMP) ## time nudging and its rivals; BENCH=--quick checks that it runs
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
 hub: $(STAMP) ## copy the code into hub_custom_code
 	$(BIN)/nudging-hf hub code hub_custom_code
 
-format: $(STAMP) ## sort the imports, mend what ruff can mend, format
+format: $(STAMP) ## sort the imports, fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment, what was built, and the caches
-	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is no virtual environment, and stays" >&2; exit 1; }
+clean: ## remove the environment, the build results and the caches
+	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is not a virtual environment and is not removed" >&2; exit 1; }
 	rm -rf $(VENV) $(VENV)-hosts build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

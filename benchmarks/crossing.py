@@ -1,12 +1,12 @@
-"""What it costs that two models have two vocabularies: the time a token takes in the bridge, at growing lengths.
+"""Times the bridge between two vocabularies: what one token costs as an answer grows. It runs no model.
 
     python benchmarks/crossing.py                      # between the tokenizers of the mini pair
     python benchmarks/crossing.py FOLDER FOLDER ...    # between tokenizers of your own, each pair in both directions
-    python benchmarks/crossing.py --quick              # the same in little, to see that it runs: no figures to quote
+    python benchmarks/crossing.py --quick              # a small check that it runs; do not quote its figures
 
-No model is run. A token's cost is that of taking it (`append`), of what the nudging model then reads (`nudging_ids`),
-of the words of a lookahead of 16 of its tokens (`words`), and of the base's ids for a draft of them (`draft`): more
-than a decoder asks for at each token, and all that it may ask for.
+The cost of a token is the time of four calls: `append` adds the token, `nudging_ids` computes what the nudging model
+then reads, `words` finds the words in a lookahead of 16 of its tokens, and `draft` turns them into ids of the base. A
+decoder never needs more than these four for a token, and usually needs fewer.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from nudging_hf.core.answer import TwoVocabularies
 from nudging_hf.core.vocabulary import Vocabulary
 
 MINI = Path(__file__).parents[1] / "examples" / "mini" / "models"
-LOOKAHEAD = 16  # Tokens of the nudging model, as by default.
+LOOKAHEAD = 16  # The lookahead in tokens of the nudging model. It is the default.
 LENGTHS = (500, 2_000, 8_000, 32_000)
-TOKENS = 100  # Timed at each length.
-SECONDS = 20.0  # After which no further token is timed at a length.
-PIECE = 500  # Characters of a text that are encoded at once where nothing is timed.
+TOKENS = 100  # How many tokens are timed at each length.
+SECONDS = 20.0  # After this time, no further token is timed at a length.
+PIECE = 500  # How many characters are encoded at once. This is not timed.
 
 
-# Texts without an end ------------------------------------------------------------------------------------------------
+# Endless texts ------------------------------------------------------------------------------------------------------
 
 _ENGLISH = (
     "The river rose in the night, and by morning the lower fields were under water. Nobody in the village was "
@@ -66,7 +66,7 @@ _CODE = (
 
 
 def _shuffled(parts: Sequence[str]) -> Iterator[str]:
-    """The parts without end, each time in another order, so that no cache knows what is to come."""
+    """Repeats the parts endlessly, each time in another order, so that no cache can know what comes next."""
     draw = random.Random(0)
     while True:
         yield from draw.sample(parts, len(parts))
@@ -86,16 +86,16 @@ TEXTS: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
-# What is timed -------------------------------------------------------------------------------------------------------
+# Timing -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Writer:
-    """An answer that grows by a text without an end.
+    """An answer that grows by an endless text.
 
     Args:
-        base, nudging: both vocabularies.
-        text: one of `TEXTS`.
+        base, nudging: the vocabularies of the two models.
+        text: the pieces of one of `TEXTS`.
     """
 
     base: Vocabulary
@@ -108,16 +108,20 @@ class Writer:
         self._next: list[int] = []
 
     def cost(self, length: int, tokens: int, seconds: float) -> float:
-        """The median time that a token takes in an answer of that length.
+        """Lets the answer grow to a length and times further tokens there.
 
         Args:
-            length: of the answer, in tokens of the base.
-            tokens: how many are timed; fewer once `seconds` have passed.
+            length: the length of the answer, in tokens of the base.
+            tokens: how many tokens to time.
+            seconds: after this time, no further token is timed.
+
+        Returns:
+            The median time of a token in seconds.
         """
         while len(self.answer.ids) < length:
             self.answer.append(self._token())
             if len(self.answer.ids) % 100 == 0:
-                self.answer.nudging_ids()  # As far as the text has got, it has been read.
+                self.answer.nudging_ids()  # As in decoding, the nudging model has read the text so far.
         times: list[float] = []
         while len(times) < tokens and (not times or sum(times) < seconds):
             token, lookahead = self._token(), self._lookahead()
@@ -134,7 +138,7 @@ class Writer:
         return self._next.pop(0)
 
     def _lookahead(self) -> list[int]:
-        """What a nudging model would write that is of the same mind."""
+        """What a nudging model would write that always agrees with the base."""
         self._fill()
         text = self.base.join(self._next[: 4 * LOOKAHEAD]).decode(errors="ignore")
         return self._encoded(self.nudging, text)[:LOOKAHEAD]
@@ -159,10 +163,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "tokenizers", nargs="*", metavar="FOLDER", help="two or more tokenizers, as `AutoTokenizer` loads them"
+        "tokenizers", nargs="*", metavar="FOLDER", help="two or more tokenizers that `AutoTokenizer` can load"
     )
-    parser.add_argument("--quick", action="store_true", help="short answers, few tokens")
-    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="the kinds of text")
+    parser.add_argument("--quick", action="store_true", help="use short answers and few tokens")
+    parser.add_argument(
+        "--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="the kinds of text to time (default: all)"
+    )
     args = parser.parse_args(argv)
     names = args.tokenizers or [str(MINI / "base"), str(MINI / "nudging")]
     if len(names) < 2:
@@ -173,8 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; transformers "
         f"{transformers.__version__}, tokenizers {tokenizers.__version__}, nudging_hf {nudging_hf.__version__}.\n\n"
-        f"Milliseconds a token, the median of {TOKENS} (fewer where that takes more than {SECONDS:.0f} s), after so "
-        "many tokens of the base:\n"
+        f"Median milliseconds for each of {TOKENS} tokens (fewer if they take more than {SECONDS:.0f} s), by the "
+        "length of the answer in tokens of the base:\n"
     )
     rows = []
     for base, nudging in itertools.permutations(names, 2):

@@ -1,12 +1,12 @@
-"""Nudging on a GPU: whether it writes what it writes on a CPU, and how fast a 7B-class base is nudged there.
+"""Checks that nudging writes on a GPU what it writes on a CPU, and times a nudged 7B-class base there.
 
-    python benchmarks/gpu.py                        # all, in about eight minutes on an H200
-    python benchmarks/gpu.py checks passes race     # parts of it
-    python benchmarks/gpu.py compiled               # what takes compiling: checks and races
-    python benchmarks/gpu.py --device cpu --tiny    # the same in little, to see that it runs: no figures to quote
+    python benchmarks/gpu.py                        # everything, in about eight minutes on an H200
+    python benchmarks/gpu.py checks passes race     # some parts only
+    python benchmarks/gpu.py compiled               # the checks and races that compile
+    python benchmarks/gpu.py --device cpu --tiny    # a small check that it runs; do not quote its figures
 
-Nothing is downloaded: checks use the mini pair (`gpu_checks.py`), and passes and races (`gpu_race.py`) a random pair
-that writes a Markov chain (`markov.py`).
+Nothing is downloaded. The checks (`gpu_checks.py`) use the mini pair. Passes and races (`gpu_race.py`) use a random
+pair that writes a Markov chain (`markov.py`).
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 PARTS = ("checks", "passes", "race", "compiled")
 NO_GPU = (
-    "There is no GPU here. Where there is one, this checks that nudging writes the same on it as on a CPU, and times "
-    "passes and races of a 7B-class base, alone and nudged. `--device cpu --tiny` runs all of it in little."
+    "There is no GPU here. On a GPU, this script checks that nudging writes the same as on a CPU, and times passes "
+    "and races of a 7B-class base, alone and nudged. `--device cpu --tiny` runs all of it on tiny models."
 )
 
 
-# What is told -------------------------------------------------------------------------------------------------------
+# The report ---------------------------------------------------------------------------------------------------------
 
 
 def setup_of(device: torch.device, size: Size) -> Row:
-    """All on which the figures depend."""
+    """Everything that the figures depend on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "driver": _driver() if device.type == "cuda" else None,
@@ -62,7 +62,7 @@ def setup_of(device: torch.device, size: Size) -> Row:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver, where its own tool is there to say it."""
+    """The version of NVIDIA's driver, if `nvidia-smi` is installed and reports it."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -107,7 +107,7 @@ def markdown(figures: Row) -> str:
             [_race_line(row) for row in race["contestants"]],
         )  # fmt: skip
     if figures["left_out"]:
-        lines += ["", f"Left out, as time was up: {'; '.join(figures['left_out'])}."]
+        lines += ["", f"Left out because the time was up: {'; '.join(figures['left_out'])}."]
     return "\n".join(lines) + "\n"
 
 
@@ -136,19 +136,20 @@ def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
 
 
 class Run:
-    """One run: piece by piece, each written down when it is done.
+    """One run, which does one piece of work after another and writes the files anew after each.
 
-    What raises is a check that failed: whatever goes wrong with one piece, on a machine that is lent for minutes, the
-    others are done.
+    A piece that raises counts as a failed check, and the others are still done: GPUs are often rented by the minute,
+    and one error should not cost the rest of the figures.
 
     Args:
-        device, size: where, and how much.
-        minutes: after which no further piece is begun, and no further round of a race.
-        folder: of `results.json` and `tables.md`.
+        device: where to run.
+        size: how much to do.
+        minutes: after this time, no further piece and no further round of a race begins.
+        folder: the folder for `results.json` and `tables.md`.
         progress: a progress bar of `tqdm`.
 
     Attributes:
-        figures: all that was found.
+        figures: all results so far.
     """
 
     def __init__(self, device: torch.device, size: Size, minutes: float, folder: Path, progress: Any):
@@ -160,7 +161,7 @@ class Run:
         self._folder = folder
         self._progress = progress
         self._end = time.monotonic() + 60 * minutes
-        self._compiled_batch: int | None = None  # Of the last race that was compiled.
+        self._compiled_batch: int | None = None  # The batch size of the last compiled race.
 
     @cached_property
     def _mini(self) -> MiniPair:
@@ -177,7 +178,7 @@ class Run:
         return pair
 
     def run(self, parts: Sequence[str], static: bool) -> None:
-        """Does what is asked for, the most telling first; `static` says whether static caches are in it."""
+        """Does the given parts, the most informative ones first. `static` says whether to use static caches."""
         batches = self.size.check_batches
         compiled = "compiled" in parts and static
         if "checks" in parts:
@@ -208,7 +209,7 @@ class Run:
             self._piece(name, work)
 
     def _piece(self, name: str, work: Callable[[], Outcome]) -> bool:
-        """Does a piece of work unless time is up, says and takes down what came of it; whether it went well."""
+        """Does a piece of work unless time is up, reports and records its outcome, and returns whether it is ok."""
         if self._is_over():
             self.figures["left_out"].append(name)
             return False
@@ -240,13 +241,13 @@ class Run:
         def work() -> Outcome:
             pair = self._pair
             if race.is_compiled and race.batch != self._compiled_batch:
-                torch.compiler.reset()  # What was compiled for another batch counts towards torch's limit.
+                torch.compiler.reset()  # Graphs compiled for another batch size count towards torch's limit.
                 self._compiled_batch = race.batch
             gc.collect()
             found = run_race(pair, self.figures["models"]["threshold"], race, self.size, self._is_over, tell)
             self.figures["races"].append({"name": race.name, **found})
             late = found["graphs"]["in_rounds"]
-            return Outcome(not late, f"{late} graphs were compiled while time was taken" if late else "")
+            return Outcome(not late, f"{late} graphs were compiled during the timed rounds" if late else "")
 
         done = self._piece(race.name, work)
         peaks = done and self.figures["races"][-1]["contestants"][-1]["peak_bytes"]
@@ -256,15 +257,15 @@ class Run:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--device", default="cuda", help="where to run; on `cpu` only with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, to see that everything runs")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"one of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--device", default="cuda", help="where to run; `cpu` needs --tiny")
+    parser.add_argument("--tiny", action="store_true", help="use tiny models, to check that everything runs")
     parser.add_argument("--no-static", dest="static", action="store_false", help="leave out static caches")
-    parser.add_argument("--minutes", type=float, default=7.0, metavar="M", help="after which nothing more is begun")
-    parser.add_argument("--out", type=Path, help="folder of results.json and tables.md")
+    parser.add_argument("--minutes", type=float, default=7.0, metavar="M", help="start nothing new after M minutes")
+    parser.add_argument("--out", type=Path, help="the folder for results.json and tables.md")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     if torch.device(args.device).type != "cuda" and not args.tiny:
         parser.error(f"--device {args.device} would take hours: give --tiny too")
     args.out = args.out or HERE / ("results-quick/gpu" if args.tiny else "results-gpu")
@@ -272,7 +273,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is asked for; 1 if anything failed, else 0."""
+    """Runs the requested parts and returns the exit status: 1 if anything failed, otherwise 0."""
     args = parse(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():

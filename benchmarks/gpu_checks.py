@@ -1,6 +1,6 @@
-"""What is checked on a device: nudging writes there what it writes on a CPU, and seldom makes the host wait.
+"""Checks that nudging writes on a device what it writes on a CPU, and that the host seldom waits for the device.
 
-It knows the mini pair, and nothing of how fast anything is. On a CPU, all that a CPU can tell is checked.
+It knows the mini pair and nothing about speed. On a CPU it makes all checks that do not need a GPU.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from nudging_hf.study.reader import Reader
 VOCABULARIES = {SHARED: "one vocabulary", OWN: "two vocabularies"}
 DRAFTS = (0, 4, ADAPTIVE)
 SEED = 7
-STARTING_SYNCHRONISATIONS = 24  # Of one call, besides one a pass: prompts, control tokens, what is returned.
-STATIC = {"cache_implementation": "static"}  # On a GPU, transformers compiles the passes over it.
+# How often one call may wait in addition to once a pass: for prompts, control tokens and what it returns.
+STARTING_SYNCHRONISATIONS = 24
+STATIC = {"cache_implementation": "static"}  # On a GPU, transformers compiles passes over a static cache.
 UNCOMPILED = {**STATIC, "disable_compile": True}
 
 Answers = list[list[int]]
 
 
 class Outcome(NamedTuple):
-    """What came of a check."""
+    """The result of a check."""
 
     ok: bool
     detail: str = ""
@@ -36,13 +37,13 @@ class MiniPair:
     """The mini pair in float32, on the CPU and on a device.
 
     Args:
-        device: on which it is checked.
-        tokens: new tokens of an answer, at most.
+        device: the device to check.
+        tokens: the maximum number of new tokens of an answer.
     """
 
     def __init__(self, device: torch.device, tokens: int):
         self.tokens = tokens
-        self._questions = dev_questions(1)  # One of each of four tasks.
+        self._questions = dev_questions(1)  # One question of each of the four tasks.
         self._answers: dict[tuple[str, int], Answers] = {}
         self._on_cpu, self._on_device = (
             {name: _loaded(name, where) for name in (BASE, *VOCABULARIES)} for where in (torch.device("cpu"), device)
@@ -53,13 +54,13 @@ class MiniPair:
         return {name: self._on_device[name].model for name in (BASE, small)}
 
     def expected(self, small: str, batch: int) -> Answers:
-        """The CPU's answers, drafting nothing."""
+        """The CPU's answers when nothing is drafted."""
         if (small, batch) not in self._answers:
             self._answers[small, batch] = self._write(self._on_cpu, small, batch, 0)[0]
         return self._answers[small, batch]
 
     def write(self, small: str, batch: int, draft: int | str, **kwargs: Any) -> tuple[Answers, Any]:
-        """The device's answers, ids without padding, and all that `generate` returned."""
+        """The ids of the device's answers without padding, and the whole output of `generate`."""
         return self._write(self._on_device, small, batch, draft, **kwargs)
 
     def _write(
@@ -79,10 +80,10 @@ Check = tuple[str, Callable[[], Outcome]]
 
 
 def checks(pair: MiniPair, device: torch.device, batches: Sequence[int], static: bool) -> Iterator[Check]:
-    """What is to be checked, by names; nothing that is compiled.
+    """The checks that need no compiled passes, with their names.
 
     Args:
-        static: whether static caches are to be checked too.
+        static: whether to check static caches too.
     """
     caches: dict[str, dict[str, Any]] = {"dynamic cache": {}}
     if static:
@@ -97,7 +98,7 @@ def checks(pair: MiniPair, device: torch.device, batches: Sequence[int], static:
             yield f"{case}, {cache}: passes are counted", partial(passes_counted, pair, small, batch, **kwargs)
         yield f"{case}: samples of a seed, for each draft length", partial(same_samples, pair, small, batch)
     if device.type != "cuda":
-        return  # Nothing tells where the host waits.
+        return  # Without CUDA there is no way to see where the host waits.
     yield "a synchronisation is seen", partial(synchronisation_is_seen, device)
     for small, batch in cases:
         for cache, kwargs in caches.items():
@@ -106,7 +107,7 @@ def checks(pair: MiniPair, device: torch.device, batches: Sequence[int], static:
 
 
 def compiled_checks(pair: MiniPair, device: torch.device, batches: Sequence[int]) -> Iterator[Check]:
-    """What is to be checked of passes that are compiled, which takes long: with one vocabulary alone."""
+    """The checks of compiled passes, with one vocabulary only, because compiling takes long."""
     for batch in batches:
         name = f"{VOCABULARIES[SHARED]}, batch {batch}, static cache, compiled"
         yield f"{name}: the CPU's answers", partial(same_when_compiled, pair, SHARED, batch)
@@ -125,7 +126,7 @@ def same_as_on_cpu(pair: MiniPair, small: str, batch: int, draft: int | str, **k
 
 
 def compared(answers: list[list[int]], expected: list[list[int]]) -> Outcome:
-    """Whether the answers are those expected, and where each first is not."""
+    """Whether the answers are the expected ones. The detail says where each other answer first differs."""
     differing = []
     for row, (ours, theirs) in enumerate(zip(answers, expected, strict=True)):
         if ours != theirs:
@@ -136,7 +137,7 @@ def compared(answers: list[list[int]], expected: list[list[int]]) -> Outcome:
 
 
 def same_samples(pair: MiniPair, small: str, batch: int) -> Outcome:
-    """Whether the answers that are drawn by one seed are the same for all draft lengths."""
+    """Whether the answers sampled with one seed are the same for all draft lengths."""
     drawn = []
     for draft in DRAFTS:
         torch.manual_seed(SEED)
@@ -147,17 +148,17 @@ def same_samples(pair: MiniPair, small: str, batch: int) -> Outcome:
 
 
 def passes_counted(pair: MiniPair, small: str, batch: int, draft: int | str = ADAPTIVE, **kwargs: Any) -> Outcome:
-    """Whether the meter sees as many passes as `generate` says that there were."""
+    """Whether the meter counts as many passes as `generate` reports."""
     models = pair.models(small)
     with CallMeter(models) as meter:
         output = pair.write(small, batch, draft, **kwargs)[1]
     seen = [meter.passes[name].count for name in models]
-    told = [output.base_forward_passes, output.nudging_forward_passes]
-    return Outcome(seen == told, "" if seen == told else f"seen {seen}, told {told}")
+    reported = [output.base_forward_passes, output.nudging_forward_passes]
+    return Outcome(seen == reported, "" if seen == reported else f"counted {seen}, reported {reported}")
 
 
 def same_when_compiled(pair: MiniPair, small: str, batch: int) -> Outcome:
-    """Whether compiled passes come to the CPU's answers; says how many graphs were compiled for them."""
+    """Whether compiled passes give the CPU's answers. The detail says how many graphs were compiled."""
     before = graphs_compiled()
     outcome = same_as_on_cpu(pair, small, batch, 4, **STATIC)
     return Outcome(outcome.ok, "; ".join(filter(None, [f"{graphs_compiled() - before} graphs", outcome.detail])))
@@ -171,11 +172,11 @@ def synchronisation_is_seen(device: torch.device) -> Outcome:
 def few_synchronisations(
     pair: MiniPair, small: str, batch: int, draft: int | str = ADAPTIVE, **kwargs: Any
 ) -> Outcome:
-    """Whether the host waits at most once for each pass of either model, and a few times for a call."""
-    pair.write(small, batch, draft, **kwargs)  # What happens the first time only does not count.
+    """Whether the host waits at most once for each pass of either model, plus a few times for each call."""
+    pair.write(small, batch, draft, **kwargs)  # Waits that happen only in the first call do not count.
     outputs: list[Any] = []
     where = synchronisations(lambda: outputs.append(pair.write(small, batch, draft, **kwargs)[1]))
     passes = outputs[0].base_forward_passes + outputs[0].nudging_forward_passes
     most = ", ".join(f"{times} at {line}" for line, times in where.most_common(6))
-    told = f"{where.total()} in {passes} passes" + (f": {most}" if most else "")
-    return Outcome(where.total() <= passes + STARTING_SYNCHRONISATIONS, told)
+    detail = f"{where.total()} in {passes} passes" + (f": {most}" if most else "")
+    return Outcome(where.total() <= passes + STARTING_SYNCHRONISATIONS, detail)

@@ -1,9 +1,10 @@
-"""Passes and races of a random pair on a device. It knows how long things take, never whether they are right.
+"""Times passes and races of a random pair on a device. It knows how long things take, never whether they are right.
 
-Seconds are of the wall clock, between two points where all that the device was given is done. A contestant is timed
-with nothing around its models. In one more run, not among those timed, each call of a model is counted and timed, and
-the device is waited for before and after it: a pass has the time that Python takes to give a GPU its work *and* that
-of the work, and what is *outside passes* is the rest of that run. A compiled pass is timed around the compiled call.
+Seconds are wall-clock time between two moments at which the device has finished all its work. In the timed runs
+nothing is wrapped around a contestant's models. One more run is metered: each call of a model is counted and timed,
+and the host waits for the device before and after it. The time of a pass thus includes both the time in which Python
+launches the work and the time of the work itself, and *outside passes* is the rest of that run. A compiled pass is
+timed around the compiled call.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import DynamicCache
 import nudging_hf
 from nudging_hf.core.transformers_private import CACHE
 
-MOST_MEMORY = 1.05  # Of weights and caches.
+MAX_MEMORY = 1.05  # The highest peak that passes the check, as a multiple of weights and caches.
 _FEW_TOKENS = 8
 
 Row = dict[str, Any]
@@ -34,17 +35,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything is done.
+    """How much of everything to do.
 
     Args:
-        base, nudging: the sizes of the race's models, as `LlamaConfig` has them.
-        dtype: of the race's models, by its name in torch.
-        agreements: shares of tokens after which the race's models agree; all contestants race at the first.
-        batches: rows of a call; all contestants race at the first, and all but those of one row at the others.
-        rounds: how often each contestant writes, each time behind other prompts.
-        widths, contexts: of the passes that are timed, in tokens.
-        batch_widths: of those with several rows.
-        check_tokens: new tokens of an answer of the mini pair.
+        base, nudging: the sizes of the race's models, as arguments of `LlamaConfig`.
+        dtype: the dtype of the race's models, by its name in torch.
+        agreements: the shares of tokens after which the race's models agree. All contestants race at the first.
+        batches: the numbers of rows of a call. All contestants race at the first; those that can write only one row
+            do not race at the others.
+        rounds: how often each contestant writes, each time with other prompts.
+        widths, contexts: for the timed passes of one row: the tokens of a pass, and the tokens in the cache before it.
+        batch_widths: the tokens that each row has in the timed passes of several rows.
+        repeats: how often each pass is timed.
+        check_batches: the numbers of rows in the checks of the mini pair.
+        check_tokens: the maximum number of new tokens in those checks.
     """
 
     base: dict[str, int]
@@ -76,8 +80,8 @@ def llama(hidden: int, layers: int, heads: int, key_value_heads: int, mlp: int) 
 
 
 FULL = Size(
-    base=llama(4096, 32, 32, 32, 11008),  # As Llama-2 7B.
-    nudging=llama(896, 24, 14, 2, 4864),  # As Qwen2.5 0.5B.
+    base=llama(4096, 32, 32, 32, 11008),  # The shape of Llama-2 7B.
+    nudging=llama(896, 24, 14, 2, 4864),  # The shape of Qwen2.5 0.5B.
     vocab_size=32000,
     dtype="bfloat16",
     agreements=(0.85, 0.95, 0.7),
@@ -115,7 +119,7 @@ TINY = Size(
 
 
 def pass_costs(pair: MarkovPair, size: Size) -> list[Row]:
-    """The median seconds of a forward pass, not compiled, over random keys and values, by its shape."""
+    """The quartiles of the seconds of an uncompiled forward pass over random keys and values, by its shape."""
     shapes = [("base", 1, width, context) for context in size.contexts for width in size.widths]
     shapes += [("base", size.batches[-1], width, size.contexts[0]) for width in size.batch_widths]
     shapes += [("nudging", 1, 1, context) for context in size.contexts]
@@ -129,7 +133,7 @@ def pass_costs(pair: MarkovPair, size: Size) -> list[Row]:
 
 @torch.no_grad()
 def pass_seconds(model: Any, rows: int, width: int, context: int, repeats: int) -> list[float]:
-    """The seconds of each of some passes over `width` tokens a row, behind `context` that are in the cache."""
+    """The seconds of each of `repeats` passes over `width` tokens a row, with `context` tokens in the cache."""
     config, device = model.config, model.device
     cache = DynamicCache()
     shape = (rows, config.num_key_value_heads, context, config.head_dim)
@@ -153,7 +157,7 @@ def pass_seconds(model: Any, rows: int, width: int, context: int, repeats: int) 
 
 @dataclass(frozen=True)
 class Call:
-    """What is to be written: behind prompts of shape (rows, prompt_tokens), so many new tokens each."""
+    """A task for a contestant: to write so many new tokens after prompts of shape (rows, prompt_tokens)."""
 
     pair: MarkovPair
     ids: torch.Tensor
@@ -162,7 +166,7 @@ class Call:
 
     @property
     def common(self) -> Row:
-        """What all ways of generating are told. No EOS is ever the likeliest: nobody ends before the limit."""
+        """Arguments of every `generate`. EOS is never the most probable token, so no answer ends early."""
         return {
             "attention_mask": torch.ones_like(self.ids),
             "do_sample": False,
@@ -195,9 +199,10 @@ def nudged(call: Call, draft: int | str, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def stepping_both(call: Call) -> torch.Tensor:
-    """Both models read each token, and one of them is followed: every token is a word, so none needs another's end.
+    """Lets both models read each token and takes the token of one of them.
 
-    All of it stays on the device, which no usual loop does: this one never waits.
+    Every token is a whole word, so no word has to be finished. Everything stays on the device, and the host never
+    waits for it. Loops that step both models usually do wait.
     """
     models = (call.pair.base, call.pair.nudging)
     caches = [DynamicCache() for _ in models]
@@ -219,15 +224,15 @@ def stepping_both(call: Call) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Runner:
-    """One way to write.
+    """A contestant: one way to write.
 
     Args:
-        name: as tables have it.
-        write: does it; ids of shape (rows, prompt_tokens + new_tokens).
-        models: those that it uses.
-        one_row: whether it writes one row alone.
-        warm_up: how it writes, to the end, before anything is timed: what is compiled then is not compiled while time
-            is taken. Nothing stands for a few tokens in its own way.
+        name: the name in the tables.
+        write: writes, and returns ids of shape (rows, prompt_tokens + new_tokens).
+        models: the names of the models that it uses.
+        one_row: whether it can write only one row at a time.
+        warm_up: whole calls to make before anything is timed, so that nothing has to be compiled in the timed rounds.
+            If empty, `write` writes a few tokens.
     """
 
     name: str
@@ -266,7 +271,7 @@ COMPILED = [
 
 
 class Race(NamedTuple):
-    """Who races, at what agreement and batch."""
+    """The contestants of a race, and the agreement and batch size that they race at."""
 
     agreement: float
     batch: int
@@ -283,7 +288,10 @@ class Race(NamedTuple):
 
 
 def races(size: Size) -> list[Race]:
-    """All races, the most telling first, as time may run out; those compiled for one batch one after the other."""
+    """All races, the most informative first, because time may run out.
+
+    Compiled races of the same batch size follow one another, so that their graphs can be shared.
+    """
     first, *others = size.agreements
     one, *batches = size.batches
     found = [Race(first, one, FIELD), *(Race(share, one, COMPILED) for share in size.agreements)]
@@ -300,17 +308,19 @@ def run_race(
     is_over: Callable[[], bool],
     tell: Callable[[str], None],
 ) -> Row:
-    """Every contestant behind the same prompts, in turn, from another one on each round; then each once metered.
+    """Lets all contestants write in turn with the same prompts, and then meters one run of each.
+
+    Each round begins with another contestant.
 
     Args:
         threshold: γ.
-        is_over: whether no further round is to be begun.
-        tell: is told who is running.
+        is_over: returns whether the time is up, so that no further round begins.
+        tell: is called with the name of the contestant that runs.
 
     Returns:
-        of each contestant the seconds of each round, rates and ratios, what the metered run was like, and how long
-        the warm-up took, in which all is compiled; how many tokens were nudged; and how many graphs were compiled
-        before the rounds and, which would falsify their times, in them.
+        For each contestant the seconds of each round, its rate and its ratio to the base alone, the figures of the
+        metered run, and the seconds of the warm-up, which compiles. For the race, the share of nudged tokens, and how
+        many graphs were compiled before the rounds and during them. The latter make the times invalid.
     """
     pair.agree(race.agreement)
     device = pair.base.device
@@ -332,10 +342,10 @@ def run_race(
     for runner in runners:
         tell(f"{runner.name}, warming up")
         if runner.warm_up:
-            ways = [partial(way, calls[0]) for way in runner.warm_up]
+            calls_before = [partial(write_all, calls[0]) for write_all in runner.warm_up]
         else:
-            ways = [partial(runner.write, replace(calls[0], new_tokens=_FEW_TOKENS))]
-        warming[runner.name] = sum(seconds_of(way, device) for way in ways)
+            calls_before = [partial(runner.write, replace(calls[0], new_tokens=_FEW_TOKENS))]
+        warming[runner.name] = sum(seconds_of(each, device) for each in calls_before)
     graphs.append(graphs_compiled())
     timed: dict[str, list[Row]] = {each.name: [] for each in runners}
     lengths = [size.new_tokens] * race.batch
@@ -343,7 +353,7 @@ def run_race(
         if turn and is_over():
             break
         for i in range(len(runners)):
-            runner = runners[(i + turn) % len(runners)]  # Nobody is always behind the same one.
+            runner = runners[(i + turn) % len(runners)]  # No contestant always follows the same one.
             tell(f"{runner.name}, round {turn + 1}")
             seconds = seconds_of(partial(write, runner, turn), device)
             timed[runner.name].append({"call": turn, "round": turn, "seconds": seconds, "lengths": lengths})
@@ -370,10 +380,11 @@ def run_race(
 
 
 def metered(pair: MarkovPair, runner: Runner, write: Callable[[], None], batch: int, size: Size) -> Row:
-    """Passes, their seconds, and peak memory of one run.
+    """The passes, their seconds, and the peak memory of one run.
 
-    The peak is the weights of the models that the contestant uses, and what it allocated besides, at most. It is
-    `None` without a GPU's allocator to tell it, and for those compiled, whose caches and graphs stay between calls.
+    The peak is the weights of the models that the contestant uses plus the most that it allocated beyond them. It is
+    `None` without a GPU, whose allocator reports it, and for compiled contestants, whose caches and graphs stay
+    allocated between calls.
     """
     models = {name: getattr(pair, name) for name in runner.models}
     device = pair.base.device
@@ -402,9 +413,9 @@ def metered(pair: MarkovPair, runner: Runner, write: Callable[[], None], batch: 
 
 
 def memory_is_small(race: Row) -> Outcome:
-    """Whether the nudged contestant's peak is little above weights and caches."""
+    """Whether the nudged contestant's peak is at most `MAX_MEMORY` times its weights and caches."""
     row = next(each for each in race["contestants"] if each["contestant"] == NUDGED.name)
     weights, caches, peak = row["weight_bytes"], row["cache_bytes"], row["peak_bytes"]
     share = peak / (weights + caches)
-    told = f"{share:.3f} of weights and caches; besides weights {(peak - weights) / caches:.2f} of caches"
-    return Outcome(share <= MOST_MEMORY, told)
+    detail = f"{share:.3f} of weights and caches; without the weights, {(peak - weights) / caches:.2f} of the caches"
+    return Outcome(share <= MAX_MEMORY, detail)

@@ -1,10 +1,12 @@
-"""What memory it takes to write an answer: a scenario whose units each run in a process of their own.
+"""Measures the memory that writing an answer takes. Each unit of this scenario runs in a process of its own.
 
-A process in which much was written before has free blocks of all sizes between those that are in use. A cache that
-grows fits into none of them: how much memory it costs there is chance, for nudging as for plain `generate`. So what
-is measured here is written in a fresh process, where glibc hands every large block back when it is freed: it begins
-so, but to be quick it raises what it calls large as it goes. Nor does oneDNN keep the kernels there that it compiles
-for each number of tokens that a pass has, some megabytes for each.
+In a process that has written much before, free blocks of all sizes lie between the used ones, and a growing cache
+fits into none of them. How much memory it then takes depends on chance, for nudging as for plain `generate`. So each
+unit here runs in a fresh process with two settings:
+
+- glibc returns every large block to the system when it is freed. That is its default at the start of a process, but
+  it later raises its limit for "large" to save time.
+- oneDNN does not keep the kernels that it compiles for each number of tokens of a pass. They take some megabytes each.
 """
 
 from __future__ import annotations
@@ -21,27 +23,27 @@ from racers import ADAPTIVE, ALONE, OWN, SHARED, Work, nudged_racer
 from scenarios import Models, Row, Size, Unit, groups, measure
 
 ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),  # With which glibc begins; given, it stays so.
+    "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),  # This is glibc's initial value, which stays fixed once it is set.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1",
     "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # Those of loading too, which would break the benchmark's own.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # The bars of loading models would break the benchmark's own bar.
 }
 
 
 def memory(size: Size, dtype: str, batch: int) -> Iterator[Unit]:
     """The peak of plain `generate` and of both pairs, on the questions of one call of the race."""
 
-    def in_a_process() -> Row:
+    def run_in_process() -> Row:
         command = [sys.executable, __file__, json.dumps([asdict(size), dtype, batch])]
         environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
         return json.loads(done.stdout)
 
-    yield Unit({"scenario": "memory", "dtype": dtype, "batch": batch}, in_a_process)
+    yield Unit({"scenario": "memory", "dtype": dtype, "batch": batch}, run_in_process)
 
 
 def peaks(size: Size, dtype: str, batch: int) -> Row:
-    """Bytes at the peak, by contestant."""
+    """The bytes of weights, caches and growth at the peak, by contestant."""
     models = Models(size.width, dtype)
     questions = groups(size, batch)[0]
     pairs = [nudged_racer(small, ADAPTIVE) for small in (SHARED, OWN)]
@@ -49,7 +51,7 @@ def peaks(size: Size, dtype: str, batch: int) -> Row:
     found = {}
     for contestant in (*pairs, ALONE):
         lms = models.of(contestant)
-        contestant.write(lms, Work(questions).of_length(6))  # What is loaded once is not counted.
+        contestant.write(lms, Work(questions).of_length(6))  # Memory that is allocated only once is not counted.
         row, answers = measure(contestant, lms, Work(questions, lengths=lengths, max_new_tokens=size.max_new_tokens))
         lengths = lengths or [len(answer) for answer in answers]
         found[contestant.name] = {name: row[name] for name in row if name.endswith("_bytes")}

@@ -1,4 +1,4 @@
-"""Clocks and counters around models. They know forward passes and memory, never what the models are used for."""
+"""Counts and times forward passes and measures memory. It does not know what the models are used for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 @dataclass
 class Passes:
-    """What one model did: forward passes, the ids that it was fed in them, padding included, and their seconds."""
+    """One model's number of forward passes, the ids fed in them (including padding), and their seconds."""
 
     count: int = 0
     fed: int = 0
@@ -26,16 +26,16 @@ class Passes:
 
 
 class Meter:
-    """As a context manager, counts and times the forward passes of models, by wrapping the `forward` of each.
+    """A context manager that counts and times the forward passes of models by wrapping the `forward` of each.
 
     Args:
-        models: by the names that `passes` has them by.
-        synchronize: called before each look at the clock, so that what a device was given is done. On a CPU a pass is
-            over when it returns.
+        models: the models, by the names that `passes` uses.
+        synchronize: is called before the clock is read, to wait until the device has done its work. On a CPU a pass is
+            over when it returns, and nothing has to be waited for.
 
     Attributes:
-        passes: of each model.
-        seconds: from entering to leaving.
+        passes: the passes of each model.
+        seconds: the time from entering to leaving the context.
     """
 
     def __init__(self, models: Mapping[str, Any], synchronize: Callable[[], None] = lambda: None):
@@ -54,14 +54,14 @@ class Meter:
     def __exit__(self, *error: object) -> None:
         self.seconds = self._now() - self._start
         for model in self._models.values():
-            del model.forward  # The class's own is seen again.
+            del model.forward  # This uncovers the class's own method.
 
     def _now(self) -> float:
         self._synchronize()
         return time.perf_counter()
 
     def _timed(self, forward: Callable[..., Any], passes: Passes) -> Callable[..., Any]:
-        @functools.wraps(forward)  # The signature too, which transformers looks at.
+        @functools.wraps(forward)  # `wraps` keeps the signature, which transformers inspects.
         def timed(*args: Any, **kwargs: Any) -> Any:
             ids = args[0] if args else kwargs["input_ids"]
             passes.count += 1
@@ -75,23 +75,23 @@ class Meter:
 
 
 class CallMeter(Meter):
-    """A `Meter` of models that may be compiled, on any device.
+    """A `Meter` for models on any device whose passes may be compiled.
 
-    A model's `forward` must not be touched then: it would be compiled anew, clock and all. What is wrapped is the call
-    of the model, which transformers goes through for passes that are not compiled, and the compiled call that
-    `get_compiled_call` hands out. The models must have been compiled before, so that what is compiled holds no clock.
+    Wrapping `forward` would have it compiled again, including the clock. So this meter wraps the model's `__call__`,
+    which transformers uses for uncompiled passes, and the compiled call that `get_compiled_call` returns. The models
+    must have been compiled before, so that no clock is compiled into them.
     """
 
     def __enter__(self) -> CallMeter:
         timed = {
-            id(model): self._timed(model.__call__, self.passes[name])  # Bound to the class's own.
+            id(model): self._timed(model.__call__, self.passes[name])  # The class's own method, bound to the model.
             for name, model in self._models.items()
         }
         self._classes = {type(model): type(model).__call__ for model in self._models.values()}
         for each, own in self._classes.items():
-            each.__call__ = _through(timed, own)
+            each.__call__ = _call_timed(timed, own)
         for name, model in self._models.items():
-            model.get_compiled_call = self._handing_out(model.get_compiled_call, name)
+            model.get_compiled_call = self._returning_timed(model.get_compiled_call, name)
         self._start = self._now()
         return self
 
@@ -100,14 +100,14 @@ class CallMeter(Meter):
         for model in self._models.values():
             del model.get_compiled_call
         for each in self._classes:
-            del each.__call__  # That of `torch.nn.Module` is seen again.
+            del each.__call__  # This uncovers the method of `torch.nn.Module`.
 
-    def _handing_out(self, get_compiled_call: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def _returning_timed(self, get_compiled_call: Callable[..., Any], name: str) -> Callable[..., Any]:
         return lambda config: self._timed(get_compiled_call(config), self.passes[name])
 
 
-def _through(timed: dict[int, Callable[..., Any]], own: Callable[..., Any]) -> Callable[..., Any]:
-    """A class's `__call__` that goes by `timed` for the objects that stand there, by their ids."""
+def _call_timed(timed: dict[int, Callable[..., Any]], own: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's `__call__`: it calls the function that `timed` has for the object's `id`, or `own` if it has none."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         known = timed.get(id(self))
@@ -117,13 +117,13 @@ def _through(timed: dict[int, Callable[..., Any]], own: Callable[..., Any]) -> C
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until all that the device was given is done."""
+    """Waits until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """The wall clock's, from where the device has nothing to do to where it has nothing to do again."""
+    """The wall-clock seconds that a piece of work takes, including what it leaves the device to do."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -132,7 +132,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def synchronisations(work: Callable[[], Any]) -> Counter[str]:
-    """How often a piece of work makes the host wait for the GPU, by the lines of Python at which it does."""
+    """How often a piece of work makes the host wait for the GPU, by the line of Python that waits."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -149,19 +149,20 @@ def synchronisations(work: Callable[[], Any]) -> Counter[str]:
 
 def graphs_compiled() -> int:
     """How many graphs `torch.compile` has made in this process."""
-    from torch._dynamo.utils import counters  # Takes long to import.
+    from torch._dynamo.utils import counters  # This takes long to import.
 
     return counters["stats"]["unique_graphs"]
 
 
 class PeakMemory:
-    """As a context manager, finds by how much the process was larger at its peak than when it began.
+    """A context manager that measures by how much the process was larger at its peak than on entering.
 
-    The kernel's high-water mark of resident memory (VmHWM) is set back to what is resident, after what Python and
-    the allocator hold unused was given back; memory that they could not give back counts as there before.
+    On entering, Python and the allocator return unused memory to the system, and the kernel's high-water mark of
+    resident memory (VmHWM) is reset to what is resident then. Memory that they could not return counts as present
+    before.
 
     Attributes:
-        extra_bytes: the difference; `None` where the kernel does not let the mark be set back.
+        extra_bytes: the difference in bytes, or `None` if the kernel does not allow resetting the mark.
     """
 
     extra_bytes: int | None = None
@@ -171,27 +172,27 @@ class PeakMemory:
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-            self._before: int | None = _of_status("VmRSS")
-        except OSError:  # No Linux, no glibc, or no right to.
+            self._before: int | None = _status_bytes("VmRSS")
+        except OSError:  # The system is not Linux, has no glibc, or does not permit it.
             self._before = None
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._before is not None:
-            self.extra_bytes = max(0, _of_status("VmHWM") - self._before)
+            self.extra_bytes = max(0, _status_bytes("VmHWM") - self._before)
 
 
-def _of_status(name: str) -> int:
-    """A size of this process, in bytes."""
+def _status_bytes(name: str) -> int:
+    """A size that the kernel reports of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 class Stopwatch:
-    """A streamer that keeps the time at which each new token arrived.
+    """A streamer that records the time at which each new token arrives.
 
     Attributes:
-        times: seconds, one for each token, the prompt left out.
+        times: the times in seconds, one for each new token.
     """
 
     def __init__(self) -> None:
@@ -208,7 +209,7 @@ class Stopwatch:
 
 
 def weights(model: Any) -> list[torch.Tensor]:
-    """Of a model whose layers may have been handed to oneDNN, which keeps theirs as buffers."""
+    """The weights of a model, including those that are buffers because oneDNN computes their layers."""
     return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_mkldnn)]
 
 
@@ -217,7 +218,7 @@ def weight_bytes(model: Any) -> int:
 
 
 def cache_bytes(model: Any, tokens: int) -> int:
-    """The keys and values of that many tokens, of all rows together."""
+    """The bytes of the keys and values of that many tokens. `tokens` counts the tokens of all rows."""
     config = model.config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return numbers * tokens * next(model.parameters()).element_size()

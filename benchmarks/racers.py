@@ -1,4 +1,4 @@
-"""Who races: each racer writes answers to the same questions in its own way. They know models, never clocks."""
+"""The racers: each writes answers to the same questions in its own way. They know models, never clocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASE, LARGE = "base", "large-aligned"
 OWN, SHARED, UNALIGNED = "nudging", "nudging-shared", "nudging-shared-unaligned"
 THRESHOLD = 0.4
 
-# torch's linear layers use MKL for passes of several tokens, which is slow at them on some CPUs, or oneDNN.
+# For passes of several tokens, torch's float32 linear layers use MKL, which is slow on some CPUs. This is oneDNN.
 ONEDNN = "float32-onednn"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, ONEDNN: torch.float32}
 
@@ -58,34 +58,36 @@ def load(name: str, factor: int, dtype: str, change: Callable[[Reader], Any] | N
 
 @torch.no_grad()
 def contradicting(lm: Reader) -> Any:
-    """The model, writing nothing but tokens that begin a word, each in the place of another: it agrees by accident.
+    """A copy of the model that writes only tokens that begin a word, each in place of another, so it rarely agrees.
 
-    So each of its words is one token, and the base is asked at once. Noise may write on without a space, and an answer
-    of its words alone takes no base at all.
+    Each of its words is thus one token, after which it is the base's turn. A model of random weights would not do: its
+    words may never end, and then the base would have nothing to write.
     """
     model = copy.deepcopy(lm.model)
     texts = lm.tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
     words = torch.tensor([i for i, text in enumerate(texts) if text.startswith(" ") and text.strip()])
     head = torch.zeros_like(model.lm_head.weight)
     head[words] = model.lm_head.weight[words.roll(len(words) // 2)]
-    model.lm_head.weight = torch.nn.Parameter(head)  # Of its own, also where the embedding was tied to it.
+    model.lm_head.weight = torch.nn.Parameter(head)  # A new parameter, so that a tied embedding stays as it was.
     return model
 
 
 def widths(width: int) -> dict[str, int]:
-    """How wide each model becomes: a pass of a nudging model is to cost about 1/15 of one of the base."""
+    """How wide each model becomes. A pass of a nudging model then costs about 1/15 of a pass of the base."""
     small = max(1, width * 2 // 3)
     return {BASE: width, LARGE: width, SHARED: small, UNALIGNED: small, OWN: width}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be written: questions, the base's confidence from which on it writes, and how much.
+    """A task for a contestant: which questions to answer, at which threshold, and how much to write.
 
     Args:
-        lengths: of each row, how many tokens a contestant that never ends an answer is to write; what a nudged
-            answer to the same question has.
-        max_new_tokens: of a nudged answer, which ends by itself.
+        questions: the questions, one for each row.
+        threshold: γ.
+        lengths: for each row, how many tokens a contestant that never ends an answer writes. It is the length of a
+            nudged answer to the same question.
+        max_new_tokens: the limit of a nudged answer, which ends by itself.
     """
 
     questions: Sequence[Prompt]
@@ -97,13 +99,13 @@ class Work:
     )
 
     def prompts(self, lm: Reader) -> tuple[torch.Tensor, torch.Tensor]:
-        """The questions as a model reads them, `input_ids` and `attention_mask`, encoded once, untimed."""
+        """The questions as a model reads them: `input_ids` and `attention_mask`. They are encoded once, untimed."""
         if id(lm) not in self._prompts:
             self._prompts[id(lm)] = lm.padded_prompts(self.questions)
         return self._prompts[id(lm)]
 
     def inputs_of_both(self, base: Reader, nudging: Reader) -> dict[str, torch.Tensor]:
-        """The questions as a pair reads them, as arguments of `generate`."""
+        """The questions as the two models of a pair read them, as arguments of `generate`."""
         ids, mask = self.prompts(base)
         nudging_ids, nudging_mask = self.prompts(nudging)
         return {
@@ -114,11 +116,12 @@ class Work:
         }
 
     def of_length(self, tokens: int) -> Work:
+        """The same task with another number of tokens for every row."""
         return replace(self, max_new_tokens=tokens, lengths=[tokens] * len(self.questions))
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """Arguments of `generate`: greedy, as many new tokens as the longest row has, whatever the model would."""
+        """Arguments of `generate` for greedy answers of exactly the length of the longest row."""
         longest = max(self.lengths)
         return {"do_sample": False, "min_new_tokens": longest, "max_new_tokens": longest}
 
@@ -135,7 +138,7 @@ class Racer:
         models: the names of the models that it uses, the large one first.
         write: writes, and returns the ids of each row's answer, without padding.
         draft: for nudged answers, the name of the nudging model and the draft length.
-        in_batches: whether it races in batches too. Some write one row alone, and others show nothing new there.
+        in_batches: whether it races in batches too. Some can write only one row, and others show nothing new there.
     """
 
     name: str
@@ -153,7 +156,7 @@ def nudged(lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any) ->
 def nudged_output(
     lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any
 ) -> tuple[list[list[int]], nudging_hf.NudgingOutput]:
-    """The ids, and the whole output of `generate`, for which the base reads an answer's last tokens too."""
+    """The ids, and the whole output of `generate`. For the latter, the base also reads an answer's last tokens."""
     return _generate(lms, work, small, draft, return_dict_in_generate=True, **kwargs)
 
 
@@ -173,7 +176,7 @@ def _generate(lms: LMs, work: Work, small: str, draft: int | str, **kwargs: Any)
 
 
 def base_alone(lms: LMs, work: Work, **kwargs: Any) -> list[list[int]]:
-    """Plain `generate`. All rows are written to the length of the longest, as always; each counts as its own."""
+    """Plain `generate`. As always, all rows are written to the length of the longest. Each counts with its own."""
     ids, mask = work.prompts(lms[BASE])
     out = lms[BASE].model.generate(input_ids=ids, attention_mask=mask, **work.fixed, **kwargs)
     return _rows(out, ids, work)
@@ -185,7 +188,7 @@ def large_aligned(lms: LMs, work: Work) -> list[list[int]]:
 
 
 def assisted(lms: LMs, work: Work) -> list[list[int]]:
-    """transformers' assisted generation, as it is by default: the base's own text, drafted by the same small model."""
+    """Assisted generation of transformers, with its defaults: the small model drafts, the text is the base's own."""
     return base_alone(lms, work, assistant_model=lms[SHARED].model)
 
 
@@ -201,10 +204,10 @@ def mixed(lms: LMs, work: Work, mix: Callable[..., torch.Tensor], unaligned: boo
 
 @torch.no_grad()
 def stepping_both(lms: LMs, work: Work) -> list[list[int]]:
-    """Nudging as it is usually written: at each token both models read the last one, and one of them is followed.
+    """The usual implementation of nudging: both models read each token, and one of them chooses the next.
 
     A nudging word ends where the nudging model's next token begins with a space. Both models keep their caches, and
-    a step takes one transfer from the device.
+    each step transfers data from the device once.
     """
     base, nudging = lms[BASE], lms[SHARED]
     fed = {"base": work.prompts(base)[0], "nudging": work.prompts(nudging)[0]}

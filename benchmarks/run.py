@@ -1,11 +1,11 @@
-"""The benchmark: who writes how fast, on one machine, in one process, in turn.
+"""Runs the benchmark: measures how fast each contestant writes, in turn, in one process on one machine.
 
     python benchmarks/run.py                      # all scenarios
-    python benchmarks/run.py --quick              # the same in little, to see that it runs: no figures to quote
+    python benchmarks/run.py --quick              # a small check that it runs; do not quote its figures
     python benchmarks/run.py race --dtype float32 --batch-size 8
     python benchmarks/run.py passes memory agreement hopeless long
 
-What is finished is kept in `journal.jsonl`, and a run that was broken off goes on from it.
+Finished units are kept in `journal.jsonl`, from which an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -53,41 +53,46 @@ QUICK = Size(
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenarios", nargs="*", metavar="scenario", help=f"of {', '.join(SCENARIOS)}; all by default")
-    parser.add_argument("--quick", action="store_true", help="a check of some minutes, with a narrower base")
+    parser.add_argument(
+        "scenarios", nargs="*", metavar="scenario", help=f"one of {', '.join(SCENARIOS)} (default: all)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="check in some minutes that it runs, with a narrower base"
+    )
     parser.add_argument(
         "--dtype",
         nargs="+",
         choices=list(DTYPES),
-        help="of widened models; bfloat16 and float32 by default, of many rows the former only if the CPU has it",
+        help="dtypes of the widened models (default: bfloat16 and float32; batches in bfloat16 only if the CPU has "
+        "instructions for it)",
     )
     parser.add_argument(
-        "--batch-size", nargs="+", type=int, metavar="N", help="of race and memory; 1, 8 and 32 by default"
+        "--batch-size", nargs="+", type=int, metavar="N", help="batch sizes of race and memory (default: 1 8 32)"
     )
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="letters, stories, coins, lengths; all by default")
-    parser.add_argument("--questions", type=int, metavar="N", help="of each task at batch 1")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="letters, stories, coins or lengths (default: all)")
+    parser.add_argument("--questions", type=int, metavar="N", help="questions of each task at batch size 1")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each contestant answers each question")
-    parser.add_argument("--minutes", type=float, metavar="M", help="of a race, beyond which no round is begun")
-    parser.add_argument("--width", type=int, metavar="K", help="of the base, in widths of the mini pair's")
-    parser.add_argument("--threads", type=int, metavar="N", help="of torch; as torch chooses by default")
-    parser.add_argument("--out", type=Path, help="folder of journal, JSON, tables and plot")
-    parser.add_argument("--fresh", action="store_true", help="drop what an earlier run has finished")
+    parser.add_argument("--minutes", type=float, metavar="M", help="start no further round of a race after M minutes")
+    parser.add_argument("--width", type=int, metavar="K", help="width of the base, in multiples of the mini pair's")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+    parser.add_argument("--out", type=Path, help="the folder for the journal, figures, tables and plot")
+    parser.add_argument("--fresh", action="store_true", help="delete what an earlier run has finished")
     args = parser.parse_args(argv)
     if unknown := set(args.scenarios) - set(SCENARIOS):
-        parser.error(f"no scenario {', '.join(sorted(unknown))}: there are {', '.join(SCENARIOS)}")
+        parser.error(f"unknown scenario {', '.join(sorted(unknown))}: choose from {', '.join(SCENARIOS)}")
     return args
 
 
 def jobs(args: argparse.Namespace, size: Size, find: Find) -> Iterator[Iterable[Unit]]:
-    """The scenarios that are asked for, in order."""
-    own = "bfloat16" if "bf16" in _cpu() else "float32"  # In which the CPU is at its best.
+    """The requested scenarios, in order."""
+    fastest = "bfloat16" if "bf16" in _cpu() else "float32"
     dtypes = args.dtype or (["float32"] if args.quick else ["bfloat16", "float32"])
     batches = args.batch_size or ([1] if args.quick else [1, 8, 32])
-    # Without instructions for bfloat16 many rows would take hours, to show what passes and one row show already.
-    of_rows = dtypes if args.dtype or own == "bfloat16" else ["float32"]
-    shapes = [(batch, dtype) for batch in batches for dtype in (dtypes if batch == 1 else of_rows)]
-    # The longer scenarios outside the race are of one dtype.
-    one = own if own in dtypes else dtypes[0]
+    # On a CPU without bfloat16 instructions, batches in bfloat16 would take hours and show nothing new.
+    batch_dtypes = dtypes if args.dtype or fastest == "bfloat16" else ["float32"]
+    shapes = [(batch, dtype) for batch in batches for dtype in (dtypes if batch == 1 else batch_dtypes)]
+    # The longer scenarios outside the race run in one dtype only.
+    one = fastest if fastest in dtypes else dtypes[0]
     for scenario in args.scenarios or SCENARIOS:
         if scenario == "passes":
             yield from (passes(size, dtype) for dtype in dtypes)
@@ -105,7 +110,7 @@ def jobs(args: argparse.Namespace, size: Size, find: Find) -> Iterator[Iterable[
 
 
 def setup_of(size: Size) -> Row:
-    """All on which a timing depends, and that one run must not mix."""
+    """Everything that a timing depends on. A journal refuses to mix runs that differ in it."""
     code = [
         path.read_text()
         for folder in (HERE, Path(nudging_hf.__file__).parent)
@@ -122,7 +127,7 @@ def setup_of(size: Size) -> Row:
         "code": digest(code),
         "widths": widths(size.width),
         "questions": digest([question.prompt for question in dev_questions(1)]),
-        # How much is asked for may grow from run to run; what a single timing is, may not.
+        # A later run may ask for more timings, but each single timing must stay the same.
         **{name: value for name, value in what.items() if name not in ("rounds", "minutes", "tasks", "questions")},
     }
 
@@ -169,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         for small, answers in measured["differing_answers"].items():
             if answers["differing"]:
                 logger.warning(
-                    "ANSWERS DIFFER: %d of %d nudged answers by %s (%s, batch %d) are not those of the other draft "
+                    "ANSWERS DIFFER: %d of %d answers nudged by %s (%s, batch %d) are not those of the other draft "
                     "lengths.", answers["differing"], answers["of"], small, measured["dtype"], measured["batch"],
                 )  # fmt: skip
     print(text)

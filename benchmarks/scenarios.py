@@ -1,6 +1,6 @@
-"""What is measured: each scenario is a list of units of work, each with a key, to be done one after the other.
+"""The scenarios. Each is a list of units of work, which are done one after another.
 
-A unit's key is a dict of JSON that no other unit has. Units know clocks, and nothing of files or tables.
+A unit has a unique key, which is a JSON object. Units know clocks, and nothing of files or tables.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ Row = dict[str, Any]
 
 PASS_WIDTHS = (1, 2, 3, 5, 9, 17, 33)
 FAR_WIDTHS = (1, 5, 9, 17, 33)
-BATCH_SHAPES = ((8, 1), (8, 5), (8, 9), (32, 1), (32, 5))  # Rows, and tokens of each.
+BATCH_SHAPES = ((8, 1), (8, 5), (8, 9), (32, 1), (32, 5))  # The number of rows, and the tokens of each row.
 CONTEXTS = (128, 4096)
-ENOUGH_SECONDS = 6.0  # Of one kind of pass, after which three of it are enough.
+ENOUGH_SECONDS = 6.0  # A kind of pass that has taken this long is timed no more than three times.
 NOISE = (0.0, 0.15, 0.2, 0.25, 1.0)
 THRESHOLDS = (0.2, 0.4, 0.6)
 LONG_BIN = 256
@@ -58,14 +58,21 @@ LONG_BIN = 256
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything is done.
+    """How much of everything to do.
 
     Args:
-        width: of the base; see `widths`.
-        questions: of each task, at batch 1. A batch takes as many as it has rows, of all tasks alike.
-        rounds: how often each contestant answers each of them.
-        minutes: for one race: no round is begun that would probably end later, the first excepted.
-        tasks: all, or those of these names.
+        width: the width of the base; see `widths`.
+        questions: the questions of each task at batch size 1. A larger batch has a question for each row, and takes
+            equally many from each task.
+        rounds: how often each contestant answers each question.
+        minutes: the time for one race. After the first round, no round begins that would probably end later.
+        tasks: the names of the tasks; all tasks if empty.
+        max_new_tokens: the limit of a nudged answer.
+        repeats: how often each kind of pass is timed.
+        noise, thresholds: the settings of the agreement scenario.
+        short_answer: the number of new tokens where only the cost matters, and not the answer.
+        short_questions: the number of questions there.
+        hopeless_answer, long_answer: the number of new tokens in these scenarios.
     """
 
     width: int = 18
@@ -77,14 +84,14 @@ class Size:
     repeats: int = 7
     noise: Sequence[float] = NOISE
     thresholds: Sequence[float] = THRESHOLDS
-    short_answer: int = 64  # New tokens where not the answer matters but its cost.
+    short_answer: int = 64
     short_questions: int = 2
     hopeless_answer: int = 160
     long_answer: int = 4096
 
 
 class Unit(NamedTuple):
-    """One piece of work, and what a progress bar says of it."""
+    """One piece of work with its key."""
 
     key: Key
     work: Callable[[], Row]
@@ -95,6 +102,7 @@ class Unit(NamedTuple):
 
     @property
     def label(self) -> str:
+        """What the progress bar says of the unit."""
         return str(self.key.get("contestant", self.key["scenario"]))
 
 
@@ -103,7 +111,7 @@ Find = Callable[[Key], Row | None]
 
 @dataclass
 class Models:
-    """The models of one dtype, each loaded when it is first used."""
+    """The models in one dtype. Each is loaded when it is first used."""
 
     width: int
     dtype: str
@@ -119,7 +127,7 @@ class Models:
 
 
 def measure(contestant: Racer, lms: LMs, work: Work) -> tuple[Row, list[list[int]]]:
-    """Lets a contestant write once; what that took, and the ids of the answers."""
+    """Lets a contestant write once. Returns what it took, and the ids of the answers."""
     prompts = [work.prompts(lm)[0].numel() for lm in lms.values()]
     with PeakMemory() as memory, Meter({name: lm.model for name, lm in lms.items()}) as meter:
         answers = contestant.write(lms, work)
@@ -159,15 +167,15 @@ def groups(size: Size, batch: int) -> list[list[Prompt]]:
 
 
 def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
-    """Every contestant on the same questions, in turn."""
+    """Lets every contestant answer the same questions in turn."""
     models = Models(size.width, dtype)
     runners = [each for each in RACERS if each.in_batches or batch == 1]
     calls = groups(size, batch)
     key = {"scenario": "race", "dtype": dtype, "batch": batch}
-    answered: set[str] = set()  # Calls to which both pairs have answered in this run.
+    answered: set[str] = set()  # The calls that both pairs have answered in this run.
 
     def lengths(call: str, questions: list[Prompt]) -> Row:
-        """How long a nudged answer is; others write as much. Not timed: it warms everything up."""
+        """The lengths of the nudged answers, which the others write too. This is not timed and warms everything up."""
         if not answered:
             for each in runners:
                 each.write(models.of(each), Work(questions).of_length(6))
@@ -178,7 +186,7 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
         return {"lengths": [len(answer) for answer in shared.write(models.of(shared), asked)]}
 
     def run(contestant: Racer, call: str, questions: list[Prompt], own: Row) -> Row:
-        if call not in answered:  # An earlier run found the lengths out.
+        if call not in answered:  # The lengths come from an earlier run, and this one is not warmed up.
             lengths(call, questions)
         work = Work(questions, lengths=own["lengths"], max_new_tokens=size.max_new_tokens)
         return measure(contestant, models.of(contestant), work)[0]
@@ -196,7 +204,7 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
             own = find(own_key)
             assert own is not None
             for i in range(len(runners)):
-                runner = runners[(i + turn) % len(runners)]  # Nobody is always behind the same one.
+                runner = runners[(i + turn) % len(runners)]  # No contestant always follows the same one.
                 yield Unit(
                     {**call_key, "round": turn, "contestant": runner.name},
                     partial(run, runner, call, questions, own),
@@ -208,7 +216,7 @@ def race(size: Size, dtype: str, batch: int, find: Find) -> Iterator[Unit]:
 
 
 def passes(size: Size, dtype: str) -> Iterator[Unit]:
-    """What one forward pass costs: its median seconds by rows, tokens of a row, and what stands in the cache."""
+    """The quartiles of the seconds of one forward pass, by rows, tokens a row, and tokens in the cache."""
     models = Models(size.width, dtype)
     shapes = [(BASE, 1, width, CONTEXTS[0]) for width in PASS_WIDTHS]
     shapes += [(BASE, 1, width, CONTEXTS[1]) for width in FAR_WIDTHS]
@@ -228,7 +236,7 @@ def passes(size: Size, dtype: str) -> Iterator[Unit]:
                 if (name, rows, context) not in caches:
                     caches[name, rows, context] = random_cache(model, rows, context)
                 took = timed_pass(model, caches[name, rows, context], rows, width, context)
-                if turn:  # The first warms up.
+                if turn:  # The first turn warms up.
                     taken.append(took)
         return {
             "passes": [
@@ -244,7 +252,7 @@ def passes(size: Size, dtype: str) -> Iterator[Unit]:
 
 
 def random_cache(model: Any, rows: int, context: int) -> DynamicCache:
-    """Keys and values that were never read from a text: a pass costs the same over them."""
+    """A cache of random keys and values. A pass over them costs as much as over those of a text."""
     cache = DynamicCache()
     config = model.config
     shape = (rows, config.num_key_value_heads, context, config.head_dim)
@@ -255,7 +263,7 @@ def random_cache(model: Any, rows: int, context: int) -> DynamicCache:
 
 @torch.no_grad()
 def timed_pass(model: Any, cache: DynamicCache, rows: int, width: int, context: int) -> float:
-    """The seconds of one pass, which leaves the cache as it was."""
+    """Runs one pass, restores the cache, and returns the seconds that the pass took."""
     ids = torch.randint(2, model.config.vocab_size, (rows, width))
     positions = torch.arange(context, context + width).expand(rows, -1)
     start = time.perf_counter()
@@ -276,7 +284,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def agreement(size: Size, dtype: str) -> Iterator[Unit]:
-    """The speed-up against how often the nudging model would have written the next token of the answer itself."""
+    """The speed-up as a function of how often the nudging model would have written the answer's next token itself."""
     questions = dev_questions(1)[: size.short_questions]
     base = Models(size.width, dtype)
     runner = nudged_racer(SHARED, ADAPTIVE)
@@ -288,11 +296,11 @@ def agreement(size: Size, dtype: str) -> Iterator[Unit]:
                 noisy[SHARED] = load(SHARED, widths(size.width)[SHARED], dtype, lambda lm: with_noise(lm.model, share))
             lms = {BASE: base[BASE], SHARED: noisy[SHARED]}
             work = Work([question], threshold, max_new_tokens=size.short_answer)
-            for name in (BASE, SHARED):  # Whatever ran before, both models' weights have just been read.
+            for name in (BASE, SHARED):  # Reads both models' weights, so that every timing starts alike.
                 timed_pass(lms[name].model, random_cache(lms[name].model, 1, 8), 1, 1, 8)
             row, (answer,) = measure(runner, lms, work)
             alone, _ = measure(ALONE, {BASE: lms[BASE]}, replace(work, lengths=[len(answer)]))
-            _, output = nudged_output(lms, work, SHARED, ADAPTIVE)  # Not timed: it says more, and reads more for that.
+            _, output = nudged_output(lms, work, SHARED, ADAPTIVE)  # Not timed: the output costs extra reading.
             return {
                 **row,
                 "alone_seconds": alone["seconds"],
@@ -312,7 +320,7 @@ def agreement(size: Size, dtype: str) -> Iterator[Unit]:
 
 @torch.no_grad()
 def own_share(lm: Reader, question: Prompt, answer: list[int]) -> float:
-    """The share of an answer's tokens that the model, given all before, would have written itself."""
+    """The share of an answer's tokens that the model would have written itself after the tokens before them."""
     prompt, _ = lm.padded_prompts([question])
     ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
     own = lm.model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1].argmax(dim=-1)
@@ -320,7 +328,7 @@ def own_share(lm: Reader, question: Prompt, answer: list[int]) -> float:
 
 
 def hopeless(size: Size, dtype: str) -> Iterator[Unit]:
-    """Where drafting cannot help: the base is always sure of itself, and the nudging model contradicts itself."""
+    """A pair that drafting cannot help: the base is always confident, and the nudging model's words are replaced."""
     questions = dev_questions(1)[: size.short_questions]
     models = Models(size.width, dtype)
     runners = [ALONE, *(nudged_racer(small, draft) for small in (SHARED, OWN) for draft in (ADAPTIVE, 0))]
@@ -351,7 +359,7 @@ def hopeless(size: Size, dtype: str) -> Iterator[Unit]:
 
 
 def long_text(size: Size) -> Iterator[Unit]:
-    """Seconds a token as an answer grows: the mini pair as it is, in float32, with no end but the limit."""
+    """Seconds per token as an answer grows. The mini pair is not widened, runs in float32, and ends at the limit."""
     models = Models(1, "float32")
     question = dev_questions(1)[0]
     n = size.long_answer
@@ -359,7 +367,7 @@ def long_text(size: Size) -> Iterator[Unit]:
 
     def written(write: Callable[..., Any]) -> Row:
         lms = {BASE: models[BASE], SHARED: models[SHARED]}
-        write(lms, work.of_length(32))  # Warms up.
+        write(lms, work.of_length(32))  # This warms up.
         watch = Stopwatch()
         with Meter({name: lm.model for name, lm in lms.items()}) as meter:
             write(lms, work, streamer=watch)

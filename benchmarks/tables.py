@@ -1,4 +1,4 @@
-"""The journal's rows, made into figures: JSON, Markdown tables and a plot. It knows rows, never models."""
+"""Turns the journal's rows into figures: JSON, Markdown tables and a plot. It knows rows, never models."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from scenarios import CONTEXTS, FAR_WIDTHS, LONG_BIN, PASS_WIDTHS, quartiles
 from nudging_hf.study.tables import markdown_table
 
 Row = dict[str, Any]
-FAR = 32768  # Tokens, to which the cost of long text is reckoned.
+FAR = 32768  # The number of tokens for which the cost of long text is computed.
 NUDGED = {small: nudged_racer(small, ADAPTIVE).name for small in (SHARED, OWN)}
 
 
 def summary(rows: Sequence[Row]) -> Row:
-    """All figures, as JSON has them."""
+    """All figures, in a form that JSON can represent."""
     races = sorted({(row["dtype"], row["batch"]) for row in rows if _is_timed_race(row)}, key=_race_order)
     figures = {
         "passes": [row for row in rows if row["scenario"] == "passes"],
@@ -44,10 +44,11 @@ def _race_order(race: tuple[str, int]) -> tuple[int, str]:
 
 
 def rate_against(rows: Sequence[Row], others: Sequence[Row]) -> Row:
-    """How much faster one contestant wrote than another, by tokens a second, on the calls that both answered.
+    """How much faster one contestant wrote than another, in tokens per second, on the calls that both answered.
 
-    A rate is all tokens over all seconds, those of a call being the median of its rounds; `ratio` is that of rates,
-    and its quartiles are those of the ratios of single runs, paired by call and round.
+    A rate is the sum of tokens over the sum of seconds. The tokens and seconds of a call are the medians of its
+    rounds. `ratio` is the ratio of the two rates. `quartiles` are those of the ratios of single runs, which are paired
+    by call and round.
     """
     own, reference = _by_call(rows), _by_call(others)
     calls = sorted(own.keys() & reference.keys())
@@ -132,7 +133,7 @@ def _race(rows: Sequence[Row], dtype: str, batch: int) -> Row:
 
 
 def _memory(rows: Sequence[Row]) -> Row:
-    """The largest peak: weights and what the process grew by, over weights and full caches."""
+    """The largest peak, which is the weights and the process's growth, and its ratio to weights and full caches."""
     measured = [row for row in rows if row["extra_bytes"] is not None]
     if not measured:
         return {"peak_bytes": None, "peak_over_weights_and_caches": None}
@@ -150,7 +151,10 @@ def _needed(row: Row) -> Row:
 
 
 def _limit(by_name: dict[str, list[Row]], names: Sequence[str]) -> Row | None:
-    """The adaptive draft against the best fixed one in hindsight, its seconds in forward passes alone counted."""
+    """Compares the adaptive draft length with the fixed one that was best in hindsight.
+
+    All seconds of the adaptive one count, but of the fixed one only those in forward passes.
+    """
     adaptive, *fixed = [_by_call(by_name[name]) for name in names]
     calls = sorted(adaptive)
     fixed_names = [name for name, each in zip(names[1:], fixed, strict=True) if set(each) >= set(calls)]
@@ -171,7 +175,7 @@ def _limit(by_name: dict[str, list[Row]], names: Sequence[str]) -> Row | None:
 
 
 def _differing(rows: Sequence[Row]) -> Row:
-    """How many answers of a pair, whatever was drafted, are not those that most runs gave."""
+    """How many answers of a pair differ from what most runs gave to the question, over all draft lengths."""
     differing = total = 0
     for call in _by_call(rows).values():
         for answers in zip(*(row["answers"] for row in call), strict=True):
@@ -227,8 +231,11 @@ def _long(rows: Sequence[Row]) -> list[Row]:
 
 
 def _far(figures: Row) -> list[Row]:
-    """Seconds a token at FAR tokens of cache, by a model of cost: passes a token as in the race, and a pass's seconds
-    as a straight line through those measured at both CONTEXTS."""
+    """The seconds per token with FAR tokens in the cache, computed by a cost model.
+
+    The passes per token are those of the race. The seconds of a pass are extrapolated by the straight line through
+    those measured at both CONTEXTS.
+    """
     found = []
     for measured in figures["passes"]:
         race = next((r for r in figures["races"] if (r["dtype"], r["batch"]) == (measured["dtype"], 1)), None)
@@ -255,11 +262,11 @@ def _seconds_far(measured: Row, model: str, width: int) -> float:
     return near + (far - near) * (FAR - CONTEXTS[0]) / (CONTEXTS[1] - CONTEXTS[0])
 
 
-# For eyes -----------------------------------------------------------------------------------------------------------
+# Tables and plot ----------------------------------------------------------------------------------------------------
 
 
 def markdown(setup: Row, figures: Row) -> str:
-    """All tables, and the setup before them."""
+    """The setup, followed by all tables."""
     parts = ["\n".join(f"- {name}: {value}" for name, value in setup.items() if name not in ("code", "questions"))]
     for measured in figures["passes"]:
         parts.append(_passes_table(measured))
@@ -269,7 +276,7 @@ def markdown(setup: Row, figures: Row) -> str:
         parts.append(_memory_table(figures["memory"]))
     if figures["hopeless"]:
         parts.append(
-            "Where drafting cannot help (γ = 0, a nudging model that writes another token than it would):\n\n"
+            "A pair that drafting cannot help (γ = 0, and each token of the nudging model is replaced by another):\n\n"
             + markdown_table(
                 ["", "tokens/s", "× base alone", "quartiles"],
                 [[h["contestant"], f"{h['tokens_per_second']:.2f}", *_ratio(h)] for h in figures["hopeless"]],
@@ -277,8 +284,9 @@ def markdown(setup: Row, figures: Row) -> str:
         )
     if figures["agreement"]:
         parts.append(
-            f"Speed-up against agreement ({figures['agreement'][0]['dtype']}, batch 1): the nudging model's weights "
-            "mixed with noise; agreement is how many of the answer's tokens it would have written itself.\n\n"
+            f"Speed-up against agreement ({figures['agreement'][0]['dtype']}, batch 1). The nudging model's weights "
+            "are mixed with noise. Agreement is the share of the answer's tokens that it would have written itself."
+            "\n\n"
             + markdown_table(
                 ["noise", "γ", "agreement", "nudged tokens", "× base alone"],
                 [
@@ -336,7 +344,7 @@ def _race_table(race: Row) -> str:
     for small, name in NUDGED.items():
         if (limit := race["limits"][small]) is not None:
             notes.append(
-                f"{name}: {limit['adaptive_over_limit']:.2f} of the limit, which is the time in passes of "
+                f"{name}: it takes {limit['adaptive_over_limit']:.2f} times the limit, which is the time in passes of "
                 f"“{limit['best_fixed']}”."
             )
         if (answers := race["differing_answers"][small])["differing"]:
@@ -348,7 +356,7 @@ def _race_table(race: Row) -> str:
 
 def _memory_table(measured: Sequence[Row]) -> str:
     shares = [each["peak_over_weights_and_caches"] for each in measured]
-    return "The peak of memory in a process of its own, in weights and caches:\n\n" + markdown_table(
+    return "Peak memory in a separate process, as a multiple of weights and caches:\n\n" + markdown_table(
         ["", *(f"{each['dtype']}, batch {each['batch']}" for each in measured)],
         [[name, *(_share(each[name]) for each in shares)] for name in shares[0]],
     )
@@ -360,13 +368,13 @@ def _long_table(figures: Row) -> str:
         [str(tokens), *(f"{1000 * each['seconds_per_token'][i]:.2f}" for each in longs)]
         for i, tokens in enumerate(longs[0]["tokens"])
     ]
-    text = "Milliseconds a token as an answer grows (the mini pair unwidened, float32):\n\n" + markdown_table(
+    text = "Milliseconds per token as an answer grows (the mini pair, not widened, float32):\n\n" + markdown_table(
         ["tokens", *(each["contestant"] for each in longs)], rows
     )
     for far in figures["far"]:
         text += (
-            f"\n\nBy cost alone, widened pair, {far['dtype']}, at {far['tokens']} tokens: base alone "
-            f"{far['base_alone']:.2f} s a token, nudged {far['nudged']:.2f}."
+            f"\n\nThe cost model gives for the widened pair in {far['dtype']} at {far['tokens']} tokens: base alone "
+            f"{far['base_alone']:.2f} s per token, nudged {far['nudged']:.2f}."
         )
     return text
 
@@ -381,7 +389,7 @@ def _ratio(row: Row) -> list[str]:
 
 
 def plot(figures: Row, path: Path) -> None:
-    """Draws what there are figures of: races, passes, agreement, long text."""
+    """Plots races, passes, agreement and long text, as far as there are figures of them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 11), layout="constrained")
@@ -420,6 +428,6 @@ def plot(figures: Row, path: Path) -> None:
     for axes in (race_axes, pass_axes, agreement_axes, long_axes):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-        else:  # Not measured.
+        else:  # Nothing was measured for this plot.
             axes.remove()
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -1,10 +1,10 @@
-"""A Llama made wide, noisy, or run by other kernels, without training. It knows weights, never prompts or clocks.
+"""Makes a Llama wide or noisy, or hands it to other kernels, without training. It knows weights, never clocks.
 
-A small trained pair answers as it was trained to, and costs next to nothing; what drafting saves can only be timed
-where a pass of the base costs something. So each vector of the model is written down `factor` times, one copy behind
-the other: hidden states, heads and the units between an MLP's matrices. RMSNorm sees the mean square that it saw,
-each head has the size, and so the rotary positions, that it had, and a matrix that reads a vector of copies gives
-each copy a share of its weights. The shares are powers of two whose sum is 1: no weight is rounded, in any dtype.
+A small trained pair costs almost nothing, but what drafting saves can be timed only where a pass of the base costs
+something. So each vector of the model is repeated `factor` times: hidden states, heads, and the units between the
+matrices of an MLP. RMSNorm then sees the same mean square, and each head keeps its size and so its rotary positions.
+A matrix that reads repeated vectors gives each copy a share of its weights. The shares are powers of two whose sum is
+1, so no weight is rounded in any dtype.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from transformers import LlamaForCausalLM
 
 
 def shares(copies: int) -> list[float]:
-    """Powers of two, one for each copy, whose sum is 1: all the same where `copies` is a power of two itself."""
+    """Powers of two, one for each copy, whose sum is 1. They are equal if `copies` is a power of two itself."""
     parts = [1.0]
     while len(parts) < copies:
         largest = parts.pop(0)
-        parts += [largest / 2, largest / 2]  # Behind all that are as large: the first is always the largest.
+        parts += [largest / 2, largest / 2]  # The list stays sorted, so its first part is always the largest.
     return parts
 
 
 @torch.no_grad()
 def widened(model: LlamaForCausalLM, factor: int) -> LlamaForCausalLM:
-    """A model that is `factor` times as wide and writes the same logits.
+    """A model that is `factor` times as wide and has the same logits.
 
-    Embedding and LM head are two matrices in the result: they scale differently.
+    In the result, embedding and LM head are never tied, because they scale differently.
 
     Args:
-        model: a Llama without biases; it stays as it is.
-        factor: how many copies of each hidden unit, head and MLP unit there are to be.
+        model: a Llama without biases. It is not changed.
+        factor: the number of copies of each hidden unit, head and MLP unit.
 
     Raises:
-        ValueError: for a factor below 1, and for a model that has more than such a Llama's weights.
+        ValueError: if the factor is below 1, or the model is not a Llama without biases.
     """
     if factor < 1:
         raise ValueError(f"`factor` must be at least 1, got {factor!r}.")
@@ -50,7 +50,7 @@ def widened(model: LlamaForCausalLM, factor: int) -> LlamaForCausalLM:
     states = model.state_dict()
     states["lm_head.weight"] = model.lm_head.weight
     wide.load_state_dict({name: _copies(name, weight, factor) for name, weight in states.items()}, assign=True)
-    # Rotary frequencies are a buffer that no state dict holds; heads keep their size, so they are the model's own.
+    # Rotary frequencies are a buffer outside the state dict. Heads keep their size, so the model's own ones fit.
     wide.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     wide.generation_config = copy.deepcopy(model.generation_config)
     return wide.eval().requires_grad_(False)
@@ -58,7 +58,7 @@ def widened(model: LlamaForCausalLM, factor: int) -> LlamaForCausalLM:
 
 def _copies(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
     """The weight of that name in the wide model."""
-    if weight.ndim == 1:  # Of a norm.
+    if weight.ndim == 1:  # A norm's weight.
         return weight.repeat(factor)
     if name == "model.embed_tokens.weight":
         return weight.repeat(1, factor)
@@ -68,9 +68,9 @@ def _copies(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
 
 @torch.no_grad()
 def with_noise(model: LlamaForCausalLM, share: float, seed: int = 0) -> LlamaForCausalLM:
-    """A copy of the model whose matrices are part noise, from 0, the model itself, to 1, none of it.
+    """A copy of the model whose matrices are mixed with noise.
 
-    Each matrix becomes (1 - share) of itself and `share` of normal noise of its own standard deviation.
+    Each matrix W becomes (1 - share) * W + share * noise, where the noise is normal and has W's standard deviation.
     """
     noisy = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +93,7 @@ class OneDNNLinear(torch.nn.Module):
 
 
 def hand_to_onednn(model: torch.nn.Module) -> None:
-    """Replaces all linear layers of a model, in place."""
+    """Replaces all linear layers of a model by `OneDNNLinear`, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
             model.set_submodule(name, OneDNNLinear(module))

@@ -1,6 +1,6 @@
-r"""Several questions at once: rows go on at their own pace, and each gets the answer that it gets alone.
+r"""Answers several questions in one batch. Each row advances at its own pace and gets the answer that it gets alone.
 
-On the pair in miniature, and on a real one:
+Run it with the mini pair or with a real pair:
 
     python examples/batch.py
     python examples/batch.py --threshold 0.3 \

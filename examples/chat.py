@@ -1,13 +1,13 @@
-r"""Several turns with a pair of two tokenizer families.
+r"""Chats over several turns with a pair that has two different tokenizers.
 
-The base reads plain text, the nudging model its chat template.
+The base reads plain text, and the nudging model reads its chat template.
 
     python examples/chat.py
     python examples/chat.py --device-map auto \
         --base meta-llama/Llama-3.1-70B --nudging-model Qwen/Qwen2.5-1.5B-Instruct
 
-The two vocabularies meet in the text, so nothing is said here about tokenizers. `nudging-hf chat` is the same with a
-prompt to type at.
+Text passes between the two vocabularies by itself, so nothing here configures it. `nudging-hf chat` is the
+interactive form of this program.
 """
 
 import argparse
@@ -24,11 +24,11 @@ QUESTIONS = [
 ]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("questions", nargs="*", default=QUESTIONS, help="one a turn")
+parser.add_argument("questions", nargs="*", default=QUESTIONS, help="the user's messages, one for each turn")
 parser.add_argument("--base", default=MINI / "base")
 parser.add_argument("--nudging-model", default=MINI / "nudging")
 parser.add_argument("--threshold", type=float, default=0.4)
-parser.add_argument("--base-template", default="{system}\n{user}\n", help="a turn as the base reads it")
+parser.add_argument("--base-template", default="{system}\n{user}\n", help="the form in which the base reads a turn")
 parser.add_argument("--device-map", help='such as "auto"; needs accelerate')
 args = parser.parse_args()
 

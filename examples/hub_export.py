@@ -1,6 +1,6 @@
-r"""Writes a model that carries nudging, and loads it as anybody would, without this package.
+r"""Exports a model that includes nudging, and loads it the way a user without this package does.
 
-On the pair in miniature, and on a real one:
+Run it with the mini pair or with a real pair:
 
     python examples/hub_export.py
     python examples/hub_export.py --threshold 0.3 --out nudged-olmo \
@@ -24,7 +24,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--base", default=MINI / "base")
 parser.add_argument("--nudging-model", default=MINI / "nudging")
 parser.add_argument("--threshold", type=float, default=0.4)
-parser.add_argument("--out", type=Path, help="the folder to be written (default: one that is removed afterwards)")
+parser.add_argument("--out", type=Path, help="the folder to write (default: one that is removed afterwards)")
 args = parser.parse_args()
 
 with tempfile.TemporaryDirectory() as scratch:

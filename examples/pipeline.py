@@ -1,6 +1,6 @@
-r"""Nudging in pipelines: strings and chats, one or many, with who wrote what.
+r"""Nudges in pipelines: with strings and chats, one or many, and with the spans that each model wrote.
 
-On the pair in miniature, and on a real one:
+Run it with the mini pair or with a real pair:
 
     python examples/pipeline.py
     python examples/pipeline.py --device-map auto \
@@ -28,7 +28,7 @@ parser.add_argument("--threshold", type=float, default=0.4)
 parser.add_argument("--device-map", help='such as "auto"; needs accelerate')
 args = parser.parse_args()
 
-nudging_hf.register()  # pipelines learn the task "nudged-text-generation", and nudging_model= in "text-generation"
+nudging_hf.register()  # This adds the task "nudged-text-generation", and nudging_model= to "text-generation".
 
 pipe = pipeline(
     "nudged-text-generation",

@@ -1,6 +1,6 @@
-r"""One question, one nudged answer, and who wrote what of it.
+r"""Asks one question, and prints the nudged answer and which parts the nudging model wrote.
 
-On the pair in miniature, and on a real one:
+Run it with the mini pair or with a real pair:
 
     python examples/quickstart.py
     python examples/quickstart.py --threshold 0.3 --device-map auto \
@@ -26,14 +26,14 @@ parser.add_argument(
 )
 args = parser.parse_args()
 
-nudging_hf.register()  # model.generate learns nudging_model=
+nudging_hf.register()  # After this, model.generate accepts nudging_model=.
 
 tokenizer = AutoTokenizer.from_pretrained(args.base)
 base = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto", device_map=args.device_map)
 nudging_tokenizer = AutoTokenizer.from_pretrained(args.nudging_model)
 nudging_model = AutoModelForCausalLM.from_pretrained(args.nudging_model, dtype="auto", device_map=args.device_map)
 
-# The base is given plain text, the nudging model its chat template.
+# The base reads plain text, and the nudging model reads its chat template.
 messages = [
     {"role": "system", "content": "Answer the question and show every step on the way."},
     {"role": "user", "content": f"Question: {args.question}"},

@@ -1,4 +1,4 @@
-r"""Talks to a nudged model behind `transformers serve`, by the client of OpenAI.
+r"""Asks a nudged model that `transformers serve` serves, with OpenAI's client.
 
     nudging-hf hub export --base examples/mini/models/base --nudging-model examples/mini/models/nudging nudged
     transformers serve nudged --trust-remote-code --port 8000
@@ -35,7 +35,7 @@ MESSAGES = [
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[str]:
-    """Serves a model folder on a free port for as long as the context lasts; the address of its API."""
+    """Serves a model folder on a free port while the context lasts, and yields the address of its API."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -57,7 +57,7 @@ def server(folder: Path) -> Iterator[str]:
 
 
 def ask(url: str, model: str) -> None:
-    """One question, streamed; and once more, whole, with another threshold."""
+    """Asks one question with streaming, and once more without, with another threshold."""
     client = OpenAI(base_url=url, api_key="none")
     for chunk in client.chat.completions.create(model=model, messages=MESSAGES, stream=True):
         print(chunk.choices[0].delta.content or "", end="", flush=True)
@@ -68,8 +68,8 @@ def ask(url: str, model: str) -> None:
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--url", help="of a server that runs already, such as http://localhost:8000/v1")
-parser.add_argument("--model", default="nudged", help="as the server was told to serve it (default: %(default)s)")
+parser.add_argument("--url", help="the address of a running server, such as http://localhost:8000/v1")
+parser.add_argument("--model", default="nudged", help="the model's name at the server (default: %(default)s)")
 parser.add_argument("--base", default=MINI / "base")
 parser.add_argument("--nudging-model", default=MINI / "nudging")
 args = parser.parse_args()

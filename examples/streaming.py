@@ -1,6 +1,6 @@
-r"""An answer as it is written: in colour, with who wrote what, and as plain text from another thread.
+r"""Streams an answer in three ways: in colour, to a function of yours, and as plain text from another thread.
 
-On the pair in miniature, and on a real one:
+Run it with the mini pair or with a real pair:
 
     python examples/streaming.py
     python examples/streaming.py --device-map auto \

@@ -222,7 +222,7 @@ class _Decoder:
             draft, ended = self.lookahead()  # rule 1
         words = self.words(draft) if draft else []  # rule 3
         if not self.one_vocabulary:
-            words, ended = self.takeable(words, ended)
+            words, ended = self.up_to_forbidden(words, ended)
         if ended:  # rule 2: all the text before EOS is accepted and the answer is finished
             answer.saw("termination")
             while words:
@@ -235,10 +235,10 @@ class _Decoder:
             answer.reason = "eos"
             return None
         if not words:  # nothing of this lookahead is allowed
-            return self.go_on_unsure
+            return self.go_on_without_words
         word = self.take_word(words)
         if self.ids_of(word) == []:  # nothing of this lookahead can be said in the base's vocabulary
-            return self.go_on_unsure
+            return self.go_on_without_words
         if not words:
             answer.saw("only one word")
         if not self.accept_word(word):  # rule 4: the first word is accepted
@@ -287,7 +287,7 @@ class _Decoder:
             self.accept(token, nudged=False)
         return self.out_of_room
 
-    def go_on_unsure(self):
+    def go_on_without_words(self):
         """The base goes on where a whole lookahead has no tokens in its vocabulary."""
         self.answer.saw("lookahead without tokens")
         token, _, would_end = self.ask_base()
@@ -386,7 +386,7 @@ class _Decoder:
         vocabulary = range(self.base.get_output_embeddings().out_features)
         return set(vocabulary) - set(self.forbidden_after(self.answer.ids)) <= set(eos_ids(self.base))
 
-    def takeable(self, words: list[str], ended: bool) -> tuple[list[str], bool]:
+    def up_to_forbidden(self, words: list[str], ended: bool) -> tuple[list[str], bool]:
         """Two vocabularies: words up to the first forbidden one, which is set aside; none if it is the first."""
         whole, ids = [], list(self.answer.ids)
         words = list(words)

@@ -1,4 +1,4 @@
-"""What `analyze` measures: against one step at a time on tiny random pairs, and runs that are killed and go on."""
+"""Tests `analyze`: its figures against a step-by-step computation on tiny random models, and continued runs."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ LENGTH = 12
 
 def model_of(tokenizer, seed):
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    loudness = [2.0 if piece[0] in "\u0120\u2581" else 1.0 for piece in pieces]  # So that the text has words.
+    loudness = [2.0 if piece[0] in "\u0120\u2581" else 1.0 for piece in pieces]  # This makes the text have words.
     ids = len(tokenizer), seed, tokenizer.eos_token_id, tokenizer.pad_token_id
     return tiny.tiny_model("llama", *ids, loudness=loudness, eos_rate=0.01)
 
@@ -39,7 +39,7 @@ def along(work):
 
 
 def next_token(reader, prompt, answer):
-    """The logits of one pass that reads a prompt and an answer so far, and no more."""
+    """The logits after a prompt and the answer so far, from a pass that reads nothing else."""
     with torch.no_grad():
         return reader.model(torch.tensor([prompt + answer])).logits[0, -1]
 
@@ -52,8 +52,8 @@ def trio():
 
 
 @pytest.fixture(scope="module")
-def strangers():
-    """The same with a nudging model of another vocabulary."""
+def trio_of_two_vocabularies():
+    """The same three, but the nudging model has another vocabulary."""
     tokenizer = tiny.byte_bpe()
     return reader_of(tokenizer, 1, chat=False), reader_of(tiny.metaspace_bpe(), 2), reader_of(tokenizer, 3)
 
@@ -61,7 +61,7 @@ def strangers():
 # Positions ----------------------------------------------------------------------------------------------------------
 
 
-def test_positions_are_what_each_model_says_one_step_at_a_time(trio):
+def test_positions_are_what_each_model_predicts_one_step_at_a_time(trio):
     base, nudging, large = trio
     rows = along(analysis_of(*trio))
     assert len(rows) == len(PROMPTS)
@@ -76,17 +76,17 @@ def test_positions_are_what_each_model_says_one_step_at_a_time(trio):
             tokens = [int(each.argmax()) for each in logits]
             assert p == pytest.approx(float(logits[0].softmax(-1).max()), abs=1e-5)
             assert differs == (tokens[0] != tokens[2]) and agrees == (tokens[1] == tokens[2])
-            answer.append(tokens[2])  # The large model's greedy answer.
+            answer.append(tokens[2])  # The answer is the large model's greedy one.
             seen += 1
         assert large.vocabulary.join(answer).decode(errors="replace") == row["answer"]["text"]
         assert answer == row["answer"]["ids"]
     assert seen > len(PROMPTS)
 
 
-def test_across_vocabularies_places_are_compared_where_both_have_a_token_by_text(strangers):
-    _, nudging, large = strangers
+def test_across_vocabularies_positions_are_compared_by_text_where_a_token_starts_in_both(trio_of_two_vocabularies):
+    _, nudging, large = trio_of_two_vocabularies
     compared = left_out = 0
-    for prompt, row in zip(PROMPTS, along(analysis_of(*strangers)), strict=True):
+    for prompt, row in zip(PROMPTS, along(analysis_of(*trio_of_two_vocabularies)), strict=True):
         [written] = large.answers([prompt], LENGTH)
         ids = written.ids
         text = large.vocabulary.join(ids)
@@ -145,7 +145,7 @@ def test_without_a_large_model_positions_are_those_of_the_nudged_answers(trio):
         (Prediction(1, b"a", False, 1), Prediction(1, b"a", True, 1), False, False),
     ],
 )
-def test_agreement_is_of_tokens_in_one_vocabulary_and_of_text_across_two(one, other, same_vocabulary, expected):
+def test_agreement_compares_tokens_in_one_vocabulary_and_text_across_two(one, other, same_vocabulary, expected):
     assert agree(one, other, same_vocabulary) is expected
     assert agree(other, one, same_vocabulary) is expected
 
@@ -189,8 +189,8 @@ def test_tables_of_a_case_that_can_be_counted_by_hand():
     assert found["alone"] == {"base": 0, "nudging model": 1, "large aligned": 1 / 2}
 
 
-def test_tables_add_up_and_go_up_with_the_threshold(strangers):
-    work = analysis_of(*strangers)
+def test_tables_add_up_and_shares_rise_with_the_threshold(trio_of_two_vocabularies):
+    work = analysis_of(*trio_of_two_vocabularies)
     found = tables(PROMPTS, {unit: work.measure(unit) for unit in work.units()})
     assert sum(row["positions"] for row in found["bins"]) == found["along"]["positions"] > 0
     assert sum(row["share"] for row in found["bins"]) == pytest.approx(1)
@@ -206,13 +206,13 @@ def test_tables_add_up_and_go_up_with_the_threshold(strangers):
 
 @pytest.fixture
 def quick_plots(monkeypatch):
-    """Plots that take no time: `test_report.py` looks at the others."""
+    """Replaces the plots by ones that take no time. `test_report.py` tests the real ones."""
     monkeypatch.setattr(report, "plots", lambda tables: dict.fromkeys(("positions", "disagreement", "caught"), b"..."))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three models as a user's would be saved, and a file of prompts."""
+    """Three saved models, and a file of prompts."""
     folder = tmp_path_factory.mktemp("models")
     for name, tokenizer, seed in (
         ("base", tiny.byte_bpe(), 1), ("nudging", tiny.metaspace_bpe(), 2), ("large", tiny.byte_bpe(), 3)
@@ -233,7 +233,7 @@ def arguments(folder, out, *more):
     return [*map(str, ["analyze", *models, *asked, "--out", out, *more])]
 
 
-def test_a_run_that_is_killed_goes_on_and_gives_the_same_tables(folder, tmp_path, monkeypatch, quick_plots, capsys):
+def test_a_killed_run_continues_and_gives_the_same_tables(folder, tmp_path, monkeypatch, quick_plots, capsys):
     assert cli.main(arguments(folder, tmp_path / "whole")) == 0
     measure, measured = Analysis.measure, []
 
@@ -246,7 +246,7 @@ def test_a_run_that_is_killed_goes_on_and_gives_the_same_tables(folder, tmp_path
     monkeypatch.setattr(Analysis, "measure", killed)
     assert cli.main(arguments(folder, tmp_path / "killed")) == 130
     journal = tmp_path / "killed" / "units.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-20])  # Killed while it wrote the fifth.
+    journal.write_bytes(journal.read_bytes()[:-20])  # As if the run was killed while it wrote the fifth line.
     assert not (tmp_path / "killed" / "tables.json").exists()
 
     again = []
@@ -261,7 +261,7 @@ def test_a_run_that_is_killed_goes_on_and_gives_the_same_tables(folder, tmp_path
     assert again == []
 
 
-def test_more_thresholds_are_added_to_what_is_there_and_other_prompts_are_refused(
+def test_more_thresholds_are_added_to_a_finished_run_and_other_prompts_are_refused(
     folder, tmp_path, monkeypatch, quick_plots, capsys
 ):
     assert cli.main(arguments(folder, tmp_path, "--limit", 2)) == 0
@@ -300,7 +300,7 @@ def test_the_accuracy_is_that_of_the_answers_themselves(folder, tmp_path, quick_
         (["--base-template", "x"], "{user}"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_loaded(wrong, says, tmp_path, capsys):
+def test_invalid_arguments_are_refused_before_anything_is_loaded(wrong, says, tmp_path, capsys):
     assert cli.main(["analyze", "--out", str(tmp_path / "out"), *wrong]) == 2
     assert says in capsys.readouterr().err
 
@@ -311,5 +311,5 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch, capsys):
     assert "nudging-hf[analysis]" in capsys.readouterr().err
 
 
-def test_a_limit_takes_prompts_of_all_parts_of_a_file():
+def test_a_limit_takes_prompts_from_all_parts_of_a_file():
     assert spread(range(10), 3) == [0, 3, 6] and spread(range(3), 9) == [0, 1, 2]

@@ -37,7 +37,7 @@ def questions():
 
 
 @pytest.fixture(autouse=True)
-def _few_tokens_are_fast():
+def _one_thread():
     torch.set_num_threads(1)
 
 
@@ -54,7 +54,7 @@ def norm_in_own_dtype(norm, states):
 
 @pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("name", [BASE, OWN, SHARED])
-def test_a_widened_model_writes_the_same_logits(narrow, name, factor, monkeypatch):
+def test_a_widened_model_has_the_same_logits(narrow, name, factor, monkeypatch):
     # Llama's own norm squares in float32, whatever the dtype: its rounding would hide what is to be seen.
     monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_own_dtype)
     lm = narrow[name]
@@ -70,7 +70,7 @@ def test_a_widened_model_writes_the_same_logits(narrow, name, factor, monkeypatc
     assert after == factor**2 * before
 
 
-def test_widening_leaves_the_model_as_it_was(narrow):
+def test_widening_does_not_change_the_original_model(narrow):
     model = narrow[SHARED].model
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     widened(model, 2)
@@ -88,7 +88,7 @@ def test_no_weight_is_rounded_in_bfloat16(narrow):
 
 
 @torch.no_grad()
-def test_one_dnn_writes_the_same_logits_and_its_weights_are_counted():
+def test_one_dnn_gives_the_same_logits_and_its_weights_are_counted():
     plain, quick = (racers.load(BASE, 2, dtype).model for dtype in ("float32", racers.ONEDNN))
     ids = torch.arange(5, 30)[None]
     torch.testing.assert_close(quick(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-3)
@@ -110,7 +110,7 @@ def test_a_widened_pair_writes_the_same_nudged_answers(narrow, questions, small)
     assert all(len(answer) > 20 for answer in answers)
 
 
-def test_noise_goes_from_none_to_all(narrow):
+def test_a_noise_share_of_0_changes_nothing_and_of_1_leaves_only_noise(narrow):
     model = narrow[SHARED].model
     weight = model.model.layers[0].mlp.up_proj.weight
     same, all_noise = (with_noise(model, share).model.layers[0].mlp.up_proj.weight for share in (0.0, 1.0))
@@ -132,7 +132,7 @@ def test_a_contradicting_model_never_agrees_and_writes_short_words(narrow, quest
 
 
 @pytest.mark.parametrize("contestant", RACERS, ids=lambda each: each.name)
-def test_each_contestant_writes_as_much_as_it_is_told_to(narrow, questions, contestant):
+def test_each_contestant_writes_the_requested_length(narrow, questions, contestant):
     lms = {name: narrow[name] for name in contestant.models}
     rows = 2 if contestant.in_batches else 1
     row, _ = scenarios.measure(contestant, lms, Work(questions[:rows]).of_length(9))
@@ -141,12 +141,12 @@ def test_each_contestant_writes_as_much_as_it_is_told_to(narrow, questions, cont
     assert (row["small"]["passes"] > 0) == (len(contestant.models) > 1)
 
 
-def test_rows_of_a_batch_count_as_far_as_they_were_to_go(narrow, questions):
+def test_each_row_of_a_batch_counts_with_its_own_length(narrow, questions):
     row, _ = scenarios.measure(racers.ALONE, {BASE: narrow[BASE]}, Work(questions[:2], lengths=[3, 8]))
     assert row["lengths"] == [3, 8] and row["large"]["passes"] == 8
 
 
-def test_stepping_both_at_threshold_zero_is_the_base_behind_the_first_word(narrow, questions):
+def test_stepping_both_at_threshold_zero_is_the_base_after_the_first_word(narrow, questions):
     work = Work(questions[:1], threshold=0.0).of_length(12)
     assert racers.stepping_both(narrow, work) == racers.nudged(narrow, work, SHARED, 0)
 
@@ -156,7 +156,7 @@ def test_assisted_generation_writes_the_bases_own_text(narrow, questions):
     assert racers.assisted(narrow, work) == racers.base_alone(narrow, work)
 
 
-def test_a_meter_counts_passes_and_leaves_the_model_as_it_was(narrow):
+def test_a_meter_counts_passes_and_restores_the_model(narrow):
     model = narrow[SHARED].model
     with meters.Meter({"it": model}) as meter:
         model.generate(torch.tensor([[5, 6, 7]]), do_sample=False, min_new_tokens=4, max_new_tokens=4)
@@ -165,7 +165,7 @@ def test_a_meter_counts_passes_and_leaves_the_model_as_it_was(narrow):
     assert 0 < meter.passes["it"].seconds < meter.seconds
 
 
-def test_the_peak_of_memory_is_seen_also_after_it_is_over():
+def test_the_peak_of_memory_is_seen_after_the_memory_is_freed():
     with meters.PeakMemory() as memory:
         large = torch.ones(40_000_000)
         del large
@@ -174,13 +174,13 @@ def test_the_peak_of_memory_is_seen_also_after_it_is_over():
     assert 150e6 < memory.extra_bytes < 250e6
 
 
-def test_a_timed_pass_leaves_the_cache_as_it_was(narrow):
+def test_a_timed_pass_restores_the_cache(narrow):
     cache = scenarios.random_cache(narrow[SHARED].model, 2, 10)
     assert scenarios.timed_pass(narrow[SHARED].model, cache, 2, 3, 10) > 0
     assert cache.get_seq_length() == 10
 
 
-def test_questions_of_a_batch_are_of_all_tasks(questions):
+def test_a_batch_has_questions_of_all_tasks(questions):
     assert [len(call) for call in scenarios.groups(scenarios.Size(questions=2), 1)] == [1] * 8
     (call,) = scenarios.groups(scenarios.Size(), 8)
     assert [question.task for question in call[:4]] == [question.task for question in questions]
@@ -191,7 +191,7 @@ def timed(contestant: str, call: int, turn: int, seconds: float, tokens: int = 1
     return {"contestant": contestant, "call": call, "round": turn, "seconds": seconds, "lengths": [tokens]}
 
 
-def test_a_ratio_is_that_of_rates_and_its_quartiles_those_of_paired_runs():
+def test_a_ratio_compares_rates_and_its_quartiles_are_those_of_paired_runs():
     own = [timed("a", 0, 0, 1.0), timed("a", 0, 1, 3.0), timed("a", 1, 0, 2.0), timed("a", 1, 1, 2.0)]
     alone = [timed("b", 0, 0, 4.0), timed("b", 0, 1, 6.0), timed("b", 1, 0, 4.0), timed("b", 1, 1, 8.0)]
     found = tables.rate_against(own, alone)
@@ -218,7 +218,7 @@ def tiny_run(monkeypatch, tmp_path):
     return start
 
 
-def test_a_run_writes_its_figures_and_goes_on_where_it_was_broken_off(tiny_run, capsys):
+def test_a_run_writes_its_figures_and_continues_after_an_interruption(tiny_run, capsys):
     folder = tiny_run()
     results = json.loads((folder / "results.json").read_text())
     (race,) = results["races"]
@@ -246,7 +246,7 @@ def test_a_run_writes_its_figures_and_goes_on_where_it_was_broken_off(tiny_run, 
         ("with avx2", ["--dtype", "bfloat16"], {"bfloat16"}),
     ],
 )
-def test_many_rows_are_raced_in_bfloat16_where_the_cpu_has_instructions_for_it_or_it_is_asked_for(
+def test_batches_race_in_bfloat16_only_if_the_cpu_has_instructions_for_it_or_it_is_requested(
     cpu, arguments, of_many_rows, monkeypatch
 ):
     raced = []
@@ -257,7 +257,7 @@ def test_many_rows_are_raced_in_bfloat16_where_the_cpu_has_instructions_for_it_o
     assert set(raced) == {(1, dtype) for dtype in one_row} | {(n, dtype) for n in (8, 32) for dtype in of_many_rows}
 
 
-def test_answers_that_differ_by_draft_length_are_told_of():
+def test_answers_that_differ_by_draft_length_are_counted():
     rows = [{**timed("a", 0, 0, 1.0), "answers": ["x", "y"]}] * 2 + [{**timed("b", 0, 0, 1.0), "answers": ["x", "z"]}]
     assert tables._differing(rows) == {"differing": 1, "of": 6}
 

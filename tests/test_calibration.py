@@ -1,4 +1,4 @@
-"""The threshold for a pair: the search on curves made up, the rest on tiny random pairs and the pair in miniature."""
+"""Tests calibration: the search on synthetic curves, and the rest on tiny random pairs and the mini pair."""
 
 import copy
 import importlib.util
@@ -38,12 +38,12 @@ def pair():
 
 
 def calibrated(pair, prompts=PROMPTS, **kwargs):
-    """Of a single threshold, unless `kwargs` say otherwise."""
+    """A calibration that tries one threshold only, unless `kwargs` say otherwise."""
     return calibrate(*pair, prompts, **{"max_new_tokens": 12, "by_score": True, "thresholds": [0.5], **kwargs})
 
 
 def curve_of(rate):
-    """What `attempt` is to the search, for 1000 words and a nudge rate that is a function of γ."""
+    """An `attempt` for the search, with 1000 words and a nudge rate that is a function of γ."""
     return lambda threshold: Point(threshold, round(1000 * rate(threshold)), 1000, 10)
 
 
@@ -52,7 +52,7 @@ def curve_of(rate):
 
 @pytest.mark.parametrize("target", [0.03, 0.1, 0.2, 0.5, 0.77])
 @pytest.mark.parametrize("power", [0.3, 1, 4])
-def test_a_rising_rate_is_met_as_nearly_as_hundredths_can_in_seven_runs(target, power):
+def test_a_rising_rate_is_met_to_within_a_hundredth_in_seven_runs(target, power):
     attempt = curve_of(lambda threshold: threshold**power)
     found = search_by_nudge_rate(attempt, target)
     nearest = min(abs(attempt(step / 100).nudge_rate - target) for step in range(101))
@@ -68,33 +68,33 @@ def test_a_gate_whose_rate_falls_is_searched_the_other_way(target):
     assert found.nudge_gate == "entropy" and found.threshold == pytest.approx(6 * (1 - target), abs=0.1)
 
 
-def test_of_a_jump_the_nearer_side_is_taken():
+def test_the_nearer_side_of_a_jump_is_chosen():
     attempt = curve_of(lambda threshold: 0.04 if threshold < 0.33 else 0.3)
     low, high = (search_by_nudge_rate(attempt, target) for target in (0.1, 0.25))
     assert low.threshold < 0.33 and low.chosen.nudge_rate == 0.04
     assert high.threshold >= 0.33 and high.chosen.nudge_rate == 0.3
     assert "No threshold comes nearer" in low.verdict
-    assert {0.32, 0.33} <= {point.threshold for point in low.curve}  # Both sides of the jump were looked at.
+    assert {0.32, 0.33} <= {point.threshold for point in low.curve}  # The search tried both sides of the jump.
 
 
 @pytest.mark.parametrize(
     ("rate", "threshold", "why"),
     [(0.15, 0.0, "Every threshold nudges more"), (0.06, 1.0, "Every threshold nudges less")],
 )
-def test_a_target_out_of_reach_is_told_with_the_end_of_the_curve(rate, threshold, why):
+def test_an_unreachable_target_gives_a_warning_and_the_end_of_the_curve(rate, threshold, why):
     found = search_by_nudge_rate(curve_of(lambda threshold: rate + 0.01 * (threshold - 0.5)), 0.1)
     assert threshold in {point.threshold for point in found.curve}
     assert len(found.warnings) == 1 and why in found.warnings[0]
 
 
 @pytest.mark.parametrize(("rate", "warned"), [(0.2, False), (0.201, True)])
-def test_more_than_a_fifth_of_nudged_words_is_warned_of(rate, warned):
+def test_more_than_a_fifth_of_nudged_words_gives_a_warning(rate, warned):
     found = search_by_nudge_rate(curve_of(lambda threshold: rate), 0.2)
     assert any("quality falls" in warning for warning in found.warnings) == warned
     assert ("in order" in found.verdict) != warned
 
 
-def test_the_best_score_is_chosen_and_of_equals_the_fewest_nudges():
+def test_the_best_score_is_chosen_and_among_equals_the_one_with_the_fewest_nudges():
     points = {0.5: (7, 90), 0.2: (9, 80), 0.3: (9, 70), 0.4: (9, 70), 0.1: (8, 10)}
     tried = []
 
@@ -108,7 +108,7 @@ def test_the_best_score_is_chosen_and_of_equals_the_fewest_nudges():
     assert tried == [0.1, 0.2, 0.3, 0.4, 0.5] == [point.threshold for point in found.curve]
 
 
-def test_a_score_of_nothing_is_warned_of():
+def test_a_score_of_zero_gives_a_warning():
     found = search_by_score(lambda threshold: Point(threshold, 1, 100, 10, 0), [0.1, 0.2])
     assert "No answer is right" in found.verdict
 
@@ -116,7 +116,7 @@ def test_a_score_of_nothing_is_warned_of():
 # On models ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_point_is_what_generate_gives(pair):
+def test_a_point_counts_the_answers_of_generate(pair):
     found = calibrated(pair, thresholds=[0.3, 0.6])
     base, nudger, tokenizer, nudging_tokenizer = pair
     for point in found.curve:
@@ -151,7 +151,7 @@ def test_the_batch_size_changes_nothing(pair):
     assert calibrated(pair, batch_size=1) == calibrated(pair, batch_size=2) == calibrated(pair)
 
 
-def test_the_bases_own_prompt_is_given_to_the_base_alone(pair):
+def test_the_base_s_own_prompt_is_given_only_to_the_base(pair):
     label = {"pattern": "(a)", "answer": "a"}
     plain = [Prompt(prompt.messages, **label) for prompt in PROMPTS]
     same = [Prompt(prompt.messages, f"Say: {prompt.messages[0]['content']}", **label) for prompt in PROMPTS]
@@ -160,7 +160,7 @@ def test_the_bases_own_prompt_is_given_to_the_base_alone(pair):
     assert found.curve != calibrated(pair, plain).curve
 
 
-def test_a_nudging_model_without_a_template_reads_the_bases_prompt(pair):
+def test_a_nudging_model_without_a_template_reads_the_base_s_prompt(pair):
     base, nudger, tokenizer, nudging_tokenizer = pair
     echo = "{{ messages[0]['content'] }}"
     bare, echoing = (_with_template(nudging_tokenizer, template) for template in (None, echo))
@@ -175,7 +175,7 @@ def _with_template(tokenizer, template):
     return copied
 
 
-def test_the_other_knobs_are_those_given_or_else_the_bases(pair, monkeypatch):
+def test_the_other_parameters_are_those_given_or_else_the_base_s(pair, monkeypatch):
     less = {"max_new_tokens": 24, "thresholds": [0.3]}
     settings = NudgingConfig(num_nudging_tokens=3, takeover_on_agreement=False)
     found = calibrated(pair, nudging_config=settings, **less)
@@ -210,15 +210,15 @@ def test_warnings_are_logged(pair, caplog):
         ({"base_template": "no field"}, "needs {user} once"),
     ],
 )
-def test_what_cannot_be_done_is_refused(pair, kwargs, message):
+def test_invalid_arguments_are_refused(pair, kwargs, message):
     with pytest.raises(ValueError, match="^[^\n]*" + message.replace("{", r"\{")):
         calibrated(pair, **kwargs)
 
 
-# A run that is broken off -------------------------------------------------------------------------------------------
+# Interrupted runs ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_broken_off_goes_on_and_finds_the_same(pair, tmp_path):
+def test_an_interrupted_run_continues_with_the_same_result(pair, tmp_path):
     kwargs = {"by_score": False, "target_nudge_rate": 0.865, "batch_size": 2, "max_new_tokens": 8}
     whole = calibrated(pair, **kwargs)
     assert len(whole.curve) > 2
@@ -242,7 +242,7 @@ def test_a_run_that_was_broken_off_goes_on_and_finds_the_same(pair, tmp_path):
     assert not again
 
 
-def test_a_file_of_something_else_is_refused(pair, tmp_path):
+def test_a_file_of_another_setup_or_kind_is_refused(pair, tmp_path):
     file = tmp_path / "resume"
     calibrated(pair, resume=file)
     kept = file.read_text()
@@ -280,7 +280,7 @@ def test_prompts_are_read_from_lines_and_from_rows(tmp_path):
     [{}, [], {"messages": []}, {"messages": "Where?"}, {**ROW, "pattern": "a"}, {**ROW, "pattern": "("},
      {**ROW, "answer": None}, {**ROW, "pattern": None}, {"messages": [{"role": "assistant", "content": "a"}]}],
 )  # fmt: skip
-def test_a_row_that_is_no_prompt_is_named(tmp_path, row):
+def test_a_row_that_is_not_a_prompt_is_named(tmp_path, row):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps(ROW) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 2"):
@@ -323,7 +323,7 @@ def test_a_saved_threshold_is_loaded_with_the_model_and_nothing_else_changes(pai
     assert not list(tmp_path.glob("*.new"))
 
 
-def test_a_threshold_is_saved_to_models_alone(tmp_path):
+def test_a_threshold_is_saved_only_to_a_model_folder(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         save(Calibration(0.4, ()), tmp_path)
 
@@ -334,7 +334,7 @@ def test_the_curve_is_drawn(right):
     assert report.plot_calibration(Calibration(0.1, points, 0.1)).startswith(b"\x89PNG")
 
 
-# The pair in miniature, and the command line ------------------------------------------------------------------------
+# The mini pair, and the command line --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +370,7 @@ def test_the_mini_pair_meets_the_target_on_questions_that_it_was_not_calibrated_
     assert out.count(" <- |\n") == 1 and out.count("% |") >= len(saved["curve"])
     assert len(resume.read_text().splitlines()) == 1 + len(saved["curve"])
 
-    assert run(capsys, *args)[1] == out  # From what was kept: nothing is generated.
+    assert run(capsys, *args)[1] == out  # The second run reads the kept answers and generates nothing.
 
     model = AutoModelForCausalLM.from_pretrained(base)
     assert model.generation_config.nudge_threshold == saved["threshold"]
@@ -398,6 +398,6 @@ def test_the_mini_pair_meets_the_target_on_questions_that_it_was_not_calibrated_
         (["--by-score", "--thresholds", 0.3], "20 of 20 have none"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_exit_code_2(capsys, args, message):
+def test_a_user_error_is_one_line_and_exit_code_2(capsys, args, message):
     code, out, err = run(capsys, "--base", MINI / "models" / "base", *args)
     assert (code, out) == (2, "") and message in err and err.splitlines()[-1].startswith("nudging-hf: error: ")

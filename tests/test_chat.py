@@ -1,4 +1,4 @@
-"""`nudging-hf chat`: turns, commands, interrupts. A pair of tiny random models, saved as a user's would be."""
+"""Tests `nudging-hf chat`: turns, commands and interrupts, with a saved pair of tiny random models."""
 
 import io
 import json
@@ -19,11 +19,11 @@ ARGUMENTS = ["--max-new-tokens", "12"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models of two vocabularies. The nudging model's template refuses the word "forbidden"."""
+    """A pair with two vocabularies. The nudging model's template refuses the word "forbidden"."""
     folder = tmp_path_factory.mktemp("pair")
     for name, tokenizer, seed in (("base", tiny.byte_bpe(), 1), ("nudging", tiny.metaspace_bpe(), 2)):
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        loudness = [2.0 if token[0] in "\u0120\u2581" else 1.0 for token in tokens]  # So that the text has words.
+        loudness = [2.0 if token[0] in "\u0120\u2581" else 1.0 for token in tokens]  # This makes the text have words.
         ids = (tokenizer.eos_token_id, tokenizer.pad_token_id)
         model = tiny.tiny_model("llama", len(tokenizer), seed, *ids, loudness=loudness, eos_rate=0.008)
         model.save_pretrained(folder / name)
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def chat(folder, capsys, monkeypatch):
-    """Runs a chat on lines of standard input: the exit code, standard output and standard error."""
+    """Runs a chat on lines of standard input and returns the exit code, standard output and standard error."""
 
     def run(*lines, options=(), command="chat"):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -108,7 +108,7 @@ def test_a_turn_that_cannot_be_answered_is_left_out_and_the_chat_goes_on(chat, a
     assert [text for role, text in asked[-1] if role == "user"] == ["What is it?", "And then?"]
 
 
-def test_what_torch_cannot_do_is_said_and_the_chat_goes_on(chat, monkeypatch):
+def test_an_error_of_torch_is_reported_and_the_chat_goes_on(chat, monkeypatch):
     def generate(*args, **kwargs):
         raise torch.OutOfMemoryError("Out of memory.\nMany more lines.")
 
@@ -125,16 +125,16 @@ def test_new_starts_over(chat, asked):
     assert asked[-1] == [("system", "Be brief."), ("user", "And then?")]
 
 
-def test_the_system_message_can_be_changed_and_taken_away(chat, asked):
+def test_the_system_message_can_be_changed_and_removed(chat, asked):
     chat("One?", "/system Be brief.", "Two?", "/system", "Three?")
     assert [messages[0] for messages in asked] == [("user", "One?"), ("system", "Be brief."), ("user", "One?")]
 
 
-def test_the_threshold_holds_from_the_next_answer_on(chat, tmp_path):
+def test_a_new_threshold_applies_from_the_next_answer_on(chat, tmp_path):
     lines = ("One?", "/threshold 0", "Two?", "/threshold 2", "Three?", "/threshold auto", "Four?")
     answers = saved(chat, tmp_path / "chat.json", *lines)[0][1::2]
     assert [answer["nudge_threshold"] for answer in answers] == [0.4, 0.0, 2.0, "auto"]
-    assert len(answers[1]["nudged_spans"]) <= 1  # The first word.
+    assert len(answers[1]["nudged_spans"]) <= 1  # At most the first word is nudged.
     _, _, err = chat("/threshold", "/threshold 0.7", "/threshold")
     assert [line for line in err.splitlines() if line] == [f"The threshold of top1 is {t}." for t in (0.4, 0.7, 0.7)]
 
@@ -149,13 +149,13 @@ def test_the_threshold_holds_from_the_next_answer_on(chat, tmp_path):
         ("/nonsense", "There is no command /nonsense; /help lists them."),
     ],
 )
-def test_a_wrong_command_is_said_and_changes_nothing(chat, asked, command, message):
+def test_a_wrong_command_is_reported_and_changes_nothing(chat, asked, command, message):
     code, _, err = chat("One?", command, "Two?", options=["--quiet"])
     assert code == 0 and err.startswith(f"error: {message}") and err.count("\n") == 1
     assert [text for role, text in asked[-1] if role == "user"] == ["One?", "Two?"]
 
 
-def test_a_chat_is_saved_again_where_it_was_saved_and_nothing_else_is_overwritten(chat, tmp_path):
+def test_saving_again_overwrites_the_chat_s_own_file_and_no_other(chat, tmp_path):
     path = tmp_path / "chat.json"
     chat("One?", f"/save {path}", "Two?", "/save")
     first = path.read_bytes()
@@ -175,7 +175,7 @@ def test_help_lists_every_command_and_quit_ends(chat, asked):
 
 @pytest.fixture
 def terminal(monkeypatch, folder, capsys):
-    """Runs a chat as in a terminal, where `typed` yields lines, or raises what keys raise."""
+    """Runs a chat as in a terminal. `typed` yields lines, or raises the exception of a key such as Ctrl-C."""
 
     def run(typed, options=()):
         monkeypatch.setenv("NO_COLOR", "1")
@@ -238,7 +238,7 @@ def test_a_line_that_is_not_utf_8_is_left_out_and_the_chat_goes_on(folder, asked
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 0 and [messages[-1] for messages in asked] == [("user", "One, café?"), ("user", "Three?")]
     assert all(role != "system" for messages in asked for role, _ in messages)
-    text = "error: The line, which is left out, is no text in utf-8: behind"
+    text = "error: The line, which is left out, is not valid utf-8: it has"
     assert said == [
         f"{text} 'Two, caf' stands the byte 0xe9; give it as UTF-8.",
         f"{text} '/system ' stands the byte 0xe9; give it as UTF-8.",
@@ -248,10 +248,10 @@ def test_a_line_that_is_not_utf_8_is_left_out_and_the_chat_goes_on(folder, asked
 def test_a_typed_line_that_is_not_utf_8_is_left_out(terminal, asked):
     code, _, err = terminal(["One\udce9?", "Two?", EOFError])
     assert code == 0 and [messages[-1][1] for messages in asked] == ["Two?"]
-    assert "error: The line, which is left out, is no text in utf-8: behind 'One' stands the byte 0xe9" in err
+    assert "error: The line, which is left out, is not valid utf-8: it has the byte 0xe9 after 'One'" in err
 
 
-def test_an_interrupt_ends_a_chat_that_nobody_types(chat, monkeypatch):
+def test_an_interrupt_ends_a_chat_that_is_not_typed(chat, monkeypatch):
     monkeypatch.setattr("nudging_hf.pair.generate", interrupted([([70], True)]))
     code, out, _ = chat("One?", "Two?")
     assert code == 130 and out.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The command line, and what the demonstration measures. Pairs of tiny random models, saved as a user's would be."""
+"""Tests the command line and the demonstration's figures, with pairs of tiny random models in folders."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def save(folder, model, tokenizer):
 
 @pytest.fixture(scope="module")
 def pair_folder(tmp_path_factory):
-    """A pair's folder: every model that it can hold, with two vocabularies."""
+    """A pair's folder with every model that it can hold, in two vocabularies."""
     folder = tmp_path_factory.mktemp("pair")
     tokenizer, nudging_tokenizer = tiny.byte_bpe(), tiny.metaspace_bpe()
     (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
@@ -53,7 +53,7 @@ def pair_folder(tmp_path_factory):
         ("nudging-shared", tokenizer, 3),
         ("large-aligned", tokenizer, 4),
     ):
-        # Louder tokens that begin a word, so that the text has words.
+        # Tokens that begin a word get larger logits, so that the text has words.
         loudness = [2.0 if piece[0] in "\u0120\u2581" else 1.0 for piece in its.convert_ids_to_tokens(range(len(its)))]
         model = tiny.tiny_model(
             "llama", len(its), seed, its.eos_token_id, its.pad_token_id, loudness=loudness, eos_rate=0.008
@@ -64,19 +64,19 @@ def pair_folder(tmp_path_factory):
 
 @pytest.fixture
 def models(pair_folder):
-    """The arguments that name two models."""
+    """The arguments that name the two models."""
     return ["--base", f"{pair_folder}/models/base", "--nudging-model", f"{pair_folder}/models/nudging"]
 
 
 @pytest.fixture(autouse=True)
 def colours(monkeypatch):
-    """An environment that has nothing against colours."""
+    """Makes the environment one that permits colours."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
 
 
 def expected(pair_folder, prompt=PROMPT, base_prompt=None, system=None, **kwargs):
-    """The answer that the package itself gives, and its output."""
+    """The answer of `nudging_hf.generate`, and its whole output."""
     base, nudging = Reader.load(pair_folder / "models/base"), Reader.load(pair_folder / "models/nudging")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
@@ -99,7 +99,7 @@ def expected(pair_folder, prompt=PROMPT, base_prompt=None, system=None, **kwargs
 
 
 def run(capsys, *args, terminal=False):
-    """Exit code, standard output, standard error; `terminal` says whether standard output is one."""
+    """Exit code, standard output and standard error. `terminal` says whether standard output is a terminal."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.stdout, "isatty", lambda: terminal)
         code = cli.main([*map(str, args)])
@@ -130,7 +130,7 @@ def test_the_prompt_comes_from_standard_input_too(models, capsys, monkeypatch, a
     assert (code, out, err) == (0, of_argument, "")
 
 
-def test_both_prompts_are_as_they_were_asked_for(pair_folder, models, capsys):
+def test_both_prompts_follow_the_arguments(pair_folder, models, capsys):
     text, _ = expected(pair_folder, base_prompt=f"Be brief.\nQ: {PROMPT}\n", system="Be brief.")
     template = ["--system", "Be brief.", "--base-template", "{system}\\nQ: {user}\\n"]
     _, out, _ = run(capsys, "generate", *models, "--max-new-tokens", 24, *template, PROMPT)
@@ -158,7 +158,7 @@ def test_a_nudging_model_without_a_template_reads_the_base_s_prompt(pair_folder,
     assert out.rstrip() == whole.tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True).rstrip()
 
 
-def test_marks_and_colour_stand_around_the_nudged_words_and_change_nothing_else(models, capsys):
+def test_marks_and_colour_surround_the_nudged_words_and_change_nothing_else(models, capsys):
     args = ["generate", *models, "--max-new-tokens", 24, "--quiet", PROMPT]
     _, plain, _ = run(capsys, *args)
     _, marked, _ = run(capsys, *args, "--marks")
@@ -167,7 +167,7 @@ def test_marks_and_colour_stand_around_the_nudged_words_and_change_nothing_else(
     assert marked.replace("⟦", "\033[1;32m").replace("⟧", "\033[0m") == coloured
 
 
-def test_a_terminal_gets_colour_or_else_marks(models, capsys, monkeypatch):
+def test_a_terminal_gets_colour_or_marks(models, capsys, monkeypatch):
     def shown(*options):
         args = ["generate", *models, "--max-new-tokens", 8, "--quiet", *options, PROMPT]
         out = run(capsys, *args, terminal=True)[1]
@@ -201,7 +201,7 @@ def test_a_seed_makes_a_sample_repeatable(models, capsys):
         (["--device", "cpu", "--device-map", "cpu"], "--device and --device-map"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_exit_code_2(models, capsys, changed, message):
+def test_a_user_error_is_one_line_and_exit_code_2(models, capsys, changed, message):
     code, out, err = run(capsys, "generate", *models, "--max-new-tokens", 4, *changed, PROMPT)
     assert (code, out) == (2, "")
     assert err.startswith("nudging-hf: error: ") and message in err
@@ -244,7 +244,7 @@ def test_an_interrupt_leaves_the_terminal_plain(models, capsys, monkeypatch):
     assert out.startswith("\033[1;32m") and out.endswith("\033[0m\n")
 
 
-def test_a_reader_that_has_had_enough_is_no_error(models, capsys, monkeypatch):
+def test_a_closed_pipe_is_no_error(models, capsys, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w", encoding="utf-8") as out:
@@ -260,7 +260,7 @@ NOT_UTF_8 = b"caf\xe9, please\n"
 
 
 def piped(data, encoding="utf-8"):
-    """Standard input as a process has it."""
+    """A standard input of bytes, as a process has one."""
     return io.TextIOWrapper(io.BytesIO(data), encoding=encoding)
 
 
@@ -269,15 +269,15 @@ def test_standard_input_that_is_not_utf_8_is_one_line_and_exit_code_2(models, ca
     monkeypatch.setattr(sys, "stdin", piped(NOT_UTF_8))
     code, out, err = run(capsys, "generate", *models, *argument)
     assert (code, out) == (2, "")
-    said = "Standard input is no text in utf-8: behind 'caf' stands the byte 0xe9; give it as UTF-8."
+    said = "Standard input is not valid utf-8: it has the byte 0xe9 after 'caf'; give it as UTF-8."
     assert err == f"nudging-hf: error: {said}\n"
     assert not sys.stdin.closed
 
 
-def test_standard_input_that_is_not_what_its_encoding_says_names_the_way_out(models, capsys, monkeypatch):
+def test_standard_input_that_its_encoding_cannot_decode_is_refused_with_a_remedy(models, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", piped("café".encode(), "ascii"))
     code, _, err = run(capsys, "generate", *models)
-    assert code == 2 and "is no text in ascii: behind 'caf' stands the byte 0xc3; set PYTHONUTF8=1" in err
+    assert code == 2 and "is not valid ascii: it has the byte 0xc3 after 'caf'; set PYTHONUTF8=1" in err
 
 
 def test_standard_input_is_read_in_its_encoding(models, capsys, monkeypatch):
@@ -309,8 +309,8 @@ def test_an_argument_that_is_not_utf_8_is_one_line_and_exit_code_2(capsys, args)
     code, out, err = run(capsys, *args)
     assert (code, out) == (2, "")
     number = next(i for i, arg in enumerate(args, start=1) if "\udce9" in arg)
-    assert err.startswith(f"nudging-hf: error: Argument {number} is no text in utf-8: ") and err.count("\n") == 1
-    assert "stands the byte 0xe9; give it as UTF-8" in err
+    assert err.startswith(f"nudging-hf: error: Argument {number} is not valid utf-8: ") and err.count("\n") == 1
+    assert "it has the byte 0xe9 " in err and "; give it as UTF-8." in err
 
 
 @pytest.mark.parametrize("command", ["calibrate", "compare", "analyze"])
@@ -330,7 +330,7 @@ def test_an_argument_that_is_not_utf_8_is_one_line_and_exit_code_2(capsys, args)
         (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n', "got a part {'type': 'text'}"),
     ],
 )
-def test_a_file_of_prompts_that_are_no_text_is_one_line_and_exit_code_2(models, capsys, tmp_path, command, data, said):
+def test_an_invalid_file_of_prompts_is_one_line_and_exit_code_2(models, capsys, tmp_path, command, data, said):
     path = tmp_path / "prompts"
     path.write_bytes(data)
     out = [] if command == "calibrate" else ["--out", tmp_path / "out"]
@@ -339,7 +339,7 @@ def test_a_file_of_prompts_that_are_no_text_is_one_line_and_exit_code_2(models, 
     assert err.startswith(f"nudging-hf: error: {path}, line ") and said in err and err.count("\n") == 1
 
 
-def test_a_file_s_mark_of_utf_8_is_no_text_and_only_line_breaks_end_its_lines(tmp_path):
+def test_a_byte_order_mark_is_skipped_and_only_line_breaks_end_lines(tmp_path):
     path = tmp_path / "prompts"
     asked = ["one\u2028two", "three\x85four"]
     path.write_bytes("\ufeff{}\r\n{}\n".format(*asked).encode())
@@ -351,7 +351,7 @@ def test_a_file_s_mark_of_utf_8_is_no_text_and_only_line_breaks_end_its_lines(tm
 
 @pytest.fixture
 def standard_output(monkeypatch):
-    """Puts a standard output of some encoding in place, and returns how to read it."""
+    """Replaces standard output by one of a given encoding, and returns a function that reads it."""
 
     def put(encoding, errors="strict"):
         raw = io.BytesIO()
@@ -363,7 +363,7 @@ def standard_output(monkeypatch):
 
 @pytest.fixture
 def says(monkeypatch):
-    """Has the answer be a text."""
+    """Makes the answer a given text."""
 
     def put(text):
         def answer(*args, streamer, **kwargs):
@@ -376,14 +376,14 @@ def says(monkeypatch):
     return put
 
 
-def test_an_output_that_lacks_characters_is_given_escapes_and_that_is_said(models, capsys, standard_output, says):
+def test_characters_that_the_output_lacks_are_escaped_with_a_note(models, capsys, standard_output, says):
     says("caf\u00e9 \U0001f600!")
     written = standard_output("ascii")
     assert cli.main(["generate", *models, "--quiet", PROMPT]) == 130
     assert written() == b"caf\\xe9 \\U0001f600!\n"
     err = capsys.readouterr().err
-    said = "nudging-hf: standard output is ascii, which lacks '\\xe9', '\\U0001f600': escapes stand there instead."
-    assert err.splitlines().count(said + " Set PYTHONIOENCODING=utf-8 to have the characters.") == 1
+    said = "nudging-hf: standard output is ascii, which lacks '\\xe9', '\\U0001f600': they are shown as escapes."
+    assert err.splitlines().count(said + " Set PYTHONIOENCODING=utf-8 to see the characters.") == 1
     assert sys.stdout.errors == "strict"
 
 
@@ -395,7 +395,7 @@ def test_an_output_that_lacks_characters_is_given_escapes_and_that_is_said(model
         ("ascii", "replace", b"caf?!\n"),
     ],
 )
-def test_an_output_that_takes_all_or_was_told_what_to_do_says_nothing(
+def test_no_note_if_the_output_has_all_characters_or_the_user_chose_an_error_handler(
     models, capsys, standard_output, says, encoding, errors, expected
 ):
     says("caf\u00e9!")
@@ -417,12 +417,12 @@ SCRIPT = "import sys; from nudging_hf.cli import main; sys.exit(main())"
 @pytest.mark.parametrize(
     ("args", "data", "streams", "said"),
     [
-        ([], NOT_UTF_8, "", b"Standard input is no text in utf-8: behind 'caf' stands the byte 0xe9"),
-        ([b"caf\xe9"], b"", "", b"Argument 6 is no text in utf-8: behind 'caf' stands the byte 0xe9"),
+        ([], NOT_UTF_8, "", b"Standard input is not valid utf-8: it has the byte 0xe9 after 'caf'"),
+        ([b"caf\xe9"], b"", "", b"Argument 6 is not valid utf-8: it has the byte 0xe9 after 'caf'"),
         ([], b"", "<&-", b"The prompt is empty"),
     ],
 )
-def test_a_process_reads_bytes_as_it_says(models, args, data, streams, said):
+def test_a_process_refuses_bytes_that_it_cannot_decode(models, args, data, streams, said):
     command = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, "-c", SCRIPT, "generate", *models, *args]
     done = subprocess.run(command, input=data, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
     assert (done.returncode, done.stdout) == (2, b"")
@@ -454,7 +454,7 @@ NUDGED, SHARED = f"{comparison.NUDGED}, γ = 0.4", f"{comparison.NUDGED} (shared
 
 
 def contestants_in(folder):
-    """The contestants that a folder has models for, and its questions."""
+    """The contestants whose models a folder has, and its questions."""
     models, questions = demo.load(folder)
     return contestants_of(models, [NudgingConfig(0.4)], with_rivals=False)[0], questions
 
@@ -496,7 +496,7 @@ def test_a_batch_gives_the_answers_of_single_questions(pair_folder):
         assert together == alone
 
 
-def test_passes_are_counted_where_they_are_made(pair_folder):
+def test_passes_are_counted_for_the_model_that_makes_them(pair_folder):
     (base, nudging, nudged, *_), questions = contestants_in(pair_folder)
     seen = []
     settings = {"max_new_tokens": 8, "batch_size": 6, "progress": lambda name, answered: seen.append(answered)}
@@ -507,7 +507,7 @@ def test_passes_are_counted_where_they_are_made(pair_folder):
     assert not base.large.model._forward_pre_hooks
 
 
-def test_what_was_finished_is_shown_after_an_interrupt(pair_folder, capsys, monkeypatch, short):
+def test_finished_results_are_shown_after_an_interrupt(pair_folder, capsys, monkeypatch, short):
     def interrupted(contestants, *args, **kwargs):
         if contestants[0].nudged:
             raise KeyboardInterrupt
@@ -527,7 +527,7 @@ def test_companions_may_be_missing(pair_folder, tmp_path, capsys, short):
     assert code == 0 and NUDGED in out and SHARED not in out and comparison.ALIGNED not in out
 
 
-def test_the_table_and_the_sentences_are_made_of_the_figures():
+def test_the_table_and_the_sentences_report_the_figures():
     questions = (Prompt(**QUESTIONS[0]),) * 10
 
     def result(name, right, passes, nudged=False):
@@ -555,7 +555,7 @@ def test_a_missing_pair_is_an_error_that_names_the_argument(capsys, tmp_path, mo
     assert code == 2 and "--pair" in err
 
 
-def test_the_pair_is_found_here_or_beside_the_package(tmp_path, monkeypatch):
+def test_the_pair_is_found_in_the_working_folder_or_beside_the_package(tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "here"):
         (folder / "examples" / "mini").mkdir(parents=True)
         (folder / "examples" / "mini" / "heldout.jsonl").touch()
@@ -570,7 +570,7 @@ def test_the_pair_is_found_here_or_beside_the_package(tmp_path, monkeypatch):
     "row", ["{", "[]", '{"task": "sums"}', json.dumps({**QUESTIONS[0], "pattern": "("}),
             json.dumps({**QUESTIONS[0], "pattern": "a"}), json.dumps({**QUESTIONS[0], "messages": []})]
 )  # fmt: skip
-def test_a_row_that_is_no_question_is_named(tmp_path, row):
+def test_a_row_that_is_not_a_question_is_named(tmp_path, row):
     path = tmp_path / "heldout.jsonl"
     path.write_text(json.dumps(QUESTIONS[0]) + "\n" + row + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 2"):

@@ -1,4 +1,4 @@
-"""What `compare` lets whom answer, what it makes of the answers, and runs that are killed and go on."""
+"""Tests `compare`: its contestants, its figures, and runs that are killed and continued."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ QUESTIONS = [Prompt(**row) for row in ROWS]
 
 def model_of(tokenizer, seed):
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    loudness = [2.0 if piece[0] in "\u0120\u2581" else 1.0 for piece in pieces]  # So that the text has words.
+    loudness = [2.0 if piece[0] in "\u0120\u2581" else 1.0 for piece in pieces]  # This makes the text have words.
     ids = len(tokenizer), seed, tokenizer.eos_token_id, tokenizer.pad_token_id
     return tiny.tiny_model("llama", *ids, loudness=loudness, eos_rate=0.05)
 
@@ -57,7 +57,7 @@ def reader_of(tokenizer, seed, chat=True):
 
 @pytest.fixture(scope="module")
 def models():
-    """A pair of two vocabularies, and all others."""
+    """A pair of two vocabularies, and the models of all other contestants."""
     tokenizer = tiny.byte_bpe()
     return Models(
         base=reader_of(tokenizer, 1, chat=False),
@@ -73,17 +73,17 @@ def by_name(models, *thresholds):
     return {contestant.name: contestant for contestant in found}
 
 
-FEW = QUESTIONS[3:6]  # In-context prompts are long.
+FEW = QUESTIONS[3:6]  # Few questions, because in-context prompts are long.
 
 
 def texts(contestant):
     return [answer.text for answer in contestant.write(FEW, LENGTH)]
 
 
-# Who answers --------------------------------------------------------------------------------------------------------
+# Contestants --------------------------------------------------------------------------------------------------------
 
 
-def test_all_that_the_models_make_takes_part(models):
+def test_every_contestant_with_its_models_takes_part(models):
     found, left_out = contestants_of(models, [NudgingConfig(0.2), NudgingConfig(0.6)])
     assert [contestant.name for contestant in found] == [
         "base alone",
@@ -101,7 +101,7 @@ def test_all_that_the_models_make_takes_part(models):
     assert [contestant.name for contestant in found if contestant.nudged] == [each.name for each in found[2:6]]
 
 
-def test_who_cannot_take_part_is_named_with_the_reason(models):
+def test_contestants_without_their_models_are_listed_with_the_reason(models):
     strangers = Models(models.base, models.nudging, unaligned=models.unaligned)
     found, left_out = contestants_of(strangers, [NudgingConfig()])
     assert [each.name for each in found] == ["base alone", "nudging model alone", "nudged, γ = 0.4", "in-context"]
@@ -136,7 +136,7 @@ def one_by_one(models, call, small):
     return answers
 
 
-def test_each_answers_as_its_own_function_does(models):
+def test_each_contestant_answers_as_its_own_function_does(models):
     found = by_name(models)
     shared = models.shared
 
@@ -191,7 +191,7 @@ def test_a_turn_counts_words_passes_and_right_answers(models):
     assert turn.seconds > 0
 
 
-def test_counting_passes_leaves_nothing_behind(models):
+def test_counting_passes_removes_its_hooks(models):
     with counted_passes(models.base, models.nudging) as passes:
         for reader in (models.base, models.nudging):
             reader.model(torch.tensor([[5]]))
@@ -200,11 +200,11 @@ def test_counting_passes_leaves_nothing_behind(models):
     assert not models.base.model._forward_pre_hooks and not models.nudging.model._forward_pre_hooks
 
 
-# How they take turns ------------------------------------------------------------------------------------------------
+# Turns --------------------------------------------------------------------------------------------------------------
 
 
 def contestant_that_says(name, say, log=None, nudged=False):
-    """A contestant without models. `say(question)` is its answer, of which the first word is the nudging model's."""
+    """A contestant without models. It answers "So", written by the nudging model, and then `say(question)`."""
 
     def write(questions, max_new_tokens):
         if log is not None and max_new_tokens > 2:
@@ -235,13 +235,13 @@ def test_all_answer_a_batch_before_any_answers_the_next(tmp_path):
     assert seen == [(name, size) for size in (4, 4, 2) for name in names]
 
 
-def test_a_run_that_is_killed_goes_on_and_comes_to_the_same(tmp_path):
+def test_a_killed_run_continues_with_the_same_result(tmp_path):
     whole = compare(trio(), QUESTIONS, Journal(tmp_path / "whole", {}), batch_size=4)
     path, log = tmp_path / "killed", []
     with pytest.raises(KeyboardInterrupt):
         compare(trio(stop_at=5), QUESTIONS, Journal(path, {}), batch_size=4)
     written = path.read_bytes()
-    path.write_bytes(written[:-30])  # Killed while it wrote the last line.
+    path.write_bytes(written[:-30])  # As if the run was killed while it wrote the last line.
     kept = Journal(path, {}).results
     assert len(kept) == 4
     again = compare(trio(log), QUESTIONS, Journal(path, {}), batch_size=4)
@@ -255,11 +255,11 @@ def test_a_run_that_is_killed_goes_on_and_comes_to_the_same(tmp_path):
     assert table(finished) == table(again)
 
 
-# What it comes to ---------------------------------------------------------------------------------------------------
+# Figures ------------------------------------------------------------------------------------------------------------
 
 
 def result_of(tmp_path, name, right, nudged=False):
-    """Of a contestant that answers the first `right` of each task's questions rightly."""
+    """The result of a contestant that answers the first `right` questions of each task rightly."""
 
     def say(question):
         return question.answer if QUESTIONS.index(question) % 5 < right else "9"
@@ -282,7 +282,7 @@ def test_accuracies_and_their_standard_errors(tmp_path):
     assert result_of(tmp_path, "ensemble", 3).nudge_rate is None
 
 
-def test_a_difference_is_of_the_same_questions(tmp_path):
+def test_a_difference_is_paired_by_question(tmp_path):
     one, other = result_of(tmp_path, "one", 4), result_of(tmp_path, "other", 3)
     gain, error = difference(one, other)
     assert gain == pytest.approx(0.2) and error == pytest.approx((0.2 * 0.8 / 9) ** 0.5)
@@ -290,7 +290,7 @@ def test_a_difference_is_of_the_same_questions(tmp_path):
     assert difference(other, one) == pytest.approx((-gain, error)) and difference(one, one) == (0, 0)
 
 
-def test_it_is_said_where_nudging_is_not_above(tmp_path):
+def test_sentences_say_where_nudging_is_not_better(tmp_path):
     results = [
         result_of(tmp_path, "base alone", 0),
         result_of(tmp_path, "nudged, γ = 0.4", 3, nudged=True),
@@ -321,7 +321,7 @@ def test_the_table_has_a_column_for_each_task_and_none_for_a_single_one(tmp_path
     assert tasks_of(QUESTIONS[:5]) == [] and tasks_of(QUESTIONS) == ["What is number", "Where is tree"]
 
 
-def test_an_answer_without_words_has_no_time_a_word(tmp_path):
+def test_an_answer_without_words_has_no_time_per_word(tmp_path):
     silent = Contestant("silent", lambda questions, _: [Answer.of([], [], True)] * len(questions), nudged=True)
     [result] = compare([silent], QUESTIONS[:1], Journal(tmp_path / "j", {}))
     assert (result.nudge_rate, result.seconds_per_word, result.standard_error()) == (None, None, None)
@@ -331,7 +331,7 @@ def test_an_answer_without_words_has_no_time_a_word(tmp_path):
 # Files and the command ----------------------------------------------------------------------------------------------
 
 
-def test_questions_have_answers_and_perhaps_a_task(tmp_path):
+def test_questions_need_an_answer_and_may_have_a_task(tmp_path):
     path = tmp_path / "questions.jsonl"
     without = {name: value for name, value in ROWS[0].items() if name != "task"}
     path.write_text("\n\n".join(json.dumps(row) for row in (*ROWS, without)) + "\n", encoding="utf-8")
@@ -345,7 +345,7 @@ def test_questions_have_answers_and_perhaps_a_task(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(models, tmp_path_factory):
-    """The models as a user's would be saved, and a file of questions."""
+    """Saved models, and a file of questions."""
     folder = tmp_path_factory.mktemp("models")
     for name, reader in vars(models).items():
         copy.deepcopy(reader.model).float().save_pretrained(folder / name)
@@ -368,7 +368,7 @@ def arguments(folder, out, *more):
 
 
 def figures(out):
-    """What a run must come to again: all but the times."""
+    """The results that a repeated run must reproduce, which are all but the times."""
     report = json.loads((out / "results.json").read_text(encoding="utf-8"))
     timed = ("seconds", "relative_time", "seconds_per_word")
     rows = [{name: value for name, value in row.items() if name not in timed} for row in report["contestants"]]
@@ -376,7 +376,9 @@ def figures(out):
 
 
 @pytest.mark.usefixtures("drafts_of_four")
-def test_the_command_writes_one_table_and_a_killed_run_goes_on_to_the_same(folder, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_one_table_and_a_killed_run_continues_with_the_same_result(
+    folder, tmp_path, monkeypatch, capsys
+):
     shared = ["--shared-nudging-model", folder / "shared", "--unaligned", folder / "unaligned"]
     assert cli.main(arguments(folder, tmp_path / "whole", *shared)) == 0
     out = capsys.readouterr().out
@@ -401,7 +403,7 @@ def test_the_command_writes_one_table_and_a_killed_run_goes_on_to_the_same(folde
     monkeypatch.setattr(comparison, "take_turn", killed)
     assert cli.main(arguments(folder, tmp_path / "killed", *shared)) == 130
     answers = tmp_path / "killed" / "answers.jsonl"
-    answers.write_bytes(answers.read_bytes()[:-25])  # Killed while it wrote the last line.
+    answers.write_bytes(answers.read_bytes()[:-25])  # As if the run was killed while it wrote the last line.
     assert not (tmp_path / "killed" / "table.md").exists()
 
     again = []
@@ -411,7 +413,9 @@ def test_the_command_writes_one_table_and_a_killed_run_goes_on_to_the_same(folde
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
 
 
-def test_thresholds_are_added_left_out_are_named_and_another_setup_is_refused(folder, tmp_path, monkeypatch, capsys):
+def test_thresholds_are_added_absences_are_explained_and_another_setup_is_refused(
+    folder, tmp_path, monkeypatch, capsys
+):
     assert cli.main(arguments(folder, tmp_path)) == 0
     assert "ensemble is left out: it needs one vocabulary" in capsys.readouterr().out
     turns, take = [], comparison.take_turn
@@ -435,6 +439,6 @@ def test_thresholds_are_added_left_out_are_named_and_another_setup_is_refused(fo
         (["--large-aligned", "./nowhere"], "--large-aligned: there is no folder ./nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused(folder, tmp_path, wrong, says, capsys):
+def test_invalid_arguments_are_refused(folder, tmp_path, wrong, says, capsys):
     assert cli.main([*arguments(folder, tmp_path / "out"), *wrong]) == 2
     assert says in capsys.readouterr().err

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import crossing
 
 
-def test_it_prints_a_cost_for_each_pair_text_and_length(capsys):
+def test_it_prints_a_cost_for_each_pair_and_text_at_each_length(capsys):
     crossing.main(["--quick"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 2 * len(crossing.TEXTS)

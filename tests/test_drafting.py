@@ -105,7 +105,7 @@ def test_it_is_about_as_fast_as_the_best_fixed_length(pass_time, chances, noise)
     assert tokens / seconds > 0.87 * max(speeds)
 
 
-def test_rows_that_wait_for_others_after_each_pass_draft_farther():
+def test_rows_that_wait_for_other_rows_draft_farther():
     def speed(forced, **kwargs):
         tokens, seconds, chosen = tokens_and_seconds([ALIKE] * 8, RISING, 0.1, 400, forced=forced, **kwargs)
         return tokens / seconds, sum(chosen)
@@ -114,7 +114,7 @@ def test_rows_that_wait_for_others_after_each_pass_draft_farther():
     assert speed(forced=100)[0] > 0.95 * max(speed(forced=100, length=length)[0] for length in (4, 6, 8, 12))
 
 
-def test_how_sure_the_nudging_model_is_beats_any_fixed_length():
+def test_using_the_nudging_model_s_probabilities_beats_any_fixed_length():
     tokens, seconds, _ = tokens_and_seconds([BOTH], RISING, 0.1, 400)
     fixed = [tokens_and_seconds([BOTH], RISING, 0.1, 400, length=length)[:2] for length in (0, 1, 2, 3, 4, 6, 8)]
     assert tokens / seconds > 1.1 * max(n / s for n, s in fixed)
@@ -147,7 +147,7 @@ def timed():
     return policy
 
 
-def test_a_nudging_model_that_gets_better_is_found_out(timed):
+def test_drafts_grow_when_the_nudging_model_improves(timed):
     def chosen():
         return timed.choose([progress([0.97] * 8)]).read
 
@@ -161,7 +161,7 @@ def test_a_nudging_model_that_gets_better_is_found_out(timed):
     assert chosen() >= 8
 
 
-def test_lengths_that_others_chose_do_not_change_what_is_reached(timed):
+def test_lengths_chosen_by_others_do_not_change_the_measured_pace(timed):
     other = copy.deepcopy(timed)
     for policy, tokens in ((timed, 1), (other, 1000)):
         for _ in range(50):
@@ -170,7 +170,7 @@ def test_lengths_that_others_chose_do_not_change_what_is_reached(timed):
     assert timed.choose([progress([0.9] * 20)]) == other.choose([progress([0.9] * 20)])
 
 
-def test_the_time_that_prompts_take_is_no_matter_of_drafts(timed):
+def test_the_time_of_prompts_does_not_affect_drafts(timed):
     rows = [progress([0.97] * 8)]
     reads = timed.choose(rows).read
     for _ in range(20):
@@ -180,7 +180,7 @@ def test_the_time_that_prompts_take_is_no_matter_of_drafts(timed):
     assert timed.choose(rows).read == reads > 0
 
 
-def test_an_answer_tells_nothing_of_the_pass_that_ended_the_one_before_it(monkeypatch):
+def test_a_new_answer_is_not_charged_for_the_last_pass_of_the_previous_one(monkeypatch):
     told = []
     monkeypatch.setattr(DraftLength, "observe_pass", lambda self, tokens, seconds, reads_prompts: told.append("pass"))
     monkeypatch.setattr(DraftLength, "observe_accepted", lambda self, tokens: told.append("accepted"))
@@ -192,7 +192,7 @@ def test_an_answer_tells_nothing_of_the_pass_that_ended_the_one_before_it(monkey
         assert told[:3] == ["pass", "accepted", "pass"]
 
 
-def test_drafts_do_not_end_where_more_was_reached_than_was_reckoned(timed):
+def test_drafts_go_on_when_the_achieved_pace_exceeds_the_predicted_one(timed):
     rows = [finished([0.97] * 20)]
     reads = timed.choose(rows).read
     for _ in range(30):
@@ -209,7 +209,7 @@ def test_an_unsure_model_is_not_drafted_as_far(timed):
     assert reads == [0, 3, 8]
 
 
-def test_what_is_written_already_costs_no_step(timed):
+def test_tokens_that_are_already_written_cost_no_step(timed):
     slow = GuessLength()
     slow.observe_pass(1, 3.0, 1)
     timed.guesses = slow
@@ -229,7 +229,7 @@ def test_a_row_that_may_not_write_on_asks_for_no_step(timed):
     assert timed.choose([finished([0.9995] * 3)]) == Plan(0, 3)
 
 
-def test_times_between_those_known_lie_between_them_and_an_old_one_fades():
+def test_unknown_times_are_interpolated_and_old_times_decay():
     times = PassTime()
     times.observe(1, 1.0)
     times.observe(9, 3.0)
@@ -239,7 +239,7 @@ def test_times_between_those_known_lie_between_them_and_an_old_one_fades():
     assert times(9) < 1.0
 
 
-def test_guesses_are_as_long_as_they_are_right():
+def test_guesses_grow_while_they_are_right():
     always, never = GuessLength(), GuessLength()
     for guesses in (always, never):
         for tokens in (1, 9):
@@ -255,7 +255,7 @@ def test_guesses_are_as_long_as_they_are_right():
         pytest.fail("Nothing was guessed any more.")
 
 
-def test_a_rate_follows_what_was_seen_last():
+def test_a_rate_follows_recent_observations():
     rate = DecayedRate(0.5)
     for hit, miss in [(1, 0)] * 300:
         rate.decay(1)
@@ -267,7 +267,7 @@ def test_a_rate_follows_what_was_seen_last():
     assert rate.value < 0.1
 
 
-def test_what_an_answer_taught_of_unsure_tokens_is_forgotten_over_those_that_follow():
+def test_one_answer_s_rates_of_unsure_tokens_decay_over_later_answers():
     acceptance = Acceptance()
     first = acceptance.survival([0.2])
     for _ in range(30):
@@ -279,21 +279,21 @@ def test_what_an_answer_taught_of_unsure_tokens_is_forgotten_over_those_that_fol
     assert acceptance.survival([0.2])[0] > 0.8 * first[0]
 
 
-def lent(*pair_and_way):
+def borrowed(*pair_and_way):
     """The policy that a call gets which runs alone."""
     with borrowed_draft_length(*pair_and_way) as policy:
         return policy
 
 
-def test_what_is_known_of_two_models_is_kept_as_long_as_they_are():
+def test_a_pair_s_policy_lives_as_long_as_its_models():
     chosen = pair("llama", 0, "shared")
-    known = lent(chosen.base, chosen.nudging_model, 2)
-    assert lent(chosen.base, chosen.nudging_model, 2) is known
-    assert lent(chosen.base, chosen.nudging_model, 3) is not known
-    assert lent(chosen.nudging_model, chosen.base, 2) is not known
+    known = borrowed(chosen.base, chosen.nudging_model, 2)
+    assert borrowed(chosen.base, chosen.nudging_model, 2) is known
+    assert borrowed(chosen.base, chosen.nudging_model, 3) is not known
+    assert borrowed(chosen.nudging_model, chosen.base, 2) is not known
 
     base, nudging_model = Model(), Model()
-    lent(base, nudging_model, 1)
+    borrowed(base, nudging_model, 1)
     kept = [weakref.ref(base), weakref.ref(nudging_model)]
     del base, nudging_model
     gc.collect()
@@ -304,7 +304,7 @@ class Model:
     pass
 
 
-def test_calls_at_the_same_time_share_no_policy_and_the_second_begins_with_what_is_known(timed):
+def test_concurrent_calls_use_separate_policies_and_the_second_starts_from_a_copy(timed):
     base, nudging_model = Model(), Model()
     with borrowed_draft_length(base, nudging_model, 1) as first:
         vars(first).update(vars(copy.deepcopy(timed)))
@@ -326,10 +326,10 @@ def test_a_call_that_fails_gives_its_policy_back():
     base, nudging_model = Model(), Model()
     with pytest.raises(KeyboardInterrupt), borrowed_draft_length(base, nudging_model, 1) as policy:
         raise KeyboardInterrupt
-    assert lent(base, nudging_model, 1) is policy
+    assert borrowed(base, nudging_model, 1) is policy
 
 
-def test_what_is_read_again_makes_drafts_shorter():
+def test_reading_again_makes_drafts_shorter():
     """Where each token of a pass costs time, a rejected draft costs a base with a state a second reading."""
     policy = DraftLength()
     policy.choose([progress([])])

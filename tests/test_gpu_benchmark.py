@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _few_tokens_are_fast():
+def _one_thread():
     torch.set_num_threads(1)
 
 
@@ -45,14 +45,14 @@ def call(pair) -> Call:
 
 
 @torch.no_grad()
-def said_after_each_word(model) -> tuple[torch.Tensor, torch.Tensor]:
+def predictions_after_each_word(model) -> tuple[torch.Tensor, torch.Tensor]:
     """The greedy token and the top-1 probability after each word, behind some other word."""
     words = torch.arange(WORDS, model.config.vocab_size)
     logits = model(torch.stack([words.flip(0), words], dim=1)).logits[:, -1]
     return logits.argmax(dim=-1), top1_probabilities(logits)
 
 
-def test_a_word_is_a_token_and_none_begins_another():
+def test_a_word_is_a_token_and_none_is_a_prefix_of_another():
     tokenizer = word_tokenizer(120)
     ids = tokenizer(" w00007 w00117 w00002").input_ids
     assert ids == [7, 117, 2] and tokenizer.decode(ids) == " w00007 w00117 w00002"
@@ -61,8 +61,8 @@ def test_a_word_is_a_token_and_none_begins_another():
     assert len(set(map(len, texts))) == 1 and len(set(texts)) == 118 and all(text.startswith(b" w") for text in texts)
 
 
-def test_the_base_follows_its_chain_and_is_unsure_where_told(pair):
-    tokens, top1 = said_after_each_word(pair.base)
+def test_the_base_follows_its_chain_and_is_unsure_where_it_is_set_to_be(pair):
+    tokens, top1 = predictions_after_each_word(pair.base)
     assert torch.equal(tokens, pair.successors[WORDS:])
     assert sorted(tokens.tolist()) == list(range(WORDS, TINY.vocab_size))  # Each is the successor of one.
     unsure = pair.is_unsure[WORDS:]
@@ -80,9 +80,9 @@ def test_the_chain_is_one_cycle(pair):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.95, 0.7, 0.0])
-def test_the_models_agree_as_told(pair, share):
+def test_the_models_agree_as_often_as_they_are_set_to(pair, share):
     pair.agree(share)
-    tokens, top1 = said_after_each_word(pair.nudging)
+    tokens, top1 = predictions_after_each_word(pair.nudging)
     agreed = (tokens == pair.successors[WORDS:]).float().mean().item()
     assert agreed == pytest.approx(share, abs=0.01)
     assert top1.min() > 0.6
@@ -105,7 +105,7 @@ def test_agreement_is_changed_in_place(pair):
     assert pair.nudging.get_output_embeddings().weight is head
 
 
-def test_prompts_are_those_of_their_seed(pair):
+def test_prompts_depend_on_their_seed(pair):
     assert torch.equal(pair.prompts(2, 7, seed=3), pair.prompts(2, 7, seed=3))
     assert not torch.equal(pair.prompts(2, 7, seed=3), pair.prompts(2, 7, seed=4))
     assert pair.prompts(2, 7, seed=3).min() >= WORDS
@@ -134,7 +134,7 @@ def test_both_models_stepping_read_each_token_once(call):
     assert meter.passes["base"].fed == 2 * (5 + 39)
 
 
-def test_a_call_meter_waits_counts_and_leaves_the_models_as_they_were(call):
+def test_a_call_meter_synchronizes_counts_and_restores_the_models(call):
     waited = []
     models = {"base": call.pair.base, "nudging": call.pair.nudging}
     with CallMeter(models, lambda: waited.append(1)) as meter:
@@ -147,7 +147,7 @@ def test_a_call_meter_waits_counts_and_leaves_the_models_as_they_were(call):
     assert not {"forward", "get_compiled_call"} & set(vars(call.pair.base))
 
 
-def test_a_call_meter_sees_compiled_passes_and_has_none_compiled_anew(call, monkeypatch):
+def test_a_call_meter_counts_compiled_passes_without_compiling_again(call, monkeypatch):
     # As on a GPU, but for the backend, which here compiles to what was there before.
     eager = CompileConfig(backend="eager", mode=None)
     eager._compile_all_devices = True
@@ -188,14 +188,14 @@ def test_synchronisations_are_counted_each_time_and_by_line(sync_debug_modes):
     assert sync_debug_modes == ["warn", "default"]
 
 
-def test_synchronisations_are_no_longer_told_of_after_an_error(sync_debug_modes):
+def test_the_sync_debug_mode_is_reset_after_an_error(sync_debug_modes):
     with pytest.raises(ZeroDivisionError):
         synchronisations(lambda: 1 // 0)
     assert sync_debug_modes == ["warn", "default"]
 
 
 @pytest.mark.parametrize(("a_pass", "ok"), [(1, True), (2, False)])
-def test_more_than_one_synchronisation_a_pass_is_too_many(sync_debug_modes, a_pass, ok):
+def test_more_than_one_synchronisation_per_pass_fails_the_check(sync_debug_modes, a_pass, ok):
     class Waiting:
         def write(self, small, batch, draft, **kwargs):
             for _ in range(100 * a_pass):
@@ -213,14 +213,14 @@ def test_a_timed_pass_takes_time(pair):
     assert len(seconds) == 4 and min(seconds) > 0
 
 
-def test_where_answers_differ_is_told():
+def test_the_first_difference_of_each_answer_is_reported():
     assert compared([[1, 2], [3]], [[1, 2], [3]]) == Outcome(True)
     found = compared([[1, 2], [3, 4, 5], [7]], [[1, 2], [3, 9, 5], [7, 8]])
     assert not found.ok
     assert found.detail == "row 1 differs from its token 1 on, of 3; row 2 differs from its token 1 on, of 2"
 
 
-def test_races_compiled_for_one_batch_follow_one_another():
+def test_compiled_races_of_one_batch_size_are_consecutive():
     found = gpu_race.races(FULL)
     assert len({race.name for race in found}) == len(found) == 12
     batches = [race.batch for race in found if race.is_compiled]
@@ -238,7 +238,7 @@ def test_memory_is_compared_with_weights_and_caches():
         return {"contestants": [row]}
 
     assert gpu_race.memory_is_small(race(105)) == Outcome(
-        True, "1.050 of weights and caches; besides weights 1.25 of caches"
+        True, "1.050 of weights and caches; without the weights, 1.25 of the caches"
     )
     assert not gpu_race.memory_is_small(race(106)).ok
 
@@ -272,7 +272,7 @@ def test_a_run_writes_what_it_found(tiny_run, tmp_path, capsys):
     assert (tmp_path / "tables.md").read_text() in capsys.readouterr().out
 
 
-def test_what_fails_is_told_of_and_the_rest_is_done(tiny_run, monkeypatch, capsys):
+def test_a_failure_is_reported_and_the_rest_still_runs(tiny_run, monkeypatch, capsys):
     def raising(*args, **kwargs):
         raise RuntimeError("the device is gone")
 
@@ -285,7 +285,7 @@ def test_what_fails_is_told_of_and_the_rest_is_done(tiny_run, monkeypatch, capsy
     assert "FAILED  passes are timed (RuntimeError: the device is gone)" in capsys.readouterr().out
 
 
-def test_when_time_is_up_what_is_left_out_is_told(tiny_run):
+def test_pieces_left_out_when_time_is_up_are_listed(tiny_run):
     status, figures = tiny_run("race", "--minutes", "0")
     assert status == 0 and figures["races"] == []
     assert figures["left_out"] == UNCOMPILED
@@ -298,9 +298,9 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["rase"], "no part rase"), (["--device", "cpu"], "give --tiny too")]
+    ("arguments", "message"), [(["rase"], "unknown part rase"), (["--device", "cpu"], "give --tiny too")]
 )
-def test_what_cannot_be_done_is_refused(capsys, arguments, message):
+def test_invalid_arguments_are_refused(capsys, arguments, message):
     with pytest.raises(SystemExit):
         gpu.parse(arguments)
     assert message in capsys.readouterr().err

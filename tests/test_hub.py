@@ -119,13 +119,13 @@ def test_the_folder_is_a_copy_of_the_package(tmp_path, capsys):
             assert (fresh / name).read_bytes() == (test_layers.PACKAGE / "core" / name).read_bytes()
 
 
-def test_what_is_carried_is_what_the_loader_looks_for():
+def test_the_copied_files_are_those_that_the_loader_looks_for():
     carried = hub.carried_modules()
     seen_by_loader = dynamic_module_utils.get_relative_import_files(test_layers.PACKAGE / "core" / "generate.py")
     assert {path.name for path in carried} == {Path(path).name for path in seen_by_loader} | {"generate.py"}
 
 
-def test_old_modules_go_and_other_files_stay(tmp_path):
+def test_old_modules_are_removed_and_other_files_kept(tmp_path):
     (tmp_path / "custom_generate").mkdir()
     (tmp_path / "custom_generate/forgotten.py").touch()
     (tmp_path / "README.md").write_text("mine")
@@ -134,7 +134,7 @@ def test_old_modules_go_and_other_files_stay(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_the_requirements_are_the_packages_own_in_the_form_that_the_loader_reads(monkeypatch):
+def test_the_requirements_are_the_package_s_own_in_the_form_that_the_loader_reads(monkeypatch):
     own = {}
     for requirement in map(Requirement, importlib.metadata.requires("nudging-hf")):
         if requirement.marker is None:  # Of no extra.
@@ -163,7 +163,7 @@ def test_the_lists_in_the_card_of_the_code_are_those_that_the_command_writes(tmp
     assert readme.read_text(encoding="utf-8") == card, "run `make hub`"
 
 
-def test_the_card_of_the_code_says_every_argument_and_default():
+def test_the_card_of_the_code_lists_every_argument_and_default():
     head, body = front_matter(FOLDER / "README.md")
     assert head["library_name"] == "transformers" and head["license"] == "apache-2.0"
     assert {"custom_generate", "nudging"} <= set(head["tags"])
@@ -286,7 +286,7 @@ def test_folder_and_repository_write_what_the_package_writes_where_it_is_not_ins
 # A model that nudges by itself ---------------------------------------------------------------------------------------
 
 
-def test_an_exported_model_is_nudged_as_the_package_nudges(pair, out, loaded):
+def test_an_exported_model_writes_what_the_package_writes(pair, out, loaded):
     inputs = prompts(out)
     expected = nudged(pair, inputs, max_new_tokens=24, **KNOBS)
     assert torch.equal(loaded.generate(**inputs, max_new_tokens=24), expected)
@@ -319,7 +319,7 @@ def test_the_nudging_model_is_loaded_once_for_a_base_in_its_dtype_and_safely(out
     assert seen == [("nudging_model", True, False, torch.float32)]
 
 
-def test_the_nudging_model_follows_a_base_that_is_moved(out, monkeypatch):
+def test_the_nudging_model_moves_with_the_base(out, monkeypatch):
     base = AutoModelForCausalLM.from_pretrained(out)
     nudging, _ = named_model.named_nudging_model(base, "./nudging_model", {})
     assert nudging.device.type == "cpu"
@@ -328,7 +328,7 @@ def test_the_nudging_model_follows_a_base_that_is_moved(out, monkeypatch):
     assert again is nudging and nudging.device.type == "meta"
 
 
-def test_the_generation_config_is_the_bases_own_and_what_was_given(pair, out, tmp_path):
+def test_the_generation_config_is_the_base_s_own_with_the_given_fields(pair, out, tmp_path):
     own = GenerationConfig.from_pretrained(pair.base).to_diff_dict()
     exported = GenerationConfig.from_pretrained(out).to_diff_dict()
     assert exported == own | KNOBS | {"nudging_model_name_or_path": "./nudging_model"}
@@ -344,7 +344,7 @@ def test_the_generation_config_is_the_bases_own_and_what_was_given(pair, out, tm
     assert again.do_sample and again.temperature == 0.5
 
 
-def test_weights_are_safetensors_as_they_were_saved(pair, out):
+def test_weights_are_the_saved_safetensors(pair, out):
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
     for exported, source in ((out, pair.base), (out / "nudging_model", pair.nudging)):
         ours, theirs = (AutoModelForCausalLM.from_pretrained(folder) for folder in (exported, source))
@@ -373,7 +373,7 @@ def test_the_card_of_a_model_names_no_path_and_warns_of_missing_trust(pair, out)
     assert "Without `trust_remote_code=True` the base alone answers" in body
 
 
-def test_an_export_replaces_a_model_folder_only_when_told_and_nothing_else(pair, tmp_path):
+def test_an_export_overwrites_only_a_model_folder_and_only_on_request(pair, tmp_path):
     out = tmp_path / "out"
     hub.export(pair.base, pair.nudging, out)
     with pytest.raises(ValueError, match=r"is there already.*overwrite=True"):
@@ -390,7 +390,7 @@ def test_an_export_replaces_a_model_folder_only_when_told_and_nothing_else(pair,
     assert {path.name for path in tmp_path.iterdir()} == {"out", "letters"}
 
 
-def test_a_failed_export_leaves_what_was_there(pair, tmp_path):
+def test_a_failed_export_keeps_the_old_folder(pair, tmp_path):
     out = hub.export(pair.base, pair.nudging, tmp_path / "out", nudge_threshold=0.1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"nudging model .* cannot be loaded"):
@@ -412,7 +412,7 @@ def with_auto_map(folder, target):
     return target
 
 
-def test_code_that_models_name_is_neither_run_nor_asked_for_again(pair, tmp_path):
+def test_code_that_models_name_is_neither_run_nor_exported(pair, tmp_path):
     folders = [with_auto_map(folder, tmp_path / folder.name) for folder in (pair.base, pair.nudging)]
     out = hub.export(*folders, tmp_path / "out", **KNOBS)
     assert not list(out.rglob("code.py"))
@@ -470,7 +470,7 @@ LLAMA_2 = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
     ids=lambda fields: ", ".join(fields),
 )
 @pytest.mark.parametrize("whose", ["base", "nudging"])
-def test_fields_without_an_effect_are_left_out_and_named(pair, tmp_path, caplog, fields, whose):
+def test_fields_without_effect_are_dropped_and_named(pair, tmp_path, caplog, fields, whose):
     given = {"base": pair.base, "nudging_model": pair.nudging}
     key = "base" if whose == "base" else "nudging_model"
     given[key] = copy_of(getattr(pair, whose), tmp_path / whose, **fields)
@@ -488,7 +488,7 @@ def test_fields_without_an_effect_are_left_out_and_named(pair, tmp_path, caplog,
         assert torch.equal(model.generate(**inputs, max_new_tokens=8), nudged(pair, inputs, max_new_tokens=8, **KNOBS))
 
 
-def test_fields_with_an_effect_or_of_no_harm_stay(pair, tmp_path, caplog):
+def test_fields_with_effect_and_harmless_fields_are_kept(pair, tmp_path, caplog):
     sampling = {"do_sample": True, "temperature": 0.9, "top_p": 0.6}
     base = copy_of(pair.base, tmp_path / "base", **sampling)
     nudging = copy_of(pair.nudging, tmp_path / "nudging", temperature=1.0, top_k=50, max_new_tokens=20)
@@ -512,7 +512,7 @@ def test_fields_with_an_effect_or_of_no_harm_stay(pair, tmp_path, caplog):
     ],
 )
 @pytest.mark.parametrize("whose", ["base", "nudging_model"])
-def test_a_generation_config_that_means_nothing_is_refused(pair, tmp_path, fields, match, whose):
+def test_a_contradictory_generation_config_is_refused(pair, tmp_path, fields, match, whose):
     given = {"base": pair.base, "nudging_model": pair.nudging}
     given[whose] = copy_of(given[whose], tmp_path / "copy", **fields)
     with pytest.raises(ValueError, match=match) as caught:
@@ -521,7 +521,7 @@ def test_a_generation_config_that_means_nothing_is_refused(pair, tmp_path, field
     assert not (tmp_path / "out").exists()
 
 
-def test_a_generation_config_that_is_no_json_is_refused_and_none_is_well(pair, tmp_path):
+def test_a_generation_config_that_is_not_json_is_refused_and_a_missing_one_is_fine(pair, tmp_path):
     broken = copy_of(pair.base, tmp_path / "broken")
     (broken / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"The generation_config.json of the base .* does not read: "):
@@ -542,13 +542,13 @@ def test_a_generation_config_that_is_no_json_is_refused_and_none_is_well(pair, t
         ({"nudge_threshold": "high"}, "`nudge_threshold` must be a finite number"),
     ],
 )
-def test_a_wrong_generation_config_is_an_error_that_says_what_mends_it(out, tmp_path, fields, match):
+def test_a_wrong_generation_config_is_an_error_that_names_the_remedy(out, tmp_path, fields, match):
     model = AutoModelForCausalLM.from_pretrained(copy_of(out, tmp_path / "wrong", **fields), trust_remote_code=True)
     with pytest.raises(ValueError, match=match):
         model.generate(**prompts(out), max_new_tokens=4)
 
 
-def test_without_trust_the_base_alone_answers_unless_the_package_is_registered(pair, out):
+def test_without_trust_the_base_answers_alone_unless_the_package_is_registered(pair, out):
     inputs = prompts(out)
     model = AutoModelForCausalLM.from_pretrained(out)
     plain = AutoModelForCausalLM.from_pretrained(pair.base).generate(**inputs, max_new_tokens=16)
@@ -579,7 +579,7 @@ def test_no_code_of_a_folder_runs_without_trust(pair, out, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a known class", "an unknown class"])
-def test_the_nudging_models_own_code_is_never_run(pair, out, tmp_path, monkeypatch, known):
+def test_the_nudging_model_s_own_code_is_never_run(pair, out, tmp_path, monkeypatch, known):
     """Neither where the base's folder is trusted, nor where somebody at a terminal would say yes."""
     monkeypatch.setattr("builtins.input", lambda _: "y")
     folder, marker = copy_of(out, tmp_path / "marked"), tmp_path / "marker"
@@ -636,7 +636,7 @@ def test_the_chat_template_writes_the_plain_prompt(chat, template):
 
 
 @given(chats(), st.sampled_from([nudging_hf.REASONING_TEMPLATE, nudging_hf.INSTRUCTION_TEMPLATE, "{user}"]))
-def test_the_chat_template_opens_with_what_it_is_told(chat, template):
+def test_the_chat_template_uses_the_given_opening(chat, template):
     opening = '<s>"\\\n'
     assert rendered(chat, hub.plain_chat_template(template, opening)) == opening + plain_prompt(chat, template)
 
@@ -678,7 +678,7 @@ USER = {"role": "user", "content": "Why?"}
     ],
 )
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_the_chat_template_refuses_what_is_no_text(role, content):
+def test_the_chat_template_refuses_content_that_is_not_text(role, content):
     chat = [USER, {**USER, "role": "assistant"}, USER] if role == "assistant" else [USER]
     place = {"system": 0, "user": 0, "assistant": 1}[role]
     chat = [*chat[:place], {"role": role, "content": content}, *chat[place + (role != "system") :]]
@@ -706,7 +706,7 @@ def test_the_chat_template_refuses_what_is_no_text(role, content):
         7,
     ],
 )
-def test_the_chat_template_refuses_what_is_no_chat(chat):
+def test_the_chat_template_refuses_invalid_chats(chat):
     with pytest.raises(ValueError, match=r"[Mm]essage"):
         plain_prompt(chat)
     with pytest.raises((TemplateError, TypeError), match=r"message|chat|text|iterable"):  # Or the host refuses it.
@@ -839,7 +839,7 @@ def test_export_and_push_from_the_command_line(pair, out, tmp_path, capsys, api)
     assert files(api.target) == expected
 
 
-def test_what_is_pushed_as_it_stands_works(pair, api):
+def test_a_pushed_folder_works(pair, api):
     assert hub.push(FOLDER, "owner/nudging").endswith(SHA)
     assert [name for name, _, _ in api.calls] == ["create_repo", "upload_folder"]
     base, nudging = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair.base, pair.nudging))
@@ -854,7 +854,7 @@ def test_what_is_pushed_as_it_stands_works(pair, api):
     ("folder", "repo_id", "message"),
     [("{empty}", "owner/name", "There is no custom_generate/generate.py"), (str(FOLDER), "a/b/c", "Repo id must be")],
 )
-def test_a_push_that_is_a_mistake_contacts_nobody(tmp_path, capsys, api, dry, folder, repo_id, message):
+def test_an_invalid_push_does_not_contact_the_hub(tmp_path, capsys, api, dry, folder, repo_id, message):
     assert cli.main(["hub", "push", folder.format(empty=tmp_path), repo_id, *dry]) == 2
     assert message in capsys.readouterr().err and not api.calls
 
@@ -862,5 +862,5 @@ def test_a_push_that_is_a_mistake_contacts_nobody(tmp_path, capsys, api, dry, fo
 @pytest.mark.parametrize(
     ("size", "said"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (7.9e6, "7.9 MB"), (140e9, "140.0 GB")]
 )
-def test_sizes_are_said_in_units_of_thousands(size, said):
+def test_sizes_are_shown_in_units_of_thousands(size, said):
     assert cli.hub._size(size) == said

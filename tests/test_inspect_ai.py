@@ -1,4 +1,4 @@
-"""The nudged model in inspect-ai: its answers are the package's own, its settings hold, and calls take turns."""
+"""Tests the nudged model in inspect-ai: its answers, its settings, and concurrent calls."""
 
 import asyncio
 import gc
@@ -28,7 +28,7 @@ from inspect_ai.model import (
 from inspect_ai.scorer import includes
 from inspect_ai.tool import ToolInfo
 
-# inspect-ai's own, with tenacity 9.2.
+# inspect-ai itself causes this warning with tenacity 9.2.
 pytestmark = pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning")
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
@@ -59,7 +59,7 @@ def ask(model, messages, **config):
 
 
 def package(model, row, **kwargs):
-    """The package's own answer: its pieces, and what `generate` returned."""
+    """The answer of `nudging_hf.generate`: its pieces, its whole output, and its inputs."""
     pair = model.api.pair
     inputs = nudging_hf.chat_inputs(row["messages"], pair.tokenizer, pair.nudging_tokenizer, "{system}\n{user}\n")
     output = nudging_hf.generate(
@@ -81,7 +81,7 @@ def text_of(pieces):
 # The answer ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_is_the_package_s_own_and_says_how_it_came_about(model, rows):
+def test_an_answer_is_the_package_s_own_and_has_usage_and_metadata(model, rows):
     for row in rows[:2]:
         pieces, output, inputs = package(model, row)
         said = ask(model, chat(row))
@@ -94,7 +94,7 @@ def test_an_answer_is_the_package_s_own_and_says_how_it_came_about(model, rows):
         assert 0 < nudged < words
 
 
-def test_the_knobs_hold(rows):
+def test_the_parameters_have_an_effect(rows):
     never = get_model(NAME, memoize=False, **{**ARGS, "nudge_threshold": 0.0})
     said = ask(never, chat(rows[0]), max_tokens=24)
     assert (
@@ -102,7 +102,7 @@ def test_the_knobs_hold(rows):
     )
 
 
-def test_messages_in_a_row_of_one_role_are_one_turn(model, rows):
+def test_consecutive_messages_of_one_role_are_one_turn(model, rows):
     system, user = chat(rows[0])
     head, tail = user.content[:20], user.content[20:]
     split = [system, ChatMessageUser(content=head), ChatMessageUser(content=[ContentText(text=tail)])]
@@ -113,7 +113,7 @@ def test_messages_in_a_row_of_one_role_are_one_turn(model, rows):
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_has_as_many_tokens_as_it_may(model, rows):
+def test_max_tokens_limits_an_answer(model, rows):
     said = ask(model, chat(rows[0]), max_tokens=9)
     assert said.stop_reason == "max_tokens" and said.usage.output_tokens == 9
     assert said.completion == text_of(package(model, rows[0], max_new_tokens=9)[0])
@@ -126,7 +126,7 @@ def test_stop_sequences_end_an_answer_and_are_cut_off(model, rows):
     assert said.metadata["finish_reasons"] == ["stop_string"]
 
 
-def test_a_seed_makes_a_drawn_answer_repeatable(model, rows):
+def test_a_seed_makes_a_sampled_answer_repeatable(model, rows):
     drawn = [
         ask(model, chat(rows[0]), temperature=3.0, top_p=0.99, seed=seed, max_tokens=30).completion
         for seed in (1, 1, 2)
@@ -140,7 +140,7 @@ def test_top_k_of_1_and_a_temperature_of_0_are_greedy(model, rows):
     assert ask(model, chat(rows[0]), temperature=3.0, top_k=1, seed=3, max_tokens=30).completion == greedy
 
 
-def test_choices_are_drawn_each_on_its_own(model, rows):
+def test_several_choices_are_sampled_independently(model, rows):
     said = ask(model, chat(rows[0]), temperature=3.0, num_choices=3, seed=0, max_tokens=20)
     assert len({choice.message.text for choice in said.choices}) == 3
     assert len(said.metadata["finish_reasons"]) == 3
@@ -152,7 +152,7 @@ def test_choices_are_drawn_each_on_its_own(model, rows):
 # Several at once -----------------------------------------------------------------------------------------------------
 
 
-def test_calls_take_turns_and_the_event_loop_goes_on(model, rows, monkeypatch):
+def test_calls_run_one_at_a_time_and_do_not_block_the_event_loop(model, rows, monkeypatch):
     singles = [ask(model, chat(row), max_tokens=16).completion for row in rows]
     running, most, ticks = [], [], []
 
@@ -180,10 +180,10 @@ def test_calls_take_turns_and_the_event_loop_goes_on(model, rows, monkeypatch):
 
     assert asyncio.run(all_at_once()) == singles
     assert most == [1] * len(rows)
-    assert sum(ticks) > len(rows)  # The loop turned while a model wrote.
+    assert sum(ticks) > len(rows)  # The event loop ran while a model wrote.
 
 
-# inspect-ai's own door -----------------------------------------------------------------------------------------------
+# An evaluation by inspect-ai ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # An evaluation leaves streams open.
@@ -199,10 +199,10 @@ def test_an_evaluation_finds_the_provider_and_its_score_is_the_package_s(model, 
     assert [sample.output.completion for sample in log.samples] == answers
     assert log.results.scores[0].metrics["accuracy"].value == 0.5
     assert all(0 < sample.output.metadata["nudge_rate"] < 1 for sample in log.samples)
-    gc.collect()  # What the evaluation left open is told here, and not in another test.
+    gc.collect()  # Warnings about streams that the evaluation left open appear here and not in another test.
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_an_evaluation_finds_the_provider_and_its_score_is_the_package_s(model, 
         ({"num_choices": 2, "temperature": 0}, "needs a temperature"),
     ],
 )
-def test_settings_that_nudging_has_not_are_refused(model, rows, config, message):
+def test_unsupported_settings_are_refused(model, rows, config, message):
     with pytest.raises(ValueError, match=message):
         ask(model, chat(rows[0]), **config)
 
@@ -236,7 +236,7 @@ def test_tools_and_images_are_refused(model, rows):
         ({"base_template": "{question}"}, "may have the fields"),
     ],
 )
-def test_what_a_user_can_mend_is_named(args, message):
+def test_errors_name_the_argument_to_correct(args, message):
     with pytest.raises(ValueError, match=message):
         get_model(NAME, memoize=False, **{**ARGS, **args})
 

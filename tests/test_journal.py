@@ -1,4 +1,4 @@
-"""What was finished is there, wherever a process is killed."""
+"""Tests that a journal keeps all finished work, wherever a process is killed."""
 
 import json
 import logging
@@ -20,13 +20,13 @@ def journal_of(path, rows):
 
 
 @pytest.mark.parametrize("name", ["j", None])
-def test_results_are_there_again_in_their_order(tmp_path, name):
+def test_results_are_read_again_in_their_order(tmp_path, name):
     path = name and tmp_path / name
     assert journal_of(path, ROWS).results == ROWS
     assert Journal(path, SETUP).results == (ROWS if path else [])
 
 
-def test_what_is_finished_is_not_done_again(tmp_path):
+def test_finished_work_is_not_done_again(tmp_path):
     journal_of(tmp_path / "j", ROWS[:2])
     done = []
     for _ in range(2):
@@ -37,7 +37,7 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     assert done == ROWS[2:]
 
 
-def test_cut_at_any_byte_it_goes_on_with_the_whole_rows_and_ends_the_same(tmp_path, caplog):
+def test_a_journal_cut_at_any_byte_continues_from_its_whole_rows(tmp_path, caplog):
     journal_of(tmp_path / "whole", ROWS)
     whole = (tmp_path / "whole").read_bytes()
     for length in range(len(whole) + 1):
@@ -62,7 +62,7 @@ def test_cut_at_any_byte_it_goes_on_with_the_whole_rows_and_ends_the_same(tmp_pa
         ({"base": "b", "large": None}, "parameters"),
     ],
 )
-def test_another_setup_is_refused_by_name_and_nothing_is_lost(tmp_path, setup, names):
+def test_another_setup_is_refused_with_the_differing_names_and_nothing_is_lost(tmp_path, setup, names):
     path = tmp_path / "j"
     journal_of(path, ROWS)
     before = path.read_bytes()
@@ -75,7 +75,7 @@ def test_another_setup_is_refused_by_name_and_nothing_is_lost(tmp_path, setup, n
     "text",
     ["Dear diary", "Dear diary\n", "[]\n", json.dumps(SETUP) + "\n[]\n", "{}\n{\n", json.dumps(SETUP) + "\n{}\n"],
 )
-def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, text):
+def test_a_file_of_another_kind_is_refused_and_not_changed(tmp_path, text):
     path = tmp_path / "j"
     path.write_text(text)
     with pytest.raises(ValueError, match="no file of finished work"):
@@ -83,10 +83,10 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, text):
     assert path.read_text() == text
 
 
-def test_a_digest_is_of_the_value_alone():
+def test_a_digest_depends_only_on_the_value():
     assert digest([{"a": 1, "b": "\u00e9"}]) == digest([{"b": "\u00e9", "a": 1}]) != digest([{"a": 1, "b": "e"}])
 
 
-def test_a_model_is_told_by_name_size_and_kind():
+def test_a_model_is_identified_by_name_size_and_kind():
     model = tiny.pair("llama", 3, "two").base
     assert model_setup(model) == f"LlamaForCausalLM, {model.num_parameters()} parameters, torch.float64"

@@ -1,4 +1,4 @@
-"""The nudged model in lm-evaluation-harness: its answers are the package's own, whatever the harness does."""
+"""Tests the nudged model in lm-evaluation-harness: its answers must be those of `nudging_hf.generate`."""
 
 import importlib.util
 import json
@@ -62,7 +62,7 @@ def score(doc, results):
 
 
 def write_task(folder, rows, tokens):
-    """A task of the user's own, in a folder of its own."""
+    """Writes a user-defined task to a folder."""
     folder.mkdir(exist_ok=True)
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -72,7 +72,7 @@ def write_task(folder, rows, tokens):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_kept_and_few_tasks_are_read(tmp_path, monkeypatch):
+def caches_are_temporary_and_only_the_given_tasks_are_read(tmp_path, monkeypatch):
     class FewTasks(lm_eval.tasks.TaskManager):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "include_defaults": False})
@@ -111,7 +111,7 @@ def requests(contexts, **gen_kwargs):
 
 
 def package(pair, base_prompt, chat, **kwargs):
-    """The package's own answer."""
+    """The answer of `nudging_hf.generate`."""
     ids = pair.tokenizer(base_prompt, return_tensors="pt").input_ids
     inputs = nudging_hf.chat_inputs(chat, pair.tokenizer, pair.nudging_tokenizer)
     output = nudging_hf.generate(
@@ -132,7 +132,7 @@ def package(pair, base_prompt, chat, **kwargs):
 CONTEXTS = [f"Q: {QUESTION * n}\nA:" for n in (1, 3, 2, 1)] + ["The cat\n\n"]
 
 
-# What both models are given ------------------------------------------------------------------------------------------
+# Prompts ------------------------------------------------------------------------------------------------------------
 
 
 def test_plain_text_goes_to_the_base_as_it_is_and_to_the_nudging_model_as_one_turn(pair):
@@ -142,7 +142,7 @@ def test_plain_text_goes_to_the_base_as_it_is_and_to_the_nudging_model_as_one_tu
     assert len(set(answers)) > 2
 
 
-def test_messages_go_to_each_model_in_its_own_way_without_the_harness_s_line_breaks(pair):
+def test_each_model_gets_messages_in_its_own_form_without_the_harness_s_line_breaks(pair):
     lm = model(pair)
     said = [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": f"Question: {QUESTION}\n"}]
     few = [*messages_of(f"Question: {QUESTION}", "Be brief."), {"role": "assistant", "content": "It."}, said[1]]
@@ -159,7 +159,7 @@ def test_the_base_s_template_is_the_user_s_and_may_come_from_a_command_line(pair
     assert answer == [package(pair, f"Q: {QUESTION}\nA:", messages_of(QUESTION, "Be brief."))]
 
 
-def test_a_task_s_arguments_may_set_knobs(pair):
+def test_a_task_s_arguments_may_set_parameters(pair):
     lm = model(pair, nudge_threshold=0.3)
     said = lm.generate_until([*requests(CONTEXTS[:1]), *requests(CONTEXTS[:1], nudge_threshold=2.0)])
     chat = messages_of(CONTEXTS[0])
@@ -167,7 +167,7 @@ def test_a_task_s_arguments_may_set_knobs(pair):
     assert said[0] != said[1]
 
 
-# What the harness does with it ---------------------------------------------------------------------------------------
+# Answers and results in the harness ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
@@ -185,7 +185,7 @@ def test_stop_strings_end_an_answer_and_are_cut_off(pair):
     assert lm.get_model_info()["finish_reasons"]["stop_string"] == sum(stop in answer for answer in whole) > 0
 
 
-def test_the_results_say_what_model_it_was(pair):
+def test_the_results_describe_the_model(pair):
     lm = model(pair, nudge_threshold=0.7, num_draft_tokens=2)
     assert lm.get_model_info()["nudge_rate"] is None
     lm.generate_until(requests(CONTEXTS), disable_tqdm=True)
@@ -209,7 +209,7 @@ ROWS = [
 
 
 def evaluate(lm, folder, **kwargs):
-    """The answers by row, and the results."""
+    """The answers in the order of the rows, and the harness's results."""
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=["local"],
@@ -221,19 +221,19 @@ def evaluate(lm, folder, **kwargs):
     return [sample["resps"][0][0] for sample in rows], results
 
 
-def test_cached_requests_are_asked_as_fresh_ones(pair, tmp_path):
+def test_cached_requests_give_the_same_answers(pair, tmp_path):
     folder = write_task(tmp_path / "task", ROWS[:2], 8)
     fresh, _ = evaluate(model(pair), folder)
     made, _ = evaluate(model(pair), folder, cache_requests=True)
     assert list((tmp_path / "requests").iterdir())
     lm = model(pair)
-    lm.apply_chat_template = None  # Nobody is to make them again.
+    lm.apply_chat_template = None  # The cached requests must be used, so nothing may render them again.
     kept, _ = evaluate(lm, folder, cache_requests=True)
     assert fresh == made == kept
     assert fresh == [package(pair, row["prompt"], row["messages"]) for row in ROWS[:2]]
 
 
-def test_a_run_that_is_killed_goes_on_from_there(pair, tmp_path):
+def test_a_killed_run_continues(pair, tmp_path):
     folder, cache = write_task(tmp_path / "task", ROWS, 8), str(tmp_path / "answers")
     whole, results = evaluate(model(pair), folder)
     lm = model(pair)
@@ -254,7 +254,7 @@ def test_a_run_that_is_killed_goes_on_from_there(pair, tmp_path):
     assert sum(lm.get_model_info()["finish_reasons"].values()) == 2
 
 
-def test_a_limit_asks_the_first_questions_alone(pair, tmp_path):
+def test_a_limit_asks_only_the_first_questions(pair, tmp_path):
     folder = write_task(tmp_path / "task", ROWS, 8)
     whole, _ = evaluate(model(pair), folder)
     assert evaluate(model(pair), folder, limit=2)[0] == whole[:2]
@@ -275,7 +275,7 @@ def test_the_harness_s_command_line_gives_the_accuracy_of_the_demonstration(tmp_
     spec.loader.exec_module(world)
     rows = [world.row(problem) for problem in world.problem_set("dev", world.DEV_SEED, 1)]
     for row in rows[::2]:
-        row["answer"] += "0"  # Else all are right.
+        row["answer"] += "0"  # Otherwise all answers would be right.
     folder = write_task(tmp_path / "task", rows, MAX_NEW_TOKENS)
     models = f"pretrained={MINI}/models/base,nudging_model={MINI}/models/nudging,nudge_threshold=0.4"
     args = ["--model", "nudging_hf", "--model_args", models, "--tasks", "local", "--include_path", folder]
@@ -299,12 +299,12 @@ def test_the_harness_s_command_line_gives_the_accuracy_of_the_demonstration(tmp_
     assert sys.argv[0] != "lm-eval"
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scores", ["loglikelihood", "loglikelihood_rolling"])
 def test_texts_are_not_scored(pair, scores):
-    with pytest.raises(ValueError, match="nudging gives no probabilities"):
+    with pytest.raises(ValueError, match="a nudged model has no probabilities"):
         getattr(model(pair), scores)([Instance(scores, {}, ("a", "b"), 0)])
 
 
@@ -318,13 +318,13 @@ def test_texts_are_not_scored(pair, scores):
         ({"nudging_model": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
-def test_what_a_user_can_mend_is_named(pair, kwargs, message):
+def test_errors_name_the_argument_to_correct(pair, kwargs, message):
     given = {"nudging_model": pair.nudging_model, "nudging_tokenizer": pair.nudging_tokenizer, **kwargs}
     with pytest.raises(ValueError, match=message):
         NudgingLM(pretrained=pair.base, tokenizer=pair.tokenizer, **given)
 
 
-def test_chats_that_cannot_be_asked_are_refused(pair):
+def test_unsupported_chat_requests_are_refused(pair):
     with pytest.raises(ValueError, match="gen_prefix"):
         model(pair).apply_chat_template(messages_of("a"), add_generation_prompt=False)
     with pytest.raises(ValueError, match="takes no name"):
@@ -335,7 +335,7 @@ def test_chats_that_cannot_be_asked_are_refused(pair):
     assert model(pair).chat_template(True) == pair.nudging_tokenizer.chat_template
 
 
-# Finding it ----------------------------------------------------------------------------------------------------------
+# Registration -------------------------------------------------------------------------------------------------------
 
 
 def test_the_harness_knows_the_model_by_its_name():

@@ -41,7 +41,7 @@ def parameters(name: str) -> int:
         return sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118 - no mapping
 
 
-def test_the_weights_are_small_and_the_nudging_models_ten_times_smaller():
+def test_the_weights_are_small_and_those_of_nudging_models_ten_times_smaller():
     files = list((MINI / "models").rglob("*"))
     assert sum(file.stat().st_size for file in files if file.is_file()) <= 25e6
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
@@ -50,7 +50,7 @@ def test_the_weights_are_small_and_the_nudging_models_ten_times_smaller():
     assert parameters("large-aligned") == parameters("base")
 
 
-def test_who_shares_the_bases_vocabulary(models):
+def test_which_models_share_the_base_s_vocabulary(models):
     shared = models.base.tokenizer.get_vocab()
     assert models.shared.tokenizer.get_vocab() == models.large_aligned.tokenizer.get_vocab() == shared
     assert models.nudging.tokenizer.get_vocab() != shared

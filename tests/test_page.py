@@ -1,4 +1,4 @@
-"""The page: any text comes back from it exactly, what was nudged is marked, and it loads and runs nothing."""
+"""Tests the page: it preserves any text, marks the nudged characters, and loads and runs nothing."""
 
 import re
 from html.parser import HTMLParser
@@ -21,11 +21,11 @@ ANSWERS = st.lists(st.builds(page.MarkedAnswer, TEXT, PIECES, st.dictionaries(TE
 
 
 class Reader(HTMLParser):
-    """The texts of a page, and which characters of them are marked; every tag and tip."""
+    """Reads the texts of a page, which of their characters are marked, and all tags and tips."""
 
     def __init__(self, html):
         super().__init__()
-        self.texts = []  # Of each element of class "text": its class, text, and the characters within <mark>.
+        self.texts = []  # For each element of class "text": its kind, its text, and which characters are in <mark>.
         self.figures = []
         self.tags, self.tips, self.title = [], [], ""
         self._open = []
@@ -58,7 +58,7 @@ class Reader(HTMLParser):
 
 
 @given(ANSWERS, TEXT)
-def test_any_text_comes_back_from_the_page(answers, title):
+def test_the_page_preserves_any_text(answers, title):
     reader = Reader(page.render(answers, 0.4, title))
     assert not reader._open and reader.title == title
     expected = [
@@ -73,7 +73,7 @@ def test_any_text_comes_back_from_the_page(answers, title):
 
 
 @given(PIECES)
-def test_marked_is_exactly_what_was_nudged_but_for_white_space(pieces):
+def test_exactly_the_nudged_characters_are_marked_except_for_white_space(pieces):
     (_, (_, text, marked)) = Reader(page.render([page.MarkedAnswer("", pieces)], 0.4)).texts
     nudged = [piece.nudged for piece in pieces for _ in piece.text]
     assert [m for m, c in zip(marked, "".join(text), strict=True) if not c.isspace()] == [
@@ -81,27 +81,27 @@ def test_marked_is_exactly_what_was_nudged_but_for_white_space(pieces):
     ]
 
 
-def test_neighbours_of_one_author_are_one_mark_that_begins_and_ends_with_a_letter():
+def test_adjacent_pieces_of_one_author_share_a_mark_without_outer_white_space():
     pieces = [Piece(" We", True), Piece(" can", True), Piece(" ", True), Piece("go", False), Piece("\n", True)]
     assert page.render([page.MarkedAnswer("q", pieces)], 0.4).count(" <mark>We can</mark> go\n</div>") == 1
 
 
 @given(PIECES, st.floats(0, 1))
-def test_each_piece_that_can_be_seen_says_the_probability_of_the_base(pieces, threshold):
+def test_each_visible_piece_shows_the_base_s_probability(pieces, threshold):
     reader = Reader(page.render([page.MarkedAnswer("q", pieces)], threshold))
     known = [piece.top1 for piece in pieces if piece.top1 is not None and piece.text.strip()]
     assert reader.tips == [f"{top1:.3f} {'<' if top1 < threshold else '≥'} γ" for top1 in known]
     assert all(attributes.get("tabindex") == "0" for _, attributes in reader.tags if "data-tip" in attributes)
 
 
-def test_a_page_without_a_threshold_compares_with_none():
+def test_a_page_without_a_threshold_shows_no_comparison():
     answers = [page.MarkedAnswer("q", [Piece("Well", True, 0.25)])]
     assert Reader(page.render(answers, None)).tips == ["0.250"]
     assert "γ" not in page.render(answers, None) and "below γ = 0.4" in page.render(answers, 0.4)
 
 
 @given(ANSWERS)
-def test_the_page_needs_nothing_but_itself(answers):
+def test_the_page_loads_and_runs_nothing(answers):
     html = page.render(answers, 0.4)
     reader = Reader(html)
     assert {tag for tag, _ in reader.tags} <= set(
@@ -125,7 +125,7 @@ def test_the_figures_are_counted_from_the_pieces():
 
 
 def luminance(colour):
-    """As WCAG 2 defines it."""
+    """The relative luminance of a colour, as WCAG 2 defines it."""
     colour = colour * 2 if len(colour) == 3 else colour
     linear = []
     for i in (0, 2, 4):

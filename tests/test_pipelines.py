@@ -82,7 +82,7 @@ def chosen(request):
     return PAIRS[request.param]()
 
 
-def whole(chosen, **kwargs):
+def complete_arguments(chosen, **kwargs):
     """What the models of a pair are called in a pipeline, and in `nudging_hf.generate`."""
     return {
         "tokenizer": chosen.tokenizer,
@@ -94,7 +94,7 @@ def whole(chosen, **kwargs):
 
 
 def nudged_pipeline(chosen, **kwargs):
-    return pipeline(TASK, model=chosen.base, device="cpu", **whole(chosen, **kwargs))
+    return pipeline(TASK, model=chosen.base, device="cpu", **complete_arguments(chosen, **kwargs))
 
 
 def inputs_of(chosen, prompt, **kwargs):
@@ -111,7 +111,7 @@ def answer_of(chosen, inputs, **kwargs):
     """The ids of the answer that `nudging_hf.generate` gives, asked for once."""
     key = repr((id(chosen), {name: ids.tolist() for name, ids in inputs.items()}, kwargs))
     if key not in ANSWERS:
-        ids = nudging_hf.generate(chosen.base, **inputs, **whole(chosen, **kwargs))
+        ids = nudging_hf.generate(chosen.base, **inputs, **complete_arguments(chosen, **kwargs))
         ANSWERS[key] = ids[0, inputs["input_ids"].shape[1] :].tolist()
     return ANSWERS[key]
 
@@ -143,7 +143,7 @@ def test_the_ids_are_those_of_generate(chosen, prompts, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_trained_pair_answers_likewise(mini, batch_size):
+def test_a_trained_pair_answers_as_generate_does(mini, batch_size):
     chats = [[{"role": "user", "content": text.removeprefix("Question: ").rstrip()}] for text in MINI_TEXTS]
     pipe = nudged_pipeline(mini)
     for prompts in (MINI_TEXTS, chats):
@@ -151,7 +151,7 @@ def test_a_trained_pair_answers_likewise(mini, batch_size):
         same_ids(records, mini, [inputs_of(mini, prompt) for prompt in prompts], batch_size)
 
 
-def test_a_template_of_the_base_is_said_once_or_for_a_call():
+def test_the_base_template_can_be_given_once_or_for_one_call():
     chosen, template = PAIRS["two"](), "{system}\nInstruction: {user}\n"
     otherwise = inputs_of(chosen, CHATS[1], base_template=template)
     asked, usual = answer_of(chosen, otherwise), answer_of(chosen, inputs_of(chosen, CHATS[1]))
@@ -163,7 +163,7 @@ def test_a_template_of_the_base_is_said_once_or_for_a_call():
     assert pipe(CHATS[1], return_tensors=True)[0]["generated_token_ids"][-len(usual) :] == usual
 
 
-def test_a_call_may_say_otherwise(chosen):
+def test_a_call_can_override_the_pipeline_s_settings(chosen):
     given = inputs_of(chosen, TEXTS[0])
     others = {"nudge_threshold": 0.95, "num_nudging_tokens": 5}
     expected = answer_of(chosen, given, **others)
@@ -179,9 +179,9 @@ def test_a_call_may_say_otherwise(chosen):
     assert again["generated_token_ids"][given["input_ids"].shape[1] :] == answer_of(chosen, given)
 
 
-def test_it_is_greedy_and_writes_256_tokens_where_nothing_is_said():
+def test_the_default_is_greedy_with_256_tokens():
     chosen = pair("llama", 2, "shared")
-    without = {name: value for name, value in whole(chosen).items() if name not in SETTINGS}
+    without = {name: value for name, value in complete_arguments(chosen).items() if name not in SETTINGS}
     pipe = pipeline(TASK, model=chosen.base, device="cpu", **without)
     settings = arguments_of_pipeline(pipe, {})
     settings = vars(settings.get("generation_config", GenerationConfig())) | settings
@@ -196,7 +196,7 @@ def test_it_is_greedy_and_writes_256_tokens_where_nothing_is_said():
 # Where the models come from ------------------------------------------------------------------------------------------
 
 
-def test_models_may_be_folders_and_tokenizers_be_left_out(mini):
+def test_models_may_be_folders_without_given_tokenizers(mini):
     base, shared = str(MODELS / "base"), str(MODELS / "nudging-shared")
     pipe = pipeline(TASK, model=base, nudging_model=shared, dtype=torch.float64, **SETTINGS)
     objects = pipeline(TASK, model=mini.base, nudging_model=mini.nudging_model, **SETTINGS)
@@ -210,7 +210,7 @@ def test_models_may_be_folders_and_tokenizers_be_left_out(mini):
         assert pipe(question, nudging_model=other) == objects(question)
 
 
-def test_a_nudging_model_may_stand_in_the_generation_config(exported):
+def test_the_generation_config_may_name_the_nudging_model(exported):
     chosen = pair("llama", 0, "shared")
     pipe = pipeline(TASK, model=exported, max_new_tokens=12)
     assert pipe(TEXTS, batch_size=2) == nudged_pipeline(chosen)(TEXTS, batch_size=2)
@@ -234,7 +234,9 @@ def test_both_models_go_to_the_device_of_the_pipeline():
 def test_a_saved_pipeline_is_the_base_and_needs_no_code(tmp_path):
     chosen = pair("llama", 0, "shared")
     nudged_pipeline(chosen).save_pretrained(tmp_path)
-    pipe = pipeline(TASK, model=str(tmp_path), **{k: v for k, v in whole(chosen).items() if k != "tokenizer"})
+    pipe = pipeline(
+        TASK, model=str(tmp_path), **{k: v for k, v in complete_arguments(chosen).items() if k != "tokenizer"}
+    )
     assert pipe(TEXTS[0]) == nudged_pipeline(chosen)(TEXTS[0])
     assert not list(tmp_path.glob("*.py"))
 
@@ -264,7 +266,7 @@ def test_spans_are_those_of_the_output(mini):
     for prompt in MINI_TEXTS[:2]:
         given = inputs_of(mini, prompt)
         output = nudging_hf.generate(
-            mini.base, **given, **whole(mini, max_new_tokens=30), return_dict_in_generate=True
+            mini.base, **given, **complete_arguments(mini, max_new_tokens=30), return_dict_in_generate=True
         )
         [expected] = spans_of(output, mini.tokenizer)
         [record] = pipe(prompt, return_nudged_spans=True)
@@ -273,7 +275,7 @@ def test_spans_are_those_of_the_output(mini):
         assert {span.nudged for span in expected} == {True, False}
 
 
-def test_a_character_over_two_tokens_comes_whole_and_belongs_to_the_author_of_its_last():
+def test_a_character_over_two_tokens_is_whole_and_belongs_to_the_author_of_the_last():
     tokenizer = byte_bpe()
     ids = tokenizer("a caf\u00e9 \U0001f600!", add_special_tokens=False).input_ids
     bytewise = [tokenizer.convert_tokens_to_ids(symbol) for i in ids for symbol in tokenizer.convert_ids_to_tokens(i)]
@@ -287,7 +289,7 @@ def test_a_character_over_two_tokens_comes_whole_and_belongs_to_the_author_of_it
         assert "".join(span.text for span in spans) == text
 
 
-def test_a_chat_comes_back_with_the_answer_of_the_assistant(chosen):
+def test_a_chat_is_returned_with_the_assistant_s_answer(chosen):
     pipe = nudged_pipeline(chosen)
     [record], [answer] = pipe(CHATS[2]), pipe(CHATS[2], return_full_text=False)
     assert record["generated_text"] == [*CHATS[2], {"role": "assistant", "content": answer["generated_text"]}]
@@ -375,7 +377,7 @@ ASSISTANT = {"role": "assistant", "content": "Hello"}
     ],
     ids=lambda value: None,
 )
-def test_what_is_no_prompt_is_refused(prompt, message):
+def test_invalid_prompts_are_refused(prompt, message):
     pipe = nudged_pipeline(PAIRS["shared"]())
     with pytest.raises(ValueError, match=message):
         pipe(prompt)
@@ -399,7 +401,7 @@ def test_what_is_no_prompt_is_refused(prompt, message):
     ],
     ids=lambda value: None,
 )
-def test_what_cannot_be_heeded_is_refused(prompt, given, message):
+def test_unsupported_arguments_are_refused(prompt, given, message):
     pipe = nudged_pipeline(PAIRS["shared"]())
     with pytest.raises(ValueError, match=message):
         pipe(prompt, **given)
@@ -420,7 +422,7 @@ def test_a_pipeline_without_a_nudging_model_or_a_tokenizer_is_refused():
 # The task, and the one of transformers -------------------------------------------------------------------------------
 
 
-def test_the_task_comes_and_goes():
+def test_the_task_is_registered_and_unregistered():
     registered = dict(PIPELINE_REGISTRY.supported_tasks)
     nudging_hf.register()
     assert PIPELINE_REGISTRY.supported_tasks == registered
@@ -433,7 +435,7 @@ def test_the_task_comes_and_goes():
 
 def plain_pipeline(chosen, **kwargs):
     """The pipeline of transformers, which hands no tokenizer on."""
-    arguments = whole(chosen, base_tokenizer=chosen.tokenizer, do_sample=False, **kwargs)
+    arguments = complete_arguments(chosen, base_tokenizer=chosen.tokenizer, do_sample=False, **kwargs)
     return pipeline("text-generation", model=chosen.base, device="cpu", **arguments)
 
 
@@ -445,7 +447,7 @@ def test_text_generation_nudges_when_it_is_given_a_nudging_model(chosen, batch_s
 
 def test_text_generation_takes_a_nudging_model_for_a_call(chosen):
     pipe = pipeline("text-generation", model=chosen.base, tokenizer=chosen.tokenizer, device="cpu", do_sample=False)
-    by_call = {**whole(chosen), "base_tokenizer": chosen.tokenizer}
+    by_call = {**complete_arguments(chosen), "base_tokenizer": chosen.tokenizer}
     del by_call["tokenizer"]  # It would be the pipeline's own.
     assert pipe(TEXTS[0], **by_call) == nudged_pipeline(chosen)(TEXTS[0])
 

@@ -1,4 +1,4 @@
-"""Who wrote what: pieces, spans and words add up to the answer, whoever wrote it and wherever tokens cut it."""
+"""Tests provenance: pieces, spans and words add up to the answer, whoever wrote it and however tokens split it."""
 
 import random
 from itertools import pairwise
@@ -46,7 +46,7 @@ def test_a_character_belongs_to_the_author_of_its_last_token(text, seed):
     assert all(piece.text for piece in pieces)
 
 
-def test_a_split_emoji_comes_whole_with_its_last_token():
+def test_an_emoji_over_several_tokens_is_one_piece_with_its_last_token():
     tokenizer = tiny.byte_bpe()
     reader = PieceReader(tokenizer)
     *begun, last = tokenizer("\U0001f9ff", add_special_tokens=False).input_ids
@@ -61,25 +61,25 @@ def test_an_answer_that_ends_inside_a_character_keeps_its_author(nudged):
     reader = PieceReader(tokenizer)
     begun = tokenizer("\U0001f9ff", add_special_tokens=False).input_ids[0]
     assert reader.read(begun, nudged, 0.3) == []
-    assert reader.read(tokenizer.eos_token_id, False, 0.5) == []  # The end mark is nobody's.
+    assert reader.read(tokenizer.eos_token_id, False, 0.5) == []  # The end mark has no author.
     assert reader.finish() == [Piece("\ufffd", nudged, 0.3)]
     assert reader.finish() == []
 
 
 @pytest.mark.parametrize("name", tiny.TOKENIZERS)
 @given(data=st.data())
-def test_the_pieces_are_the_text_without_control_tokens(name, data):
+def test_pieces_join_to_the_text_without_control_tokens(name, data):
     tokenizer = tiny.TOKENIZERS[name]()
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
     reader = PieceReader(tokenizer)
-    for _ in range(2):  # A reader that has finished is ready for another answer.
+    for _ in range(2):  # A reader can be used again after `finish`.
         pieces = read_all(reader, ids, [i % 2 == 0 for i in ids])
         assert "".join(piece.text for piece in pieces) == to_text(Vocabulary(tokenizer).join(ids))
 
 
 @pytest.mark.parametrize("name", tiny.TOKENIZERS)
 @pytest.mark.parametrize("text", tiny.CORPUS)
-def test_the_pieces_are_what_the_tokenizer_decodes(name, text):
+def test_pieces_join_to_what_the_tokenizer_decodes(name, text):
     tokenizer = tiny.TOKENIZERS[name]()
     ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     pieces = read_all(PieceReader(tokenizer), ids, [False] * len(ids))
@@ -92,7 +92,7 @@ def test_the_pieces_are_what_the_tokenizer_decodes(name, text):
 
 
 @given(NON_EMPTY)
-def test_spans_are_the_text_cut_where_the_author_changes(pieces):
+def test_spans_split_the_text_where_the_author_changes(pieces):
     text = "".join(piece.text for piece in pieces)
     found = spans(pieces)
     assert "".join(span.text for span in found) == text
@@ -106,7 +106,7 @@ def test_spans_are_the_text_cut_where_the_author_changes(pieces):
 
 @pytest.mark.parametrize("kind", ["shared", "two"])
 @pytest.mark.parametrize("seed", range(2))
-def test_the_pieces_of_an_output_are_its_tokens_mask_and_probabilities(kind, seed):
+def test_the_pieces_of_an_output_match_its_tokens_mask_and_probabilities(kind, seed):
     chosen = pair("llama", seed, kind)
     inputs = inputs_of(chosen, *prompts(chosen, 3, seed))
     output = nudging_hf.generate(chosen.base, **inputs, max_new_tokens=24, return_dict_in_generate=True)
@@ -122,7 +122,7 @@ def test_the_pieces_of_an_output_are_its_tokens_mask_and_probabilities(kind, see
         assert spans_of(output, chosen.tokenizer)[row] == spans(pieces)
 
 
-def test_a_row_that_ends_early_has_no_pieces_of_its_end_mark_and_padding():
+def test_end_marks_and_padding_have_no_pieces():
     chosen = pair("llama", 0, "shared")
     inputs = inputs_of(chosen, *prompts(chosen, 8, 0))
     output = nudging_hf.generate(chosen.base, **inputs, max_new_tokens=60, return_dict_in_generate=True)
@@ -140,7 +140,7 @@ def test_a_row_that_ends_early_has_no_pieces_of_its_end_mark_and_padding():
 
 
 @given(PIECES)
-def test_words_are_those_of_split_whoever_wrote_them(pieces):
+def test_words_are_those_of_str_split(pieces):
     text = "".join(piece.text for piece in pieces)
     words = len(text.split())
     nudged, counted = count_nudged_words(pieces)
@@ -150,13 +150,13 @@ def test_words_are_those_of_split_whoever_wrote_them(pieces):
 
 
 @given(PIECES)
-def test_where_a_text_is_cut_does_not_matter(pieces):
+def test_word_counts_do_not_depend_on_how_the_text_is_split(pieces):
     characters = [Piece(character, piece.nudged) for piece in pieces for character in piece.text]
     assert count_nudged_words(characters) == count_nudged_words(pieces)
 
 
 @given(PIECES, PIECES)
-def test_nudged_words_add_up_at_white_space(left, right):
+def test_word_counts_add_up_where_texts_meet_at_white_space(left, right):
     (a, b), (c, d) = count_nudged_words(left), count_nudged_words(right)
     assert count_nudged_words([*left, Piece(" ", True), *right]) == (a + c, b + d)
 

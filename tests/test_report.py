@@ -1,4 +1,4 @@
-"""An analysis as plots and a page: no models, and figures that can be looked for."""
+"""Tests the plots and the page of an analysis with given figures and without models."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ ABOUT = {"base": "<b>base</b> & co", "prompts": "some"}
 
 
 def figures(large=True, labelled=True):
-    """Tables of two prompts at two thresholds."""
+    """The tables of two prompts at two thresholds."""
     label = {"pattern": "(.)", "answer": "a"} if labelled else {}
     prompts = [Prompt(messages_of("?"), **label) for _ in range(2)]
     answer = vars(Answer("a", [7] * 10, True, words=8, nudged_words=3, nudged_tokens=3))
@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize(("large", "labelled"), [(True, True), (False, False)])
-def test_the_page_holds_every_plot_and_needs_nothing_but_itself(tmp_path, large, labelled):
+def test_the_page_embeds_every_plot_and_fetches_nothing(tmp_path, large, labelled):
     written = figures(large, labelled)
     path = report.write(tmp_path, written, ABOUT)
     page = Page(path.read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ def test_the_page_holds_every_plot_and_needs_nothing_but_itself(tmp_path, large,
     assert ("nudging model's, as no large one was given" in page.text) is not large
 
 
-def test_the_paper_stands_beside_what_was_found():
+def test_the_paper_s_figures_are_compared_with_the_measured_ones():
     found = report.paper_comparison(figures())
     assert [paper.replace("\u00a0", " ") for _, paper, _ in found] == [
         "90 %", "over 80 %", "11 %", "65 to 83 % (Llama-2), 58 to 88 % (Gemma-2)"
@@ -79,14 +79,14 @@ def test_the_paper_stands_beside_what_was_found():
 def test_the_figures_and_their_source_are_on_the_page():
     names = ("positions", "disagreement", "caught", "agreement", "thresholds")
     page = Page(report.render(figures(), ABOUT, dict.fromkeys(names, b"...")))
-    text = re.sub(r"\s+", " ", page.text)  # A space that does not break is one too.
+    text = re.sub(r"\s+", " ", page.text)  # This also matches non-breaking spaces.
     for expected in ("arXiv 2410.09300", "66.7 %", "37.5 %", "30.0 %", "6 positions", "4 are alignment-related"):
         assert expected in text
-    assert "<b>base</b> & co" in text and "b" not in page.tags  # What is told of models is text, never markup.
+    assert "<b>base</b> & co" in text and "b" not in page.tags  # Texts about models are escaped.
 
 
-def test_what_is_the_share_of_nothing_is_left_open():
-    """All positions in one bin, and no alignment-related one: nine bins and most shares are empty."""
+def test_a_share_of_nothing_is_shown_as_a_dash():
+    """All positions are in one bin and none is alignment-related, so nine bins and most shares are empty."""
     prompts = [Prompt(messages_of("?"))]
     row = {"answer": vars(Answer("a", [7], False, 1)), "positions": vars(Positions([1.0], [False], [True]))}
     written = tables(prompts, {Unit("along", 0): [row]})

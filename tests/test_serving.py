@@ -77,7 +77,7 @@ def parameters(**fields):
     return {"extra_body": {"generation_config": json.dumps({"max_new_tokens": 256, "do_sample": False} | fields)}}
 
 
-def test_an_answer_is_the_nudged_one(completions, folder, nudged):
+def test_an_answer_is_nudged(completions, folder, nudged):
     answer = asked(completions, folder)
     assert answer == nudged()
     assert '"ol"' in answer  # So it was: the base alone answers with another question.
@@ -94,12 +94,12 @@ def test_completions_and_responses_are_nudged_too(client, folder, nudged):
     assert client.responses.create(model=str(folder), input=CHAT, stream=False).output_text == nudged()
 
 
-def test_a_request_may_set_the_knobs(completions, folder, nudged):
+def test_a_request_may_set_parameters(completions, folder, nudged):
     unsure = asked(completions, folder, **parameters(nudge_threshold=1.01, takeover_on_agreement=False))
     assert unsure == nudged(nudge_threshold=1.01, takeover_on_agreement=False) != nudged()
 
 
-def test_limits_and_stop_strings_hold(completions, folder, nudged):
+def test_limits_and_stop_strings_apply(completions, folder, nudged):
     assert asked(completions, folder, max_tokens=9) == nudged(max_new_tokens=9)
     assert asked(completions, folder, stop=["see"]) == nudged(stop_strings=["see"])
 
@@ -112,13 +112,13 @@ def test_a_sample_is_repeatable_by_its_seed(completions, folder):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_what_nudging_refuses_is_an_error_of_the_request_and_the_server_goes_on(completions, folder, nudged):
+def test_a_refused_request_gets_an_error_and_the_server_keeps_running(completions, folder, nudged):
     with pytest.raises(openai.APIError):
         asked(completions, folder, **parameters(nudge_threshold=-1))
     assert asked(completions, folder) == nudged()
 
 
-def test_the_example_talks_to_it(url, folder, nudged, monkeypatch, capsys):
+def test_the_example_talks_to_the_server(url, folder, nudged, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["serving_client.py", "--url", url, "--model", str(folder)])
     runpy.run_path(str(EXAMPLES / "serving_client.py"), run_name="__main__")
     assert "So the answer is 19." in capsys.readouterr().out

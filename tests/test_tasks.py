@@ -1,4 +1,4 @@
-"""The paper's tasks: each YAML file on a few rows in its data set's own columns, and how answers are read."""
+"""Tests the paper's tasks: each YAML file on a few rows with its data set's columns, and the reading of answers."""
 
 import json
 import re
@@ -17,7 +17,7 @@ MC = {"question": "What gives light?", "choices": CHOICES, "answerKey": "B"}
 SPORTS = "Determine whether the following statement is plausible or implausible:\nStatement: Ann hit a home run.\n"
 CUT = "Plausible/implausible?"
 
-# A row, the question as it is asked, right answers, wrong answers.
+# For each task: a row, the question as the task asks it, right answers, wrong answers.
 TASKS = {
     "gsm8k": (
         {"question": " How many? ", "answer": "2 + 1,200 = <<2+1200=1202>>1,202\n#### 1,202"},
@@ -83,7 +83,7 @@ TASKS = {
 
 
 def build(path, tmp_path, rows):
-    """The task of a YAML file, on rows of a local file in the place of its data set."""
+    """The task of a YAML file, with rows of a local file in place of its data set."""
     from lm_eval.api.task import ConfigurableTask
 
     config = yaml_loader.load_yaml(path, resolve_func=True)
@@ -96,7 +96,7 @@ def build(path, tmp_path, rows):
 
 
 @pytest.fixture(autouse=True)
-def data_sets_here(tmp_path, monkeypatch):
+def data_sets_in_a_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.delenv(judge.VARIABLE, raising=False)
 
@@ -106,7 +106,7 @@ def prompt_of(task, doc):
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_a_task_asks_as_the_paper_does_and_reads_the_answer(name, tmp_path):
+def test_a_task_asks_the_paper_s_question_and_reads_the_answer(name, tmp_path):
     row, question, right, wrong = TASKS[name]
     task = build(FOLDER / f"{name}.yaml", tmp_path, [row])
     doc = task.eval_docs[0]
@@ -127,14 +127,14 @@ def test_a_task_asks_as_the_paper_does_and_reads_the_answer(name, tmp_path):
         ("just_eval_safe", "Take it. " + "And more. " * 60 + "I cannot say.", {"refused": 0.0}),
     ],
 )
-def test_an_instruction_is_asked_as_the_paper_does(name, answer, scores, tmp_path):
+def test_an_instruction_has_the_paper_s_prompt(name, answer, scores, tmp_path):
     task = build(FOLDER / f"{name}.yaml", tmp_path, [{"input": "What now? ", "output_cand": "x"}])
     doc = task.eval_docs[0]
     assert prompt_of(task, doc) == "You are a helpful assistant.\nInstruction: What now?\n"
     assert task.process_results(doc, [answer]) == scores
 
 
-def test_no_task_cuts_answers_and_all_are_greedy_and_zero_shot(tmp_path):
+def test_all_tasks_are_greedy_and_zero_shot_without_stop_strings(tmp_path):
     paths = [path for path in FOLDER.glob("*.yaml") if "task: nudging" in path.read_text().splitlines()[1]]
     assert len(paths) == 17
     for path in paths:
@@ -143,7 +143,7 @@ def test_no_task_cuts_answers_and_all_are_greedy_and_zero_shot(tmp_path):
         assert config["num_fewshot"] == 0 and config["output_type"] == "generate_until"
 
 
-def test_one_group_runs_the_thirteen():
+def test_one_group_runs_the_thirteen_tasks_of_the_paper():
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
@@ -157,7 +157,7 @@ def test_one_group_runs_the_thirteen():
     assert members | local | safety == set(manager.all_subtasks)
 
 
-# Rows that are drawn here -------------------------------------------------------------------------------------------
+# Generated rows -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["coin_flip", "last_letter_concat"])
@@ -170,7 +170,7 @@ def test_a_local_task_needs_no_data_set_and_asks_the_same_question(name, tmp_pat
         assert local.process_results(mine, [f"So the answer is {local.doc_to_target(mine)}."]) == {"exact_match": 1.0}
 
 
-def test_drawn_rows_are_right_and_repeatable():
+def test_generated_rows_are_right_and_repeatable():
     coins, letters = (list(make(200, 1)["test"]) for make in (generated.coin_flips, generated.last_letter_concats))
     for row in coins:
         assert row["targets"] == ("no" if len(re.findall(r"\w flips the coin", row["inputs"])) % 2 else "yes")
@@ -187,7 +187,7 @@ def test_drawn_rows_are_right_and_repeatable():
 
 @pytest.fixture
 def judged(monkeypatch):
-    """An endpoint with an OpenAI-compatible API: `replies` are what it says, `asked` what it was told."""
+    """An endpoint with an OpenAI-compatible API. It returns `replies` in order and appends requests to `asked`."""
     replies, asked = [], []
 
     class Handler(BaseHTTPRequestHandler):
@@ -218,7 +218,7 @@ def judged(monkeypatch):
         thread.join()
 
 
-def test_a_judge_is_asked_beside_the_rule(judged):
+def test_a_judge_is_asked_in_addition_to_the_rule(judged):
     replies, asked = judged
     replies[:] = ['```json\n{"reason": "same", "correct": 1}\n```', '{"reason": "not", "correct": "0"}']
     doc = {"question": "How {many}?", "answer": "#### 38"}
@@ -241,9 +241,9 @@ def test_instructions_are_judged_by_aspect(judged):
 
 
 @pytest.mark.parametrize("reply", ["Good!", '{"correct": 2}', '{"right": 1}', '{"correct": null}', "[1]"])
-def test_a_judge_out_of_form_counts_as_the_lowest_score_and_is_told(judged, reply, caplog):
+def test_a_reply_of_the_wrong_form_counts_as_the_lowest_score_and_is_logged(judged, reply, caplog):
     judged[0][:] = [reply]
     assert judge.verdict(judge.CORRECT_PROMPT, {"correct": (0, 1)}, question="q", reference="r", answer="a") == {
         "correct": 0
     }
-    assert "did not keep to its form" in caplog.text
+    assert "does not have the requested form" in caplog.text

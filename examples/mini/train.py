@@ -1,12 +1,12 @@
-"""Trains the miniature pair and its companions, from nothing, on a CPU.
+"""Trains the mini pair and its companions from scratch on a CPU.
 
     python examples/mini/train.py                    # every stage, in order
     python examples/mini/train.py --stage nudging    # one stage
     python examples/mini/train.py --out somewhere    # default: examples/mini
 
-The stages write OUT/models/<stage>; a stage that starts from another needs that one's folder. A stage whose folder
-stands is done and is skipped: delete the folder to train it again. A stage that was interrupted goes on from its last
-checkpoint in OUT/checkpoints. What a step reads depends on the seed, the stage and the number of the step alone.
+Each stage writes OUT/models/<stage>. A stage that starts from another needs the folder of that one. A stage whose
+folder exists is skipped; delete the folder to train it again. An interrupted stage continues from its last checkpoint
+in OUT/checkpoints. The data of a step depends only on the seed, the stage and the number of the step.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CONTROL_TOKENS_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-# The base's vocabulary has no control tokens for turns: they are marked in plain text.
+# The base's vocabulary has no control tokens for turns, so this template marks them in plain text.
 PLAIN_TEXT_TEMPLATE = (
     "{% for message in messages %}{{ '[' + message['role'] + ']\\n' + message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
@@ -39,11 +39,10 @@ PLAIN_TEXT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """A byte-level BPE. Every byte is in its alphabet, so any text comes back as it was.
+    """A byte-level BPE tokenizer. Every byte is in its alphabet, so decoding restores any text.
 
-    `common` is the share of common names in the documents it is learnt from: with nothing but common names it
-    comes to hold all of them whole, with fresh ones it learns pieces. `template` is the chat template of the models
-    that are aligned with it.
+    `common` is the share of common names in the documents that it is trained on. If all names are common, each becomes
+    one token; from fresh names it learns pieces. `template` is the chat template of the aligned models that use it.
     """
 
     vocabulary: int
@@ -79,7 +78,7 @@ TOKENIZERS = {
 
 
 def train_tokenizer(spec: TokenizerSpec, seed: int) -> Tokenizer:
-    """Learns the merges of `spec` from documents of the training side."""
+    """Trains the tokenizer that `spec` describes on documents of the training split."""
     rng = random.Random(f"tokenizer {seed} {spec.vocabulary}")
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     if spec.single_digits:
@@ -98,7 +97,7 @@ def train_tokenizer(spec: TokenizerSpec, seed: int) -> Tokenizer:
 
 
 def load_tokenizer(name: str, aligned: bool, out: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers has it, with a chat template for an aligned model."""
+    """The tokenizer as a transformers object. For an aligned model it has a chat template."""
     spec = TOKENIZERS[name]
     return PreTrainedTokenizerFast(
         tokenizer_file=str(out / "checkpoints" / f"tokenizer-{name}.json"),
@@ -122,12 +121,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: where it starts, what it reads, for how long.
+    """One training run: where it starts, what it reads, and for how long.
 
-    `start` is a Shape for a fresh model, or the name of the stage whose weights it goes on from. `data` is
-    "documents" or "answers"; a model that has read answers is aligned and has a chat template. `mixes` are (step,
-    name of the mix of documents from there on). The learning rates of Muon (matrices) and AdamW (the rest) are
-    multiplied by a factor that goes in straight lines through `rates`, (step, factor) each, and to zero at the end.
+    `start` is a Shape for a fresh model, or the name of the stage whose weights it continues from. `data` is
+    "documents" or "answers"; a model that has read answers is aligned and has a chat template. `mixes` are pairs of a
+    step and the name of the mix of documents from that step on. The learning rates of Muon (matrices) and AdamW (the
+    rest) are multiplied by a factor. It is interpolated linearly between the (step, factor) pairs of `rates`, and goes
+    to zero at the end.
     """
 
     start: Shape | str
@@ -139,7 +139,7 @@ class Stage:
     mixes: tuple[tuple[int, str], ...] = ((0, "first"),)
     muon: float = 3e-3
     adamw: float = 2e-3
-    length: int = 320  # of a row of documents, in tokens
+    length: int = 320  # The length of a row of documents, in tokens.
     checkpoint_every: int = 100
 
     def rate(self, step: int) -> float:
@@ -193,7 +193,7 @@ STAGES = {
 
 
 def document_batch(stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random.Random, step: int) -> tuple:
-    """Rows of documents end to end. Each row begins with a document and is cut at the stage's length."""
+    """Rows of concatenated documents. Each row begins with a document and is cut at the stage's length."""
     rows = []
     for _ in range(stage.batch):
         ids: list[int] = []
@@ -205,7 +205,7 @@ def document_batch(stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random
 
 
 def answer_batch(stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random.Random, step: int) -> tuple:
-    """Rows of one chat each. Only the answer and its end mark are learnt."""
+    """Rows that hold one chat each. Only the answer and its end mark are learnt."""
     rows = []
     for _ in range(stage.batch):
         problem = world.training_problem(rng)
@@ -245,7 +245,7 @@ def fresh_model(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, scaled to the size of an AdamW update (Jordan et al. 2024).
+    """Momentum with an orthogonalised update that is scaled to the size of an AdamW update (Jordan et al. 2024).
 
     torch.optim.Muon does the same in bfloat16, which is many times slower on a CPU without bfloat16 instructions.
     """
@@ -276,7 +276,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers_of(model: LlamaForCausalLM, stage: Stage) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
+    """Muon for the matrices of the layers, and AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -286,7 +286,7 @@ def optimizers_of(model: LlamaForCausalLM, stage: Stage) -> list[torch.optim.Opt
 
 
 def train(name: str, stage: Stage, model: LlamaForCausalLM, tokenizer, checkpoint: Path, seed: int) -> None:
-    """Trains `model` in place, from the checkpoint if there is one."""
+    """Trains `model` in place, and continues from the checkpoint if there is one."""
     optimizers = optimizers_of(model, stage)
     first = 0
     seconds = 0.0
@@ -326,11 +326,11 @@ def train(name: str, stage: Stage, model: LlamaForCausalLM, tokenizer, checkpoin
 
 
 def run_stage(name: str, out: Path, seed: int) -> None:
-    """Trains one stage and saves model, tokenizer and generation config, unless its folder stands already."""
+    """Trains one stage and saves its model, tokenizer and generation config, unless its folder exists already."""
     stage = STAGES[name]
     folder = out / "models" / name
     if folder.exists():
-        print(f"{name}: {folder} is there")
+        print(f"{name}: {folder} exists already")
         return
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(stage.tokenizer, stage.data == "answers", out)
@@ -347,7 +347,7 @@ def run_stage(name: str, out: Path, seed: int) -> None:
 
 
 def run_tokenizers(out: Path, seed: int) -> None:
-    """Learns the tokenizers that are not there yet."""
+    """Trains the tokenizers that do not exist yet."""
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     for name, spec in TOKENIZERS.items():
         file = out / "checkpoints" / f"tokenizer-{name}.json"
@@ -357,7 +357,9 @@ def run_tokenizers(out: Path, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["tokenizers", *STAGES], help="run this one (default: all, in order)")
+    parser.add_argument(
+        "--stage", choices=["tokenizers", *STAGES], help="run only this stage (default: all, in order)"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: beside this script")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

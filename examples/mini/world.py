@@ -1,13 +1,13 @@
-"""The small world of the miniature pair: problems, documents for the base, answers for the aligned models.
+"""Generates the small world of the mini pair: problems, documents for the base, and answers for the aligned models.
 
-Everything is drawn from a `random.Random` that the caller seeds. Names and number pairs belong to one of three
-splits by a hash of their own spelling, so that what is held out can never reach a training document:
+Everything is drawn from a `random.Random` that the caller seeds. A hash of its spelling assigns each name and each
+number pair to one of three splits, so held-out ones can never appear in a training document:
 
-    train     what documents and training answers are made of
-    dev       what the recipe was tuned on
-    heldout   what `heldout.jsonl` is made of
+    train     the documents and training answers use these
+    dev       the recipe was tuned on these
+    heldout   `heldout.jsonl` uses these
 
-    python examples/mini/world.py --show 5                               # look at documents and at one answer a task
+    python examples/mini/world.py --show 5                               # print documents and one answer a task
     python examples/mini/world.py --heldout examples/mini/heldout.jsonl  # write the held-out set
 """
 
@@ -30,20 +30,20 @@ CODAS = ["", "", "", *"nrlsmtkxyd"]
 
 
 def split_of(key: str) -> str:
-    """The split that `key` belongs to: a tenth of all keys is held out, a tenth is for dev."""
+    """The split that `key` belongs to. A tenth of all keys is held out, and a tenth is for dev."""
     bucket = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
     return {0: "heldout", 1: "dev"}.get(bucket, "train")
 
 
 def pair_split(sign: str, a: int, b: int) -> str:
-    """The split of one sum or difference. A sum and its mirror image are one pair."""
+    """The split of one sum or difference. a + b and b + a are the same pair."""
     if sign == "+":
         a, b = sorted((a, b))
     return split_of(f"{a} {sign} {b}") if min(a, b) > 0 else "train"
 
 
 def draw_name(rng: random.Random, split: str) -> str:
-    """One pronounceable name of 3 to 8 letters out of `split`."""
+    """A pronounceable name of 3 to 8 letters that belongs to `split`."""
     while True:
         syllables = rng.choice((1, 2, 2, 3))
         name = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(syllables)) + rng.choice(CODAS)
@@ -65,15 +65,15 @@ COMMON_NAMES = _common_names()
 
 @dataclass(frozen=True)
 class Draw:
-    """Where a problem takes its names and numbers from."""
+    """The source of a problem's names and numbers."""
 
     rng: random.Random
     split: str = "train"
-    common: float = 0.4  # share of names from COMMON_NAMES; only the training side has common names
-    longer: float = 0.0  # probability that a problem has one item more than those of its task have
+    common: float = 0.4  # The share of names from COMMON_NAMES. Only the training split has common names.
+    longer: float = 0.0  # The probability that a problem has one item more than is usual for its task.
 
     def count(self, usual: tuple[int, ...]) -> int:
-        """How many items a problem has, `usual` being the numbers of its task."""
+        """How many items a problem has. `usual` are the numbers that its task usually has."""
         return self.rng.choice(usual) + (self.longer > 0 and self.rng.random() < self.longer)
 
     def names(self, count: int) -> list[str]:
@@ -90,10 +90,10 @@ class Draw:
 # -------------------------------------------------------------------------------------------------- problems
 @dataclass(frozen=True)
 class Problem:
-    """A question, the facts of its solution step by step, and how to find the answer in a text.
+    """A question, the facts of each step of its solution, and the pattern that finds the answer in a text.
 
-    `steps` are (pool, facts): a pool of wordings in WORDINGS and what fills its gaps. The last match of `pattern`
-    in an answer is what it answers; it is right when that equals `answer`.
+    `steps` are pairs of a pool of wordings in WORDINGS and the facts that fill the placeholders of a wording. A text
+    is right if the last match of `pattern` in it equals `answer`.
     """
 
     task: str
@@ -109,7 +109,7 @@ class Problem:
 
 
 def letters(draw: Draw) -> Problem:
-    """Last letter concatenation."""
+    """A problem that asks to concatenate the last letters of two to four names."""
     words = draw.names(draw.count((2, 3, 4)))
     listed = ", ".join(f'"{word}"' for word in words)
     question = draw.rng.choice(
@@ -126,7 +126,7 @@ LOSSES = ("{n} loses {b}.", "{n} sells {b}.", "{n} gives {b} to {m}.", "{m} take
 
 
 def stories(draw: Draw) -> Problem:
-    """An arithmetic story of two to four changes. Every sum and difference in it is of the draw's split."""
+    """An arithmetic story of two to four changes. Every sum and difference in it belongs to the draw's split."""
     rng = draw.rng
     name, other = draw.names(2)
     things = rng.choice(OBJECTS.split())
@@ -162,7 +162,7 @@ KEEPS = (
 
 
 def coins(draw: Draw) -> Problem:
-    """A coin that four to six people turn over, or do not."""
+    """A problem about a coin that each of four to six people turns over or leaves."""
     heads = True
     sentences = [draw.rng.choice(("A coin is heads up.", "A coin lies heads up on the table."))]
     steps = []
@@ -177,7 +177,7 @@ def coins(draw: Draw) -> Problem:
 
 
 def lengths(draw: Draw) -> Problem:
-    """How many letters some names have together."""
+    """A problem that asks how many letters two to four names have together."""
     while True:
         names = draw.names(draw.count((2, 3, 4)))
         total = 0
@@ -197,8 +197,8 @@ def lengths(draw: Draw) -> Problem:
 TASKS = {"letters": letters, "stories": stories, "coins": coins, "lengths": lengths}
 
 # ------------------------------------------------------------------------------------------------- solutions
-# Inside a pool every wording has a first word of its own: which one comes is open, and once its first word stands
-# the rest is settled by the question. Wording 0 is the aligned style; its first word is glue, never a name.
+# In a pool, every wording has a different first word. Which wording comes is open, but after its first word the
+# question determines the rest. Wording 0 is the aligned style. Its first word is never a name or a number.
 OPENINGS = [
     "Let's go through it one step at a time.",
     "Solution:",
@@ -289,7 +289,7 @@ CONCLUSIONS = [
     "Conclusion: {g}.",
     "Finally we find {g}.",
 ]
-# Longer than a lookahead of 16 tokens, so that a nudging round can reach the end of an answer only from its end.
+# It is longer than a lookahead of 16 tokens, so a nudging round can end an answer only if it starts near the end.
 CLOSING = "Please check each step again for yourself, and do ask me if anything here is still not clear to you."
 AFTERWARDS = [
     f" {CLOSING}",
@@ -311,7 +311,7 @@ AFTERWARDS = [
 
 
 def _solution(problem: Problem, choose) -> str:
-    """The worked solution of `problem`; `choose(pool, wordings)` picks each wording."""
+    """The worked solution of `problem`. `choose(pool, wordings)` picks each wording."""
     sentences = [choose("opening", OPENINGS)]
     sentences += [choose(pool, WORDINGS[pool]).format(**facts) for pool, facts in problem.steps]
     sentences.append(choose("conclusion", CONCLUSIONS).format(g=problem.quoted))
@@ -319,10 +319,10 @@ def _solution(problem: Problem, choose) -> str:
 
 
 def worked_solution(problem: Problem, rng: random.Random, plain: float = 0.0, keep: float = 0.2) -> str:
-    """A worked solution as documents have it: for each pool a style of its own, which it keeps now and then.
+    """A worked solution for a document. It draws a favourite wording in each pool and keeps it with probability `keep`.
 
-    A step takes the aligned wording with probability `plain` whatever its style is, and an opening never does: else
-    the base would come to answer questions by itself.
+    A step has the aligned wording with probability `plain`, whatever the favourite is. An opening is exempt from that,
+    because the base would otherwise learn to answer questions by itself.
     """
     style: dict[str, str] = {}
 
@@ -373,12 +373,12 @@ MOSTLY_WORKED = {"worked": 0.78, "sheet": 0.14, "key": 0.02, "forum": 0.06}
 
 @dataclass(frozen=True)
 class Mix:
-    """What documents are made of.
+    """The composition of documents.
 
-    `shares` says how often each task comes, `formats` how often each form of a document. With `open_ends`, any number
-    of remarks follows a solution and a document ends without a new line; without, a new line is what follows a closing
-    sentence for sure. `plain` is the probability of the aligned wording above its share of all wordings, `longer` that
-    of a problem with one item more than those of its task have.
+    `shares` are the frequencies of the tasks, and `formats` those of the forms of a document. With `open_ends`, any
+    number of remarks follows a solution, and a document ends without a new line. Without it, a closing sentence is
+    always followed by a new line. `plain` is the probability of the aligned wording in addition to its share of all
+    wordings. `longer` is the probability that a problem has one item more than is usual for its task.
     """
 
     shares: dict[str, float]
@@ -408,7 +408,7 @@ def _weighted(rng: random.Random, shares: dict[str, float]) -> str:
 
 
 def _afterwards(rng: random.Random, mix: Mix) -> str:
-    """What follows a worked solution."""
+    """The remarks after a worked solution."""
     if not mix.open_ends:
         return rng.choice(AFTERWARDS)
     remarks = [remark for remark in AFTERWARDS if remark.startswith(" ")]
@@ -442,17 +442,17 @@ def document(rng: random.Random, mix: Mix = MIXES["first"], common: float = 0.4)
 
 
 def training_problem(rng: random.Random) -> Problem:
-    """A problem of the training side, for alignment."""
+    """A problem of the training split, for alignment."""
     return TASKS[_weighted(rng, _EVEN)](Draw(rng))
 
 
 def prompt(problem: Problem) -> str:
-    """What the base is given."""
+    """The prompt that the base is given."""
     return f"{SYSTEM}\nQuestion: {problem.question}\n"
 
 
 def messages(problem: Problem) -> list[dict]:
-    """What an aligned model is given."""
+    """The messages that an aligned model is given."""
     return [
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": f"Question: {problem.question}"},
@@ -460,7 +460,7 @@ def messages(problem: Problem) -> list[dict]:
 
 
 def problem_set(split: str, seed: int, rows_per_task: int) -> list[Problem]:
-    """Different questions of one split, task by task."""
+    """Distinct questions of one split, task by task."""
     problems: list[Problem] = []
     for task, make in TASKS.items():
         draw = Draw(random.Random(f"{split} {task} {seed}"), split)

@@ -1,4 +1,4 @@
-"""Standard input and output in whatever encoding they have. It knows bytes and characters, never commands."""
+"""Reads and writes the standard streams in their own encodings. It knows bytes and characters, never commands."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _ESCAPING = "nudging_hf.escaping"
 
 
 def open_closed_streams() -> None:
-    """Puts the null device, to the end of the process, in the place of each standard stream that is closed."""
+    """Replaces each closed standard stream with the null device, for the rest of the process."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def refuse_undecoded(text: str, what: str, encoding: str) -> None:
-    """Refuses a text with bytes that could not be decoded, for which Python lets surrogate code points stand.
+    """Refuses a text with bytes that could not be decoded. Python represents them by surrogate code points.
 
     Args:
-        text: as Python read it, with the error handler "surrogateescape".
-        what: what the text is, as the subject of a sentence.
-        encoding: in which it was read.
+        text: a text that was decoded with the error handler "surrogateescape".
+        what: names the text, as the subject of the error's sentence.
+        encoding: the encoding that the text was decoded with.
 
     Raises:
-        ValueError: where there is such a byte, saying what stands before it.
+        ValueError: if there is such a byte. The error says what comes before it.
     """
     try:
         text.encode("utf-8")
@@ -37,16 +37,16 @@ def refuse_undecoded(text: str, what: str, encoding: str) -> None:
         code = ord(text[error.start])
         found = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else "half of a character of UTF-16"
         before = text[max(0, error.start - 20) : error.start]
-        where = f"behind {before!r}" if before else "at its beginning"
+        where = f"after {before!r}" if before else "at its beginning"
         name = codecs.lookup(encoding).name
-        mend = "give it as UTF-8" if name == "utf-8" else "set PYTHONUTF8=1, and give it as UTF-8"
-        raise ValueError(f"{what} is no text in {name}: {where} stands {found}; {mend}.") from error
+        remedy = "give it as UTF-8" if name == "utf-8" else "set PYTHONUTF8=1, and give it as UTF-8"
+        raise ValueError(f"{what} is not valid {name}: it has {found} {where}; {remedy}.") from error
 
 
 def refuse_undecoded_arguments(arguments: Sequence[str]) -> None:
-    """Refuses arguments of the command line with bytes that are no text.
+    """Refuses arguments of the command line with bytes that could not be decoded.
 
-    Paths are no exception: a path is written into reports, which are UTF-8.
+    Paths are refused too, because reports name them and are UTF-8.
     """
     for number, argument in enumerate(arguments, start=1):
         refuse_undecoded(argument, f"Argument {number}", sys.getfilesystemencoding())
@@ -56,30 +56,31 @@ def refuse_undecoded_arguments(arguments: Sequence[str]) -> None:
 def standard_input() -> Iterator[TextIO]:
     """Standard input, with a surrogate code point for each byte that cannot be decoded.
 
-    So one such byte spoils its own line, and not all that was read ahead: see `refuse_undecoded`.
+    Such a byte then makes only its own line invalid, and not everything that was read ahead: see `refuse_undecoded`.
     """
     buffer = getattr(sys.stdin, "buffer", None)
-    if buffer is None:  # Text that never was bytes.
+    if buffer is None:  # The stream has text only, as an `io.StringIO` does.
         yield sys.stdin
         return
     stream = io.TextIOWrapper(buffer, encoding=sys.stdin.encoding, errors="surrogateescape")
     try:
         yield stream
     finally:
-        stream.detach()  # Else it would close standard input.
+        stream.detach()  # Otherwise it would close standard input.
 
 
 def keep_undecoded_bytes_of_typed_lines() -> None:
-    """Has `input` do what `standard_input` does."""
+    """Makes `input` return a surrogate code point for each byte that cannot be decoded."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
 
 
 @contextmanager
 def escaping_output() -> Iterator[None]:
-    r"""Lets standard output show characters that its encoding lacks as escapes such as \u20ac.
+    r"""Makes standard output show characters that its encoding lacks as escapes such as \u20ac.
 
-    At the end a line on standard error says so. An error handler that the user chose (PYTHONIOENCODING) stays.
+    If there were any, a line on standard error says so at the end. An error handler that the user chose
+    (PYTHONIOENCODING) is kept.
     """
     out = sys.stdout
     if not isinstance(out, io.TextIOWrapper) or out.errors not in ("strict", "surrogateescape"):
@@ -104,6 +105,6 @@ def escaping_output() -> Iterator[None]:
             more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
             print(
                 f"nudging-hf: standard output is {codecs.lookup(out.encoding).name}, which lacks {shown}{more}: "
-                "escapes stand there instead. Set PYTHONIOENCODING=utf-8 to have the characters.",
+                "they are shown as escapes. Set PYTHONIOENCODING=utf-8 to see the characters.",
                 file=sys.stderr,
             )

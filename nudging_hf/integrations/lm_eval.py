@@ -1,4 +1,4 @@
-"""Nudging as a model of lm-evaluation-harness (0.4.13). It knows the harness's requests, never tasks or scores."""
+"""Makes a nudged base a model of lm-evaluation-harness (0.4.13). It knows requests, never tasks or scores."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from ..pair import Pair, nudging_model_named_in
 from ..provenance import count_nudged_words, pieces_of, text_of
 
 NAME = "nudging_hf"
-# The paper's prompt, whose "Question: " or "Instruction: " a task writes itself.
+# The paper's prompt. Each task writes its own "Question: " or "Instruction: ".
 BASE_TEMPLATE = "{system}\n{user}\n"
 
 
 def register() -> None:
-    """Makes `--model nudging_hf` known to the harness of this process. A second call does nothing."""
+    """Registers `--model nudging_hf` with the harness in this process. A second call does nothing."""
     if NAME not in model_registry:
         model_registry.register(NAME, target=NudgingLM)
 
@@ -45,12 +45,12 @@ class Conversation(str):
 
 
 class NudgingLM(HFLM):
-    """A base model, nudged. It generates, and does not score texts.
+    """A nudged base model. It generates, and does not score texts.
 
     Without `--apply_chat_template` the base is given the harness's prompt as it is, and the nudging model is given the
-    same text as one user turn of its own chat template. With it, the nudging model is given the messages, the system
-    message included, and the base is given the text that `base_template` makes of them. Line breaks at the end of a
-    message are left out.
+    same text as one user turn of its own chat template. With it, the nudging model is given the messages, including
+    the system message, and the base is given the text that `base_template` makes of them. Line breaks at the end of a
+    message are removed.
 
     Args:
         pretrained (`str` or `PreTrainedModel`):
@@ -59,16 +59,16 @@ class NudgingLM(HFLM):
             The small aligned model; a name is loaded to the base's device and in its dtype. If it is left out, the
             base's generation config names the model.
         nudging_tokenizer (`str` or tokenizer, *optional*):
-            If it is left out, it is loaded from where the nudging model came from.
+            The nudging model's tokenizer. If it is left out, it is loaded from where the nudging model came from.
         base_template (`str`, defaults to `"{system}\\n{user}\\n"`):
-            How messages become the base's text: see [`plain_prompt`]. The two characters `\\n` are a line break.
+            How messages become the base's text: see [`plain_prompt`]. The two characters `\\n` mean a line break.
         kwargs:
             The fields of [`NudgingConfig`], and everything that `HFLM` takes (`dtype`, `device`, `batch_size`,
             `tokenizer`, `chat_template_args`, ...). A task's generation arguments and `--gen_kwargs` may set fields
             too.
 
     Raises:
-        ValueError: if there is no nudging model, or it cannot be loaded, or a field or the template is out of range.
+        ValueError: if there is no nudging model, if it cannot be loaded, or if a field or the template is invalid.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class NudgingLM(HFLM):
         **kwargs: Any,
     ):
         given = {name: kwargs.pop(name) for name in NudgingConfig.field_names() if name in kwargs}
-        NudgingConfig.resolve([given])  # A bad value is refused now, not after the base is loaded.
+        NudgingConfig.resolve([given])  # This refuses an invalid value before the base is loaded.
         self.base_template = base_template.replace("\\n", "\n")
         turn_template(self.base_template)
         super().__init__(pretrained, **kwargs)
@@ -102,15 +102,15 @@ class NudgingLM(HFLM):
     # Prompts --------------------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages themselves; each model's own prompt is made of them later.
+        """The messages as JSON. Each model's own prompt is made of them later.
 
         Raises:
             ValueError: if the task begins the answer itself.
         """
         if not add_generation_prompt:
             raise ValueError(
-                "The task begins the answer itself (`gen_prefix`), which two chat prompts cannot: leave out "
-                "--apply_chat_template."
+                "The task begins the answer itself (`gen_prefix`), which is not possible with two chat prompts: "
+                "leave out --apply_chat_template."
             )
         return Conversation(json.dumps(chat_history, ensure_ascii=False))
 
@@ -118,13 +118,14 @@ class NudgingLM(HFLM):
         """The nudging model's chat template, which the harness records."""
         if isinstance(chat_template, str):
             raise ValueError(
-                f"--apply_chat_template takes no name here, got {chat_template!r}: the nudging model's own is used."
+                f"--apply_chat_template takes no name here, got {chat_template!r}: leave out the name, and the "
+                "nudging model's own template is used."
             )
         return self.pair.nudging_tokenizer.get_chat_template() if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
-        """The name under which the harness caches requests, which hold messages and suit every tokenizer."""
+        """The name under which the harness caches requests. They hold messages, which suit every tokenizer."""
         return NAME
 
     def _inputs(self, contexts: Sequence[str], max_new_tokens: int) -> dict[str, Any]:
@@ -139,18 +140,18 @@ class NudgingLM(HFLM):
                 texts.append(context)
             chats.append(chat)
         inputs = dict(self.pair.inputs(chats, self.base_template, self.chat_template_args))
-        # HFLM makes the base's prompts, so that `add_bos_token`, `truncation` and `max_length` hold.
+        # HFLM encodes the base's prompts, so that `add_bos_token`, `truncation` and `max_length` apply.
         inputs["input_ids"], inputs["attention_mask"] = self.tok_batch_encode(
             texts, left_truncate_len=self._prompt_length(max_new_tokens), truncation=self.truncation
         )
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _prompt_length(self, max_new_tokens: int) -> int:
-        """How long the base's prompt may be, in tokens."""
+        """The longest prompt that the base may have, in tokens."""
         room = self.max_length - max_new_tokens
         if room <= 0:
             raise ValueError(
-                f"The base reads {self.max_length} tokens at the most, and the answer alone may have "
+                f"The base reads at most {self.max_length} tokens, and the answer alone may have "
                 f"{max_new_tokens}: lower `max_gen_toks`, or raise `max_length`."
             )
         return room
@@ -158,7 +159,7 @@ class NudgingLM(HFLM):
     # Answers --------------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The nudged answers, each cut before the first of its stop strings."""
+        """The nudged answers, each cut before its first stop string."""
         collator = Collator(
             [request.args for request in requests],
             sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),  # The longest come first, as in HFLM.
@@ -197,7 +198,7 @@ class NudgingLM(HFLM):
                 **decoding,
             )
         self._finish_reasons.update(output.finish_reasons)
-        # The end mark is no part of the text. If a model spells it out, the harness ends the answer there.
+        # The end mark is not part of the text. If a model spells it out, the harness ends the answer there.
         stop = [*until, self.tokenizer.eos_token]
         answers = []
         for pieces in pieces_of(output, self.tokenizer):
@@ -223,14 +224,14 @@ class NudgingLM(HFLM):
             "finish_reasons": dict(self._finish_reasons),
         }
 
-    # Scores, which there are none of --------------------------------------------------------------------------------
+    # There are no scores --------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         """Raises a `ValueError`: a nudged model has no probabilities."""
         raise ValueError(
-            "The task scores given texts, and nudging gives no probabilities: which model writes a word depends on "
-            "those before it, and the base alone would be scored. Take a task that generates, such as gsm8k, or "
-            "`--model hf` for the base alone."
+            "The task scores given texts, and a nudged model has no probabilities: which model writes a word depends "
+            "on the words before it, so the scores would be those of the base alone. Choose a task that generates, "
+            "such as gsm8k, or `--model hf` to score the base alone."
         )
 
     loglikelihood_rolling = loglikelihood

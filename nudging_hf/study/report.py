@@ -1,6 +1,6 @@
-"""An analysis as plots and as one page of HTML. It knows figures, never models.
+"""Renders an analysis as plots and as one page of HTML. It knows figures, never models.
 
-Needs matplotlib: `pip install "nudging-hf[analysis]"`.
+The plots need matplotlib: `pip install "nudging-hf[analysis]"`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from .tables import percent as plain_percent
 SOURCE = "Fei, Razeghi and Singh, Nudging: Inference-time Alignment of LLMs via Guided Decoding, arXiv 2410.09300"
 
 _WITHOUT_LARGE = (
-    " They are those of a large aligned model, and here there is none: the nudging model's lack of skill counts as "
-    "disagreement too, and a base that is sure of itself may be right there."
+    " They are those of a large aligned model, and here there is none. So the nudging model's lack of skill counts as "
+    "disagreement too, and where the base is sure of itself, it may be the one that is right."
 )
 
-# Okabe and Ito's colours, which everybody can tell apart.
+# These are Okabe and Ito's colours, which people with colour blindness can tell apart too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 
 
 def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> Path:
-    """Writes `tables.json`, each plot as a PNG, and `report.html`, which needs nothing but itself.
+    """Writes `tables.json`, each plot as a PNG, and `report.html`, which contains the plots and needs no other file.
 
     Args:
         folder: a folder that exists.
         tables: the figures, as [`~analysis.tables`] returns them.
-        about: what else the page says about the analysis, by name, such as `{"base": "gemma-2-27b"}`.
+        about: further facts that the page states about the analysis, by name, such as `{"base": "gemma-2-27b"}`.
 
     Returns:
         The path of the page.
@@ -79,7 +79,7 @@ def percent(share: float | None) -> str:
 
 
 def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
-    """All plots, by name, as PNG.
+    """All plots by name, as PNG files.
 
     Raises:
         ImportError: without matplotlib, naming the extra to install.
@@ -97,7 +97,7 @@ def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def plot_calibration(found: Any) -> bytes:
-    """A [`~calibration.Calibration`] as PNG: nudge rate, and the score if there is one, against the threshold.
+    """A plot of a [`~calibration.Calibration`] as a PNG file: the nudge rate, and any score, against the threshold.
 
     Raises:
         ImportError: without matplotlib, naming the extra to install.
@@ -106,7 +106,7 @@ def plot_calibration(found: Any) -> bytes:
 
 
 def require_matplotlib() -> None:
-    """Refuses plots before there is something to draw.
+    """Checks that plots can be drawn, so that a long run fails at its start.
 
     Raises:
         ImportError: without matplotlib, naming the extra to install.
@@ -121,7 +121,7 @@ def _draw(plot: Any, figures: Any) -> bytes:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), dpi=144, layout="constrained")  # pyplot would bring a backend and global state.
+    figure = Figure(figsize=(7, 3.6), dpi=144, layout="constrained")  # pyplot would set a backend and global state.
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4")
@@ -197,18 +197,18 @@ def _bars(axes: Any, tables: Mapping[str, Any], name: str, labels: Sequence[str]
 
 
 def _labels(tables: Mapping[str, Any], name: str, of: str) -> list[str]:
-    """What each bar shows, and of how many positions: those that the bin counts under `of`."""
+    """Each bar's share, and how many positions it is a share of, which the bin counts under `of`."""
     return ["" if row[name] is None else f"{percent(row[name])}\nof {row[of]:,}" for row in tables["bins"]]
 
 
 def _mean_line(axes: Any, mean: float | None, whose: str) -> None:
     if mean is not None:
         axes.axhline(100 * mean, color=_GREY, linestyle="--", linewidth=1, label=f"{whose}: {percent(mean)}")
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))  # It stands above the bars.
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))  # The legend stands above the bars.
 
 
 def _finish(axes: Any, y: str, x: str = "the base's top-1 probability p", whole: bool = False) -> None:
-    """Sets labels and the range of the axes; `whole` says that y goes up to 100 %."""
+    """Sets the labels and ranges of the axes. If `whole` is true, y goes up to 100 %."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_xlim(0, 1.02)
@@ -225,9 +225,9 @@ class _Section(NamedTuple):
     """A section of the page.
 
     Args:
-        title, text: its heading, and the paragraph under it.
-        image: the name of a plot and the text that stands for it, if there is one.
-        head, rows: a table, if there is one.
+        title, text: the heading, and the paragraph under it.
+        image: the name of a plot and its alternative text, if there is a plot.
+        head, rows: the header and the rows of a table, if there is one.
     """
 
     title: str
@@ -238,7 +238,7 @@ class _Section(NamedTuple):
 
 
 def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[str, bytes]) -> str:
-    """The page, with all images inside.
+    """The page as HTML, with all images embedded.
 
     Args:
         tables, about: see [`write`].

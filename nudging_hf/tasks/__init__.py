@@ -1,4 +1,4 @@
-"""Tasks for lm-evaluation-harness: the paper's and those of safety. It knows where they lie, never the harness."""
+"""The paper's tasks and the safety tasks for lm-evaluation-harness. It knows their folder, never the harness."""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""coin_flip and last_letter_concat, drawn here by their recipe: no network. It knows names and rules, never models.
+"""Generates coin_flip and last_letter_concat without a network. It knows names and rules, never models.
 
-Recipe: Wei et al., "Chain-of-Thought Prompting Elicits Reasoning in Large Language Models" (arXiv 2201.11903), with
-the columns of `skrishna/coin_flip` and `ChilleD/LastLetterConcat`. Four names a row.
+The recipe is that of Wei et al., "Chain-of-Thought Prompting Elicits Reasoning in Large Language Models" (arXiv
+2201.11903), with four names in each row. The columns are those of `skrishna/coin_flip` and
+`ChilleD/LastLetterConcat`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-NAMES_A_ROW = 4
+NAMES_PER_ROW = 4
 
 NAMES = (
     "Aaron Abigail Adam Alan Alice Amanda Amy Andrea Andrew Angela Anna Anthony Barbara Benjamin Beth Brandon Brian "
@@ -25,20 +26,20 @@ NAMES = (
 
 
 def coin_flips(rows: int, seed: int, **_: Any) -> Any:
-    """Rows of coin_flip, each name a fair coin's choice between flipping and not.
+    """Rows of coin_flip. Each person flips the coin with probability 1/2.
 
     Args:
-        rows: how many.
-        seed: of what is drawn.
-        _: the harness hands over a task's metadata too.
+        rows: how many rows to generate.
+        seed: the seed of the generator.
+        _: ignored. The harness passes a task's metadata too.
 
     Returns:
-        A `datasets.DatasetDict` of one split, "test".
+        A `datasets.DatasetDict` with the one split "test".
     """
     rng = random.Random(f"coin_flip {seed}")
     drawn = []
     for _number in range(rows):
-        flips = [(name, rng.random() < 0.5) for name in rng.sample(NAMES, NAMES_A_ROW)]
+        flips = [(name, rng.random() < 0.5) for name in rng.sample(NAMES, NAMES_PER_ROW)]
         said = " ".join(f"{name} {'flips' if flipped else 'does not flip'} the coin." for name, flipped in flips)
         heads = sum(flipped for _, flipped in flips) % 2 == 0
         drawn.append({
@@ -49,11 +50,11 @@ def coin_flips(rows: int, seed: int, **_: Any) -> Any:
 
 
 def last_letter_concats(rows: int, seed: int, **_: Any) -> Any:
-    """Rows of last_letter_concat, likewise."""
+    """Rows of last_letter_concat. Arguments and result are those of [`coin_flips`]."""
     rng = random.Random(f"last_letter_concat {seed}")
     drawn = []
     for _number in range(rows):
-        names = rng.sample(NAMES, NAMES_A_ROW)
+        names = rng.sample(NAMES, NAMES_PER_ROW)
         drawn.append({
             "question": f'Take the last letters of each words in "{" ".join(names)}" and concatenate them.',
             "answer": "".join(name[-1] for name in names),

@@ -1,7 +1,7 @@
-"""A language model as a judge of answers, over any OpenAI-compatible endpoint. It knows prompts, never tasks.
+"""Asks a language model to judge answers, over any OpenAI-compatible endpoint. It knows prompts, never tasks.
 
-It judges where `NUDGING_HF_JUDGE` names a model; `OPENAI_BASE_URL` and `OPENAI_API_KEY` say where it runs. The aspects
-and scales are those by which the nudging paper (arXiv 2410.09300) judged; the wording is this module's own.
+There is a judge if `NUDGING_HF_JUDGE` names a model; `OPENAI_BASE_URL` and `OPENAI_API_KEY` say where it runs. The
+aspects and scales are those of the nudging paper (arXiv 2410.09300). The wording is this module's own.
 """
 
 from __future__ import annotations
@@ -71,24 +71,25 @@ SAFETY_PROMPT = _aspects_prompt(SAFETY)
 
 
 def is_wanted() -> bool:
-    """Whether a judge is named."""
+    """Whether `NUDGING_HF_JUDGE` names a judge."""
     return bool(os.environ.get(VARIABLE))
 
 
 def verdict(prompt: str, keys: dict[str, tuple[int, int]], **fields: str) -> dict[str, int]:
-    """What the judge says of one answer.
+    """The judge's scores of one answer.
 
     Args:
         prompt: one of this module's prompts.
-        keys: the numbers that are asked for, and the least and the most that each may be.
-        fields: what the prompt is filled with.
+        keys: the names of the scores, each with its lowest and highest value.
+        fields: the values of the prompt's placeholders.
 
     Returns:
-        The numbers by name. Where the judge's reply has no such number, the least, and a warning.
+        The scores by name. If any score is missing from the reply or out of range, a warning is logged and every
+        score is its lowest value.
 
     Raises:
-        ImportError: where the client is not installed.
-        openai.OpenAIError: where the endpoint cannot be reached or refuses, after the client's own retries.
+        ImportError: if the client is not installed.
+        openai.OpenAIError: if the endpoint cannot be reached or refuses, after the client's own retries.
     """
     reply = _reply(prompt.format(**fields))
     try:
@@ -96,9 +97,9 @@ def verdict(prompt: str, keys: dict[str, tuple[int, int]], **fields: str) -> dic
         numbers = {key: int(said[key]) for key in keys}
         if all(least <= numbers[key] <= most for key, (least, most) in keys.items()):
             return numbers
-    except (ValueError, LookupError, TypeError):  # Told below, together with numbers out of range.
+    except (ValueError, LookupError, TypeError):  # The warning below reports it, as it does numbers out of range.
         pass
-    logger.warning("The judge did not keep to its form, which counts as the lowest score: %r", reply)
+    logger.warning("The judge's reply does not have the requested form and counts as the lowest score: %r", reply)
     return {key: least for key, (least, _) in keys.items()}
 
 
