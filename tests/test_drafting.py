@@ -190,15 +190,15 @@ def test_the_time_of_prompts_does_not_affect_drafts(timed):
 
 
 def test_a_new_answer_is_not_charged_for_the_last_pass_of_the_previous_one(monkeypatch):
-    told = []
-    monkeypatch.setattr(DraftLength, "observe_pass", lambda self, tokens, seconds, reads_prompts: told.append("pass"))
-    monkeypatch.setattr(DraftLength, "observe_accepted", lambda self, tokens: told.append("accepted"))
+    calls = []
+    monkeypatch.setattr(DraftLength, "observe_pass", lambda self, tokens, seconds, reads_prompts: calls.append("pass"))
+    monkeypatch.setattr(DraftLength, "observe_accepted", lambda self, tokens: calls.append("accepted"))
     chosen = pair("llama", 1, "shared")
     inputs = inputs_of(chosen, *prompts(chosen, 1, 0))
     for _ in range(2):
-        told.clear()
+        calls.clear()
         nudging_hf.generate(chosen.base, **inputs, nudge_threshold=0.4, num_draft_tokens=4, max_new_tokens=24)
-        assert told[:3] == ["pass", "accepted", "pass"]
+        assert calls[:3] == ["pass", "accepted", "pass"]
 
 
 def test_drafts_go_on_when_the_achieved_pace_exceeds_the_predicted_one(timed):

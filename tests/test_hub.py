@@ -200,19 +200,19 @@ WITHOUT_THE_PACKAGE = """
     tokenizer = AutoTokenizer.from_pretrained(given["base"])
     inputs = tokenizer(given["questions"], return_tensors="pt", padding=True)
     single = tokenizer(given["questions"][0], return_tensors="pt")
-    told = {"trust_remote_code": True, "nudging_model": nudging, **given["settings"]}
+    keywords = {"trust_remote_code": True, "nudging_model": nudging, **given["settings"]}
     found = {}
-    for door in given["doors"]:
+    for source in given["sources"]:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=0)
-        found[door] = [
-            base.generate(**inputs, custom_generate=door, **told).tolist(),
+        found[source] = [
+            base.generate(**inputs, custom_generate=source, **keywords).tolist(),
             base.generate(
                 **single,
-                custom_generate=door,
+                custom_generate=source,
                 tokenizer=tokenizer,
                 stop_strings=given["stop"],
                 streamer=streamer,
-                **told,
+                **keywords,
             ).tolist(),
             "".join(streamer),
         ]
@@ -249,14 +249,14 @@ def test_folder_and_repository_write_what_the_package_writes_where_it_is_not_ins
 
     put_into_cache(tmp_path / "hub", "nudgers/code", FOLDER)
     put_into_cache(tmp_path / "hub", "nudgers/pair.v1", out)
-    doors, models = [str(FOLDER), "nudgers/code"], [str(out), "nudgers/pair.v1"]
+    sources, models = [str(FOLDER), "nudgers/code"], [str(out), "nudgers/pair.v1"]
     given = {
         "base": str(pair.base),
         "nudging": str(pair.nudging),
         "questions": QUESTIONS,
         "settings": settings,
         "stop": stop,
-        "doors": doors,
+        "sources": sources,
         "models": models,
     }
     done = subprocess.run(
@@ -274,8 +274,8 @@ def test_folder_and_repository_write_what_the_package_writes_where_it_is_not_ins
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for door in doors:
-        ids, stopped, streamed = found[door]
+    for source in sources:
+        ids, stopped, streamed = found[source]
         assert ids == batch.tolist()
         assert stopped == expected.tolist()
         assert streamed == tokenizer.decode(expected[0, single.input_ids.shape[1] :])
@@ -574,11 +574,11 @@ def test_no_code_of_a_folder_runs_without_trust(pair, out, tmp_path, monkeypatch
         code.write(f"\nopen({str(marker)!r}, 'w').close()\n")
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).generate(**prompts(out), max_new_tokens=2)
     base, nudging = (AutoModelForCausalLM.from_pretrained(path) for path in (pair.base, pair.nudging))
-    told = {"custom_generate": str(folder), "nudging_model": nudging, "max_new_tokens": 2}
+    keywords = {"custom_generate": str(folder), "nudging_model": nudging, "max_new_tokens": 2}
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        base.generate(**prompts(out), trust_remote_code=trust, **told)
+        base.generate(**prompts(out), trust_remote_code=trust, **keywords)
     assert not marker.exists()
-    base.generate(**prompts(out), trust_remote_code=True, **told)
+    base.generate(**prompts(out), trust_remote_code=True, **keywords)
     assert marker.exists()
 
 
@@ -852,8 +852,8 @@ def test_a_pushed_folder_works(pair, api):
     assert [name for name, _, _ in api.calls] == ["create_repo", "upload_folder"]
     base, nudging = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair.base, pair.nudging))
     inputs = prompts(pair.base)
-    told = {"nudging_model": nudging, "max_new_tokens": 8}
-    ids = base.generate(**inputs, **told, custom_generate=str(api.target), trust_remote_code=True)
+    keywords = {"nudging_model": nudging, "max_new_tokens": 8}
+    ids = base.generate(**inputs, **keywords, custom_generate=str(api.target), trust_remote_code=True)
     assert torch.equal(ids, nudged(pair, inputs, max_new_tokens=8))
 
 
