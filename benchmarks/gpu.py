@@ -99,8 +99,8 @@ def markdown(figures: Row) -> str:
         )
     for race in figures["races"]:
         graphs = race["graphs"]["before"]
-        told = f"Nudged tokens: {race['nudge_rate']:.1%}." + (f" Graphs compiled: {graphs}." if graphs else "")
-        lines += ["", f"## {race['name'].capitalize()}", "", told, ""]
+        note = f"Nudged tokens: {race['nudge_rate']:.1%}." + (f" Graphs compiled: {graphs}." if graphs else "")
+        lines += ["", f"## {race['name'].capitalize()}", "", note, ""]
         lines += _table(
             ["", "tokens/s", "× base alone", "quartiles", "base passes/token", "nudging passes/token",
              "outside passes", "peak GiB", "of weights + caches"],

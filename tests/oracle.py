@@ -1,8 +1,8 @@
-"""A plain decoder of the rules of nudging. It knows no cache, no draft, no batch and nothing of the package.
+"""Decodes by the plain rules of nudging. It knows no cache, no draft, no batch and nothing of the package.
 
-It recomputes everything from whole token lists at each step, greedily, for one row: slow, and meant to be obviously
-right. "Rule n" in a comment is a step of a nudging round: 1 lookahead, 2 termination, 3 words, 4 the questions to the
-base, 5 a fresh round.
+It decodes one row greedily and recomputes everything from whole token lists at each step. It is slow and meant to be
+obviously right. "Rule n" in a comment names a step of a nudging round: 1 lookahead, 2 termination, 3 words, 4 the
+questions to the base, 5 a new round.
 """
 
 import codecs
@@ -22,16 +22,17 @@ _BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 @dataclass
 class Answer:
-    """What a decoder wrote after the base's prompt.
+    """A decoded answer.
 
     Attributes:
-        ids: The answer in the base's tokens, with the end mark where the nudging model ended it and there was room.
-        nudged: For each of `ids`, whether the nudging model wrote it; False on the end mark.
-        reason: "eos": the nudging model ended it; "length": `max_new_tokens` did; "stuck": the base, asked to go on
-            where a lookahead had no tokens that it could take, would have emitted EOS; "stop_token": a token of
-            `stop_tokens` did.
+        ids: The answer in the base's tokens. It ends with the end mark if the nudging model ended it and there was
+            room for the mark.
+        nudged: For each of `ids`, whether the nudging model wrote it. It is False for the end mark.
+        reason: Why the answer ended. "eos": the nudging model ended it. "length": `max_new_tokens` or a model's last
+            position was reached. "stop_token": a token of `stop_tokens` was accepted. "stuck": no token of a lookahead
+            could be accepted, and the base, which then had to go on, would have emitted EOS.
         top1: The base's top-1 probability by position in `ids`, wherever the base was asked.
-        events: How often each rule fired, by name.
+        events: How often each rule was applied, by name.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -44,7 +45,7 @@ class Answer:
         self.events[event] = self.events.get(event, 0) + 1
 
 
-# Text of tokens ------------------------------------------------------------------------------------------------------
+# Text of tokens -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -56,7 +57,7 @@ def control_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
 
 @functools.cache
 def token_bytes(tokenizer: PreTrainedTokenizerFast, token_id: int) -> bytes:
-    """The bytes that one token adds to a text, whatever stands before it; none for a control token."""
+    """The bytes that one token adds to any text. A control token adds none."""
     decoder = tokenizer.backend_tokenizer.decoder.__getstate__()
     token = tokenizer.convert_ids_to_tokens(token_id)
     if token_id in control_ids(tokenizer):
@@ -80,7 +81,7 @@ def join_bytes(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> bytes:
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    """The text of `ids` without control tokens; bytes that are no UTF-8 become U+FFFD."""
+    """The text of `ids` without control tokens. Bytes that are not UTF-8 become U+FFFD."""
     return join_bytes(tokenizer, ids).decode(errors="replace")
 
 
@@ -92,13 +93,13 @@ def inside_character(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> bool
 
 
 def after_last_control(tokenizer: PreTrainedTokenizerFast, prompt_ids: list[int]) -> list[int]:
-    """The ids of a prompt that stand after its last control token."""
+    """The ids of a prompt after its last control token."""
     last = max((i for i, token_id in enumerate(prompt_ids) if token_id in control_ids(tokenizer)), default=-1)
     return prompt_ids[last + 1 :]
 
 
 def encode_in_context(tokenizer: PreTrainedTokenizerFast, left: str, text: str) -> list[int]:
-    """The ids of `text` where it stands after `left`; spellings of control tokens are ordinary text."""
+    """The ids of `text` after the text `left`. Spellings of control tokens are ordinary text."""
 
     def encode(string: str) -> list[int]:
         return tokenizer.encode(string, add_special_tokens=False, split_special_tokens=True)
@@ -108,50 +109,52 @@ def encode_in_context(tokenizer: PreTrainedTokenizerFast, left: str, text: str) 
         alone, whole = encode(tail), encode(tail + text)
         if tail and whole[: len(alone)] == alone:
             return whole[len(alone) :]
-    if join_bytes(tokenizer, encode(text)) != text.encode():  # it would put a space before the text: guard it
+    if join_bytes(tokenizer, encode(text)) != text.encode():  # It adds a space before a text, so put a guard there.
         guard, whole = encode("\n"), encode("\n" + text)
         if whole[: len(guard)] == guard:
             return whole[len(guard) :]
     return encode(text)
 
 
-# Words ---------------------------------------------------------------------------------------------------------------
+# Words --------------------------------------------------------------------------------------------------------------
 
 
 def split_points(text: bytes) -> list[int]:
-    """Where the further words of a lookahead begin (rule 3): byte offsets of the last space of each run of spaces.
+    """Where the words after the first one begin in a lookahead (rule 3): at the last space of each run of spaces.
+
+    The offsets are in bytes.
 
     >>> split_points(b"  a  b ")
     [4, 6]
     """
-    first = len(text) - len(text.lstrip(b" "))  # leading spaces belong to the first word
+    first = len(text) - len(text.lstrip(b" "))  # Leading spaces belong to the first word.
     return [i for i in range(first, len(text)) if text[i : i + 1] == b" " and text[i + 1 : i + 2] != b" "]
 
 
 def words_of_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[list[int]]:
-    """One vocabulary: the words of a lookahead as runs of tokens, the last piece included (rule 3)."""
+    """The words of a lookahead in one vocabulary, as lists of tokens, including the last piece (rule 3)."""
     starts, offset = [], 0
     for token_id in ids:
         starts.append(offset)
         offset += len(token_bytes(tokenizer, token_id))
-    # A split inside a token moves to that token's start, and the first token is always taken.
+    # A split inside a token moves to that token's start, and the first word has at least one token.
     cuts = {max(i for i, start in enumerate(starts) if start <= at) for at in split_points(join_bytes(tokenizer, ids))}
     bounds = sorted({0, len(ids), *(max(cut, 1) for cut in cuts)})
     words = [ids[start:end] for start, end in itertools.pairwise(bounds)]
-    for i in range(len(words) - 2, 0, -1):  # spaces that a moved split left over belong to the word before
+    for i in range(len(words) - 2, 0, -1):  # Spaces alone belong to the word before.
         if join_bytes(tokenizer, words[i]).strip(b" ") == b"":
             words[i - 1 : i + 1] = [words[i - 1] + words[i]]
     return words
 
 
 def words_of_text(text: str) -> list[str]:
-    """Two vocabularies: the words of a lookahead, the last piece included (rule 3)."""
+    """The words of a lookahead between two vocabularies, as texts, including the last piece (rule 3)."""
     raw = text.encode()
     bounds = [0, *split_points(raw), len(raw)]
     return [raw[start:end].decode() for start, end in itertools.pairwise(bounds)]
 
 
-# The decoder ---------------------------------------------------------------------------------------------------------
+# The decoder --------------------------------------------------------------------------------------------------------
 
 
 def eos_ids(model: PreTrainedModel) -> list[int]:
@@ -166,7 +169,7 @@ def next_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
 
 
 class _Stop(Exception):
-    """The answer has ended with the token that was just accepted; says why."""
+    """The token that was just accepted ends the answer, for the given reason."""
 
 
 @dataclass
@@ -190,13 +193,13 @@ class _Decoder:
     nudging_positions: float
 
     def __post_init__(self) -> None:
-        # Two tokenizers with equal vocabularies speak one vocabulary, whatever their names.
+        # Two tokenizers with equal vocabularies count as one vocabulary, whatever their names.
         self.one_vocabulary = self.tokenizer.get_vocab() == self.nudging_tokenizer.get_vocab()
         assert self.one_vocabulary or self.min_new_tokens == 0, "min_new_tokens is counted in one vocabulary only"
         self.answer = Answer()
         self.scores = []
 
-    # Each of these returns the phase that comes next, or None where the answer is finished. --------------------------
+    # Phases: each returns the next one, or None if the answer is finished -------------------------------------------
 
     def run(self) -> Answer:
         phase = self.nudging_round if self.max_new_tokens > 0 else self.out_of_room
@@ -219,11 +222,11 @@ class _Decoder:
         if not self.one_vocabulary and self.only_end_is_allowed():
             draft, ended = [], True
         else:
-            draft, ended = self.lookahead()  # rule 1
-        words = self.words(draft) if draft else []  # rule 3
+            draft, ended = self.lookahead()  # Rule 1.
+        words = self.words(draft) if draft else []  # Rule 3.
         if not self.one_vocabulary:
             words, ended = self.up_to_forbidden(words, ended)
-        if ended:  # rule 2: all the text before EOS is accepted and the answer is finished
+        if ended:  # Rule 2: all the text before EOS is accepted, and the answer is finished.
             answer.saw("termination")
             while words:
                 if not self.accept_word(self.take_word(words)):
@@ -234,14 +237,14 @@ class _Decoder:
             answer.nudged.append(False)
             answer.reason = "eos"
             return None
-        if not words:  # nothing of this lookahead is allowed
+        if not words:  # No word of this lookahead is allowed.
             return self.go_on_without_words
         word = self.take_word(words)
-        if self.ids_of(word) == []:  # nothing of this lookahead can be said in the base's vocabulary
+        if self.ids_of(word) == []:  # No word of this lookahead has tokens in the base's vocabulary.
             return self.go_on_without_words
         if not words:
             answer.saw("only one word")
-        if not self.accept_word(word):  # rule 4: the first word is accepted
+        if not self.accept_word(word):  # Rule 4: the first word is accepted.
             return self.out_of_room
         while words:
             word = self.take_word(words)
@@ -266,11 +269,11 @@ class _Decoder:
             answer.saw("further word accepted")
             if not self.accept_word(word):
                 return self.out_of_room
-        answer.saw("words ran out")  # rule 5
+        answer.saw("words ran out")  # Rule 5.
         return self.nudging_round if len(answer.ids) < self.max_new_tokens else self.out_of_room
 
     def base_phase(self, first: int):
-        """The base's tokens are accepted while it is confident; `first` is accepted in any case."""
+        """Accepts the base's tokens while it is confident. `first` is accepted in any case."""
         answer = self.answer
         answer.saw("base phase")
         self.accept(first, nudged=False)
@@ -288,7 +291,7 @@ class _Decoder:
         return self.out_of_room
 
     def go_on_without_words(self):
-        """The base goes on where a whole lookahead has no tokens in its vocabulary."""
+        """Lets the base go on, whatever its confidence, because no word of the lookahead can be accepted."""
         self.answer.saw("lookahead without tokens")
         token, _, would_end = self.ask_base()
         if would_end:
@@ -296,12 +299,12 @@ class _Decoder:
             return None
         return functools.partial(self.base_phase, first=token)
 
-    # The two questions -----------------------------------------------------------------------------------------------
+    # The questions to the two models --------------------------------------------------------------------------------
 
     def ask_base(self) -> tuple[int, bool, bool]:
         """The base's greedy token at the end of the answer, whether it is confident, and whether it would emit EOS."""
         logits = next_logits(self.base, self.prompt_ids + self.answer.ids)
-        p = logits.softmax(-1)  # raw logits, before anything is suppressed
+        p = logits.softmax(-1)  # These are raw logits, before anything is suppressed.
         self.answer.top1[len(self.answer.ids)] = p.max().item()
         if len(self.answer.ids) < self.min_new_tokens:
             logits[eos_ids(self.base)] = -torch.inf
@@ -309,10 +312,10 @@ class _Decoder:
         assert logits.max() > -torch.inf
         token = logits.argmax().item()
         would_end = token in eos_ids(self.base)
-        return token, self.is_confident(p, token) and not would_end, would_end  # EOS is never confident
+        return token, self.is_confident(p, token) and not would_end, would_end  # EOS is never confident.
 
     def is_confident(self, p: torch.Tensor, token: int) -> bool:
-        """Whether the base is, by the formula of the gate; `p` are its probabilities, of shape `(vocab,)`."""
+        """Whether the base is confident by the gate's formula. `p` are its probabilities, of shape `(vocab,)`."""
         t, ordered = self.threshold, p.sort(descending=True).values
         if self.target is not None:
             return self.is_confident_by_quantile(ordered[0].item())
@@ -329,7 +332,7 @@ class _Decoder:
         return p[token].item() >= q.max().item() - t
 
     def is_confident_by_quantile(self, score: float) -> bool:
-        """The threshold that sets itself: a quantile of the scores so far, whose level follows the finished words."""
+        """Whether a score reaches the online cutoff: a quantile of the scores so far, with a level from the words."""
         pieces = [token_bytes(self.tokenizer, token_id) for token_id in self.answer.ids]
         authors = [nudged for piece, nudged in zip(pieces, self.answer.nudged, strict=True) for _ in piece]
         level = self.target
@@ -343,16 +346,16 @@ class _Decoder:
         return score >= cutoff
 
     def lookahead(self) -> tuple[list[int], bool]:
-        """What the nudging model writes here, in its own ids, and whether it ended the answer there (rule 1)."""
+        """What the nudging model writes next, in its own ids, and whether it ends the answer after that (rule 1)."""
         context, draft = self.nudging_context(), []
         ends = eos_ids(self.nudging_model)
-        suppressed = sorted(control_ids(self.nudging_tokenizer) - set(ends))  # of its control tokens only EOS is drawn
-        # No more is written than the answer can take, beyond 32, nor than the nudging model can read.
+        suppressed = sorted(control_ids(self.nudging_tokenizer) - set(ends))  # EOS is its only allowed control token.
+        # A lookahead of more than 32 tokens must fit into the answer, and the nudging model must be able to read it.
         room = min(self.max_new_tokens, self.base_positions - len(self.prompt_ids)) - len(self.answer.ids)
         length = min(self.num_nudging_tokens, max(32, room))
         for i in range(int(min(length + 3, self.nudging_positions - len(context)))):
             if i >= length:
-                # An only word that ends inside a character is drawn on until the character is whole.
+                # If the only word ends inside a character, the lookahead goes on until the character is complete.
                 if len(self.words(draft)) > 1 or not inside_character(self.nudging_tokenizer, draft):
                     break
                 self.answer.saw("lookahead drawn on")
@@ -377,7 +380,7 @@ class _Decoder:
                 break
         return draft, False
 
-    # What is forbidden -----------------------------------------------------------------------------------------------
+    # Forbidden tokens -----------------------------------------------------------------------------------------------
 
     def forbidden_after(self, ids: list[int]) -> Collection[int]:
         return self.forbidden(ids) if self.forbidden is not None else ()
@@ -387,12 +390,15 @@ class _Decoder:
         return set(vocabulary) - set(self.forbidden_after(self.answer.ids)) <= set(eos_ids(self.base))
 
     def up_to_forbidden(self, words: list[str], ended: bool) -> tuple[list[str], bool]:
-        """Two vocabularies: words up to the first forbidden one, which is set aside; none if it is the first."""
+        """The words up to the first forbidden one, between two vocabularies, and whether the answer ends after them.
+
+        The forbidden word is the last piece, which is not accepted. If it is the first word, there are no words.
+        """
         whole, ids = [], list(self.answer.ids)
         words = list(words)
         while words:
             word, before = words.pop(0), self.answer.ids
-            self.answer.ids = ids  # as if what stands before the word were accepted
+            self.answer.ids = ids  # As if the words before this one were accepted.
             while words and self.ids_of(word) == []:
                 word += words.pop(0)
             new = self.ids_of(word)
@@ -412,14 +418,14 @@ class _Decoder:
         return whole, ended
 
     def nudging_context(self) -> list[int]:
-        """The nudging model's context: a function of its prompt and the answer's text (one vocabulary: ids)."""
+        """The nudging model's context: its prompt and the answer's text or, in one vocabulary, the answer's ids."""
         if self.one_vocabulary:
             return self.nudging_prompt_ids + self.answer.ids
         left = text_of(self.nudging_tokenizer, after_last_control(self.nudging_tokenizer, self.nudging_prompt_ids))
         answer = text_of(self.tokenizer, self.answer.ids)
         return self.nudging_prompt_ids + encode_in_context(self.nudging_tokenizer, left, answer)
 
-    # Words: lists of ids of one vocabulary, or texts between two -----------------------------------------------------
+    # Words: lists of ids in one vocabulary, or texts between two ----------------------------------------------------
 
     def words(self, draft: list[int]) -> list[list[int]] | list[str]:
         if self.one_vocabulary:
@@ -430,14 +436,14 @@ class _Decoder:
         return text_of(self.tokenizer, word) if self.one_vocabulary else word
 
     def ids_of(self, word: list[int] | str) -> list[int]:
-        """The base's ids of a word that stands at the end of the answer so far."""
+        """The base's ids of a word that follows the answer so far."""
         if self.one_vocabulary:
             return word
         left = text_of(self.tokenizer, after_last_control(self.tokenizer, self.prompt_ids) + self.answer.ids)
         return encode_in_context(self.tokenizer, left, word)
 
     def take_word(self, words: list) -> list[int] | str:
-        """Takes the first of `words` out; one that encodes to no ids is joined with the word after it."""
+        """Removes and returns the first of `words`. If it encodes to no ids, it is joined with the next word."""
         word = words.pop(0)
         while words and self.ids_of(word) == []:
             self.answer.saw("word without tokens joined")
@@ -445,18 +451,18 @@ class _Decoder:
         return word
 
     def agrees(self, token: int, word: list[int] | str) -> bool:
-        """Whether the base's token has text and begins the word, its space included."""
+        """Whether the base's token has text and the word, including its space, begins with it."""
         text = text_of(self.tokenizer, [token])
         return text != "" and self.word_text(word).startswith(text)
 
-    # Accepting -------------------------------------------------------------------------------------------------------
+    # Accepting ------------------------------------------------------------------------------------------------------
 
     def accept_word(self, word: list[int] | str) -> bool:
-        """Accepts the nudging model's word token by token; False where there was no room for all of it."""
+        """Accepts the nudging model's word token by token. Returns False if there was no room for all of it."""
         return all(self.accept(token, nudged=True) for token in self.ids_of(word))
 
     def accept(self, token: int, nudged: bool) -> bool:
-        """Accepts one token; False where there was no room for it."""
+        """Accepts one token. Returns False if there was no room for it."""
         if len(self.answer.ids) == self.max_new_tokens:
             return False
         self.answer.ids.append(token)
@@ -496,18 +502,20 @@ def decode(
         base: The model that writes where it is confident.
         nudging_model: The model that writes elsewhere.
         tokenizer: The base's tokenizer.
-        nudging_tokenizer: The nudging model's. Where its vocabulary equals the base's, texts are lists of ids.
+        nudging_tokenizer: The nudging model's tokenizer. If its vocabulary equals the base's, words are lists of ids.
         prompt_ids: The base's prompt, without padding.
         nudging_prompt_ids: The nudging model's prompt, in its own ids, without padding.
         threshold: The base is confident where its top-1 probability is at least this; see `gate`.
-        max_new_tokens: The most tokens of the base in the answer, its end mark included.
+        max_new_tokens: The maximum number of the base's tokens in the answer, including the end mark.
         num_nudging_tokens: The length of a lookahead, in the nudging model's tokens.
         takeover_on_agreement: Whether the base takes over where its token begins the next nudging word.
-        min_new_tokens: The fewest base tokens before either model may end the answer; one vocabulary only.
-        gate: What is compared with the threshold, and how.
-        target: The share of words that a top-1 threshold which sets itself aims at; `threshold` is left aside then.
-        forbidden: Takes the answer's ids so far, and gives the base's ids that nobody may write next.
-        stop_tokens: The base's ids with any of which the answer ends.
+        min_new_tokens: The number of base tokens before which neither model may end the answer. It needs one
+            vocabulary.
+        gate: The formula that is compared with the threshold.
+        target: If given, the share of nudged words that an online cutoff of the top-1 probability aims at, in place of
+            `threshold`.
+        forbidden: Takes the answer's ids so far, and returns the base's ids that neither model may write next.
+        stop_tokens: The base's ids that end the answer.
         base_positions, nudging_positions: How many tokens each model can read.
     """
     return _Decoder(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def serving(folder: Path, log: Path) -> Iterator[str]:
-    """Serves `folder` on a free port for as long as the context lasts; the address of its API."""
+    """Serves `folder` on a free port while the context lasts, and yields the address of its API."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The benchmark's widening keeps the function, its figures are those of its rows, and what is broken off goes on."""
+"""Tests the benchmark: widening keeps the logits, figures match their rows, and interrupted runs continue."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ def norm_in_own_dtype(norm, states):
 @pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("name", [BASE, OWN, SHARED])
 def test_a_widened_model_has_the_same_logits(narrow, name, factor, monkeypatch):
-    # Llama's own norm squares in float32, whatever the dtype: its rounding would hide what is to be seen.
+    # Llama's own norm squares in float32 for any dtype, and its rounding would hide small differences.
     monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_own_dtype)
     lm = narrow[name]
     wide = widened(lm.model, factor)
@@ -64,7 +64,7 @@ def test_a_widened_model_has_the_same_logits(narrow, name, factor, monkeypatch):
     with torch.no_grad():
         logits = lm.model(ids).logits
         assert (wide(ids).logits - logits).abs().max() < 1e-9
-    assert logits.abs().max() > 1  # Else nothing was compared.
+    assert logits.abs().max() > 1  # Otherwise the comparison would mean nothing.
     before = sum(each.numel() for each in lm.model.model.layers.parameters() if each.ndim == 2)
     after = sum(each.numel() for each in wide.model.layers.parameters() if each.ndim == 2)
     assert after == factor**2 * before
@@ -170,7 +170,7 @@ def test_the_peak_of_memory_is_seen_after_the_memory_is_freed():
         large = torch.ones(40_000_000)
         del large
     if memory.extra_bytes is None:
-        pytest.skip("This kernel does not let its high-water mark be set back.")
+        pytest.skip("This kernel does not allow resetting its high-water mark.")
     assert 150e6 < memory.extra_bytes < 250e6
 
 
@@ -201,7 +201,7 @@ def test_a_ratio_compares_rates_and_its_quartiles_are_those_of_paired_runs():
 
 @pytest.fixture
 def tiny_run(monkeypatch, tmp_path):
-    """Runs the whole benchmark, so small that it takes seconds, and names the folder of what it wrote."""
+    """Runs the whole benchmark at a size that takes seconds, and returns its output folder."""
     size = scenarios.Size(
         width=1, rounds=1, tasks=("letters",), repeats=1, noise=(0.5,), thresholds=(0.4,), short_answer=4,
         short_questions=1, hopeless_answer=4, long_answer=40, max_new_tokens=12,
@@ -265,4 +265,4 @@ def test_answers_that_differ_by_draft_length_are_counted():
 def test_an_unknown_scenario_is_refused(capsys):
     with pytest.raises(SystemExit):
         run.parse(["rase"])
-    assert "no scenario rase" in capsys.readouterr().err
+    assert "unknown scenario rase" in capsys.readouterr().err

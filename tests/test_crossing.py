@@ -1,4 +1,4 @@
-"""The benchmark of the crossing runs, on tokenizers of its own and on named ones."""
+"""Tests that the benchmark of the crossing runs, with its default tokenizers and with given ones."""
 
 import sys
 from pathlib import Path

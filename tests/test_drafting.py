@@ -1,4 +1,4 @@
-"""The draft length on machines and answers made up: it comes to the best one, and to none where none is good."""
+"""Tests the draft length on simulated machines and answers: it finds the best length, and 0 if no draft pays."""
 
 import copy
 import gc
@@ -22,12 +22,12 @@ from nudging_hf.core.drafting import (
     borrowed_draft_length,
 )
 
-# Seconds of a pass by its tokens: a device that is waiting for its memory, and two that compute.
+# The seconds of a pass by its tokens, for a memory-bound device and for two compute-bound ones.
 FLAT, RISING, STEEP = (lambda n: 1 + 0.01 * n), (lambda n: 1 + 0.1 * n), (lambda n: 0.2 + 0.8 * n)
 
 
 def uneven(n):
-    """One that is slow at two and three tokens, and then hardly slower at many."""
+    """The seconds of a pass on a device that is slow for two and three tokens, and then hardly slower for many."""
     return n if n < 4 else 3.2 + 0.04 * n
 
 
@@ -35,13 +35,20 @@ SURE = (0.2, 0.6, 0.9, 0.97, 0.9995)
 
 
 def tokens_and_seconds(chances, pass_time, step, passes, noise=0.0, length=None, seed=0, forced=0):
-    """Plays answers of several rows, and says what was drafted for each pass.
+    """Simulates answers of several rows.
 
     Args:
-        chances: for each row, how often a drafted token is good by how sure the nudging model is of it; it is as sure
-            of one as of another.
-        length: stands for the chosen one.
-        forced: how many steps all rows wait for after each pass, for one that must write.
+        chances: for each row, the probability that a drafted token is accepted, by the nudging model's top-1
+            probability. All these top-1 probabilities are equally frequent.
+        pass_time: the seconds of a pass of the base, as a function of its tokens.
+        step: the seconds of a step of the nudging model.
+        passes: how many passes of the base to simulate.
+        noise: the largest relative noise of the seconds.
+        length: a fixed draft length, or `None` to let the policy choose.
+        forced: how many steps all rows wait for after each pass because another row must write.
+
+    Returns:
+        The accepted tokens, the seconds, and the draft length of each pass.
     """
     draw, policy = random.Random(seed), DraftLength()
     written: list[list[float]] = [[] for _ in chances]
@@ -79,22 +86,24 @@ def tokens_and_seconds(chances, pass_time, step, passes, noise=0.0, length=None,
 
 
 def progress(top1_probs):
-    """A row whose nudging model may write on."""
+    """A row whose nudging model may write more."""
     return DraftProgress(top1_probs, MAX_DRAFT_TOKENS)
 
 
 def finished(top1_probs):
-    """A row whose nudging model may write no further."""
+    """A row whose nudging model may write no more."""
     return DraftProgress(top1_probs, len(top1_probs))
 
 
-ALIKE = dict.fromkeys(SURE, 0.8)  # How sure the model is tells nothing.
-RIGHT = {p: p for p in SURE}
-BOTH = {0.2: 0.1, 0.9995: 1.0}
+UNINFORMATIVE = dict.fromkeys(SURE, 0.8)  # The top-1 probability says nothing about acceptance.
+CALIBRATED = {p: p for p in SURE}
+TWO_KINDS = {0.2: 0.1, 0.9995: 1.0}
 
 
 @pytest.mark.parametrize("noise", [0, 0.5])
-@pytest.mark.parametrize("chances", [[ALIKE], [RIGHT], [BOTH], [BOTH, RIGHT, ALIKE]])
+@pytest.mark.parametrize(
+    "chances", [[UNINFORMATIVE], [CALIBRATED], [TWO_KINDS], [TWO_KINDS, CALIBRATED, UNINFORMATIVE]]
+)
 @pytest.mark.parametrize("pass_time", [FLAT, RISING, STEEP], ids=["flat", "rising", "steep"])
 def test_it_is_about_as_fast_as_the_best_fixed_length(pass_time, chances, noise):
     tokens, seconds, _ = tokens_and_seconds(chances, pass_time, 0.1, 400, noise)
@@ -107,7 +116,7 @@ def test_it_is_about_as_fast_as_the_best_fixed_length(pass_time, chances, noise)
 
 def test_rows_that_wait_for_other_rows_draft_farther():
     def speed(forced, **kwargs):
-        tokens, seconds, chosen = tokens_and_seconds([ALIKE] * 8, RISING, 0.1, 400, forced=forced, **kwargs)
+        tokens, seconds, chosen = tokens_and_seconds([UNINFORMATIVE] * 8, RISING, 0.1, 400, forced=forced, **kwargs)
         return tokens / seconds, sum(chosen)
 
     assert speed(forced=100)[1] > 1.3 * speed(forced=0)[1]
@@ -115,8 +124,8 @@ def test_rows_that_wait_for_other_rows_draft_farther():
 
 
 def test_using_the_nudging_model_s_probabilities_beats_any_fixed_length():
-    tokens, seconds, _ = tokens_and_seconds([BOTH], RISING, 0.1, 400)
-    fixed = [tokens_and_seconds([BOTH], RISING, 0.1, 400, length=length)[:2] for length in (0, 1, 2, 3, 4, 6, 8)]
+    tokens, seconds, _ = tokens_and_seconds([TWO_KINDS], RISING, 0.1, 400)
+    fixed = [tokens_and_seconds([TWO_KINDS], RISING, 0.1, 400, length=length)[:2] for length in (0, 1, 2, 3, 4, 6, 8)]
     assert tokens / seconds > 1.1 * max(n / s for n, s in fixed)
 
 
@@ -132,18 +141,18 @@ def test_drafts_that_are_never_good_cost_next_to_nothing(pass_time, sure):
 @pytest.mark.parametrize("pass_time", [STEEP, uneven])
 def test_drafts_that_do_not_pay_cost_a_small_share_of_the_time(pass_time, chance):
     tokens, seconds, _ = tokens_and_seconds([dict.fromkeys(SURE, chance)], pass_time, 0.06, 1200, noise=0.1)
-    alone = tokens_and_seconds([ALIKE], pass_time, 0.06, 1200, noise=0.1, length=0)
+    alone = tokens_and_seconds([UNINFORMATIVE], pass_time, 0.06, 1200, noise=0.1, length=0)
     assert tokens / seconds > 0.95 * alone[0] / alone[1]
 
 
 @pytest.fixture
 def timed():
-    """A policy that has seen passes and steps."""
+    """A policy that has observed passes and steps."""
     policy = DraftLength()
     for tokens in (9, 1, 17, 33):
         policy.observe_pass(tokens, RISING(tokens))
     policy.observe_step(1, 0.05, 1, drafts=True)
-    policy.choose([progress([])])  # Its second pass drafts nothing, to learn what that costs.
+    policy.choose([progress([])])  # The second pass drafts nothing, to learn what that costs.
     return policy
 
 
@@ -181,15 +190,15 @@ def test_the_time_of_prompts_does_not_affect_drafts(timed):
 
 
 def test_a_new_answer_is_not_charged_for_the_last_pass_of_the_previous_one(monkeypatch):
-    told = []
-    monkeypatch.setattr(DraftLength, "observe_pass", lambda self, tokens, seconds, reads_prompts: told.append("pass"))
-    monkeypatch.setattr(DraftLength, "observe_accepted", lambda self, tokens: told.append("accepted"))
+    calls = []
+    monkeypatch.setattr(DraftLength, "observe_pass", lambda self, tokens, seconds, reads_prompts: calls.append("pass"))
+    monkeypatch.setattr(DraftLength, "observe_accepted", lambda self, tokens: calls.append("accepted"))
     chosen = pair("llama", 1, "shared")
     inputs = inputs_of(chosen, *prompts(chosen, 1, 0))
     for _ in range(2):
-        told.clear()
+        calls.clear()
         nudging_hf.generate(chosen.base, **inputs, nudge_threshold=0.4, num_draft_tokens=4, max_new_tokens=24)
-        assert told[:3] == ["pass", "accepted", "pass"]
+        assert calls[:3] == ["pass", "accepted", "pass"]
 
 
 def test_drafts_go_on_when_the_achieved_pace_exceeds_the_predicted_one(timed):
@@ -248,11 +257,11 @@ def test_guesses_grow_while_they_are_right():
         always.observe(8, 8)
         never.observe(0, 8)
     assert always.choose(1) >= 12 and never.choose(1) == 0
-    for _ in range(20000):  # Some day they are tried again.
+    for _ in range(20000):  # At some point, guesses are tried again.
         if never.choose(1):
             break
     else:
-        pytest.fail("Nothing was guessed any more.")
+        pytest.fail("Guesses were never tried again.")
 
 
 def test_a_rate_follows_recent_observations():
@@ -279,21 +288,21 @@ def test_one_answer_s_rates_of_unsure_tokens_decay_over_later_answers():
     assert acceptance.survival([0.2])[0] > 0.8 * first[0]
 
 
-def borrowed(*pair_and_way):
-    """The policy that a call gets which runs alone."""
-    with borrowed_draft_length(*pair_and_way) as policy:
+def policy_for(*pair_and_setting):
+    """The policy that a call gets if no other call runs."""
+    with borrowed_draft_length(*pair_and_setting) as policy:
         return policy
 
 
 def test_a_pair_s_policy_lives_as_long_as_its_models():
     chosen = pair("llama", 0, "shared")
-    known = borrowed(chosen.base, chosen.nudging_model, 2)
-    assert borrowed(chosen.base, chosen.nudging_model, 2) is known
-    assert borrowed(chosen.base, chosen.nudging_model, 3) is not known
-    assert borrowed(chosen.nudging_model, chosen.base, 2) is not known
+    known = policy_for(chosen.base, chosen.nudging_model, 2)
+    assert policy_for(chosen.base, chosen.nudging_model, 2) is known
+    assert policy_for(chosen.base, chosen.nudging_model, 3) is not known
+    assert policy_for(chosen.nudging_model, chosen.base, 2) is not known
 
     base, nudging_model = Model(), Model()
-    borrowed(base, nudging_model, 1)
+    policy_for(base, nudging_model, 1)
     kept = [weakref.ref(base), weakref.ref(nudging_model)]
     del base, nudging_model
     gc.collect()
@@ -317,7 +326,7 @@ def test_concurrent_calls_use_separate_policies_and_the_second_starts_from_a_cop
             for _ in range(60):
                 second.acceptance.observe([0.97] * 4, 0)
             assert second.choose(rows) != first.choose(rows)
-    # Both are there for the next two.
+    # Both policies are available to the next two calls.
     with borrowed_draft_length(base, nudging_model, 1) as one, borrowed_draft_length(base, nudging_model, 1) as two:
         assert {id(one), id(two)} == {id(first), id(second)}
 
@@ -326,11 +335,11 @@ def test_a_call_that_fails_gives_its_policy_back():
     base, nudging_model = Model(), Model()
     with pytest.raises(KeyboardInterrupt), borrowed_draft_length(base, nudging_model, 1) as policy:
         raise KeyboardInterrupt
-    assert borrowed(base, nudging_model, 1) is policy
+    assert policy_for(base, nudging_model, 1) is policy
 
 
 def test_reading_again_makes_drafts_shorter():
-    """Where each token of a pass costs time, a rejected draft costs a base with a state a second reading."""
+    """A base with a recurrent state reads accepted tokens again after a rejected draft, which takes time."""
     policy = DraftLength()
     policy.choose([progress([])])
     for tokens in (1, 2, 4, 8, 16, 32, 64):

@@ -1,4 +1,4 @@
-"""The GPU script runs in little on a CPU; its random pair is what it is told to be, and its meter counts any pass."""
+"""Tests the GPU script at a tiny size on a CPU: its random pair, its meter, its checks and its report."""
 
 import json
 import sys
@@ -46,7 +46,7 @@ def call(pair) -> Call:
 
 @torch.no_grad()
 def predictions_after_each_word(model) -> tuple[torch.Tensor, torch.Tensor]:
-    """The greedy token and the top-1 probability after each word, behind some other word."""
+    """The greedy token and the top-1 probability after each word, which itself follows another word."""
     words = torch.arange(WORDS, model.config.vocab_size)
     logits = model(torch.stack([words.flip(0), words], dim=1)).logits[:, -1]
     return logits.argmax(dim=-1), top1_probabilities(logits)
@@ -64,7 +64,7 @@ def test_a_word_is_a_token_and_none_is_a_prefix_of_another():
 def test_the_base_follows_its_chain_and_is_unsure_where_it_is_set_to_be(pair):
     tokens, top1 = predictions_after_each_word(pair.base)
     assert torch.equal(tokens, pair.successors[WORDS:])
-    assert sorted(tokens.tolist()) == list(range(WORDS, TINY.vocab_size))  # Each is the successor of one.
+    assert sorted(tokens.tolist()) == list(range(WORDS, TINY.vocab_size))  # Each word is the successor of exactly one.
     unsure = pair.is_unsure[WORDS:]
     assert unsure.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert top1[unsure].max() < 0.7 < top1[~unsure].min()
@@ -148,7 +148,7 @@ def test_a_call_meter_synchronizes_counts_and_restores_the_models(call):
 
 
 def test_a_call_meter_counts_compiled_passes_without_compiling_again(call, monkeypatch):
-    # As on a GPU, but for the backend, which here compiles to what was there before.
+    # This compiles as on a GPU, except that the backend returns the uncompiled graph.
     eager = CompileConfig(backend="eager", mode=None)
     eager._compile_all_devices = True
     call = replace(call, new_tokens=8)
@@ -167,7 +167,7 @@ def test_a_call_meter_counts_compiled_passes_without_compiling_again(call, monke
 
 @pytest.fixture
 def sync_debug_modes(monkeypatch) -> list[str]:
-    """Torch's modes, in order, in the place of a GPU's driver, which would know them."""
+    """The modes that torch is set to, in order. It replaces the call that needs a GPU."""
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     return modes
@@ -203,7 +203,7 @@ def test_more_than_one_synchronisation_per_pass_fails_the_check(sync_debug_modes
             return [], SimpleNamespace(base_forward_passes=30, nudging_forward_passes=70)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # The run before the one that counts.
+        warnings.simplefilter("ignore")  # The first run is not counted and warns.
         outcome = gpu_checks.few_synchronisations(Waiting(), "nudging", 1)
     assert outcome.ok == ok and outcome.detail.startswith(f"{100 * a_pass} in 100 passes: {100 * a_pass} at ")
 
@@ -248,7 +248,7 @@ UNCOMPILED = ["race at agreement 0.85, batch 1", "race at agreement 0.85, batch 
 
 @pytest.fixture
 def tiny_run(monkeypatch, tmp_path):
-    """Runs the script, so small that it takes seconds, and says how it ended and what it wrote."""
+    """Runs the script at a size that takes seconds, and returns its exit status and figures."""
     size = replace(TINY, agreements=(0.85,), rounds=1, new_tokens=6, repeats=1, check_batches=(2,), check_tokens=6)
     monkeypatch.setattr(gpu, "TINY", size)
 

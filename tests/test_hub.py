@@ -1,6 +1,6 @@
-"""What goes to the Hub: code that needs no package, models that nudge by themselves, chats, uploads, and no surprises.
+"""Tests what goes to the Hub: code that does not need the package, models that nudge by themselves, and chats.
 
-`transformers` runs here what it would run of a repository, from folders and from a copy of the Hub's cache, offline.
+The tests are offline: transformers loads repositories from folders and from a copy of the Hub's cache.
 """
 
 import copy
@@ -36,14 +36,14 @@ from nudging_hf.core.validation import UNSUPPORTED
 
 FOLDER = Path(__file__).parents[1] / "hub_custom_code"
 QUESTIONS = ["What is the name of the thing?", "Take 12 apples and 7 pears."]
-KNOBS = {"nudge_threshold": 0.5, "num_draft_tokens": 3}
+PARAMETERS = {"nudge_threshold": 0.5, "num_draft_tokens": 3}
 TEMPLATE = "{system}\nInstruction: {user}\n"
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def modules_cache(tmp_path_factory):
-    """A place of its own for the code that transformers copies before it runs it."""
+    """A separate folder for the code that transformers copies before it runs it."""
 
     def forget():
         for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
@@ -60,7 +60,7 @@ def modules_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Two folders, as a user's: a base and a nudging model of another vocabulary, in float64."""
+    """The folders of a base and of a nudging model with another vocabulary, in float64."""
     made = tiny.pair("llama", 1, "two")
     folder = tmp_path_factory.mktemp("pair")
     for name in ("base", "nudging"):
@@ -74,9 +74,9 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(pair, tmp_path_factory):
-    """The pair as one folder."""
+    """The pair, exported to one folder."""
     folder = tmp_path_factory.mktemp("out") / "pair-nudged"
-    return hub.export(pair.base, pair.nudging, folder, base_template=TEMPLATE, **KNOBS)
+    return hub.export(pair.base, pair.nudging, folder, base_template=TEMPLATE, **PARAMETERS)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def loaded(out):
 
 
 def copy_of(folder, target, **fields):
-    """A copy of a model's folder, with other fields in its generation config; `None` takes one out."""
+    """A copy of a model's folder with the given fields in its generation config. `None` removes a field."""
     shutil.copytree(folder, target)
     path = target / "generation_config.json"
     kept = json.loads(path.read_text()) | fields
@@ -99,7 +99,7 @@ def prompts(folder, questions=QUESTIONS):
 
 
 def nudged(pair, inputs, **settings):
-    """What the package itself writes."""
+    """The ids that `nudging_hf.generate` returns."""
     base, nudging = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair.base, pair.nudging))
     return nudging_hf.generate(base, **inputs, nudging_model=nudging, **settings)
 
@@ -137,7 +137,7 @@ def test_old_modules_are_removed_and_other_files_kept(tmp_path):
 def test_the_requirements_are_the_package_s_own_in_the_form_that_the_loader_reads(monkeypatch):
     own = {}
     for requirement in map(Requirement, importlib.metadata.requires("nudging-hf")):
-        if requirement.marker is None:  # Of no extra.
+        if requirement.marker is None:  # The requirement does not belong to an extra.
             own[requirement.name] = {str(clause) for clause in requirement.specifier}
     read = [dynamic_module_utils.split_package_version(line) for line in hub.REQUIREMENTS]
     assert ["".join(parts) for parts in read] == list(hub.REQUIREMENTS)
@@ -200,19 +200,19 @@ WITHOUT_THE_PACKAGE = """
     tokenizer = AutoTokenizer.from_pretrained(given["base"])
     inputs = tokenizer(given["questions"], return_tensors="pt", padding=True)
     single = tokenizer(given["questions"][0], return_tensors="pt")
-    told = {"trust_remote_code": True, "nudging_model": nudging, **given["settings"]}
+    keywords = {"trust_remote_code": True, "nudging_model": nudging, **given["settings"]}
     found = {}
-    for door in given["doors"]:
+    for source in given["sources"]:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=0)
-        found[door] = [
-            base.generate(**inputs, custom_generate=door, **told).tolist(),
+        found[source] = [
+            base.generate(**inputs, custom_generate=source, **keywords).tolist(),
             base.generate(
                 **single,
-                custom_generate=door,
+                custom_generate=source,
                 tokenizer=tokenizer,
                 stop_strings=given["stop"],
                 streamer=streamer,
-                **told,
+                **keywords,
             ).tolist(),
             "".join(streamer),
         ]
@@ -224,7 +224,7 @@ WITHOUT_THE_PACKAGE = """
 
 
 def put_into_cache(cache, repo_id, folder):
-    """`folder` as huggingface_hub keeps a downloaded repository: blobs, links to them by commit, and a branch."""
+    """Stores `folder` as huggingface_hub stores a downloaded repository: blobs, links by commit, and a branch."""
     home = cache / f"models--{repo_id.replace('/', '--')}"
     (home / "refs").mkdir(parents=True)
     (home / "refs/main").write_text(SHA)
@@ -237,8 +237,8 @@ def put_into_cache(cache, repo_id, folder):
 
 
 def test_folder_and_repository_write_what_the_package_writes_where_it_is_not_installed(pair, out, tmp_path):
-    """The code and the exported model, each from a folder and by a name from the Hub's cache."""
-    settings = {"max_new_tokens": 24, **KNOBS}
+    """Loads the code and the exported model from a folder, and by name from the Hub's cache."""
+    settings = {"max_new_tokens": 24, **PARAMETERS}
     inputs, single = prompts(pair.base), prompts(pair.base, QUESTIONS[:1])
     tokenizer = AutoTokenizer.from_pretrained(pair.base)
     batch = nudged(pair, inputs, **settings)
@@ -249,14 +249,14 @@ def test_folder_and_repository_write_what_the_package_writes_where_it_is_not_ins
 
     put_into_cache(tmp_path / "hub", "nudgers/code", FOLDER)
     put_into_cache(tmp_path / "hub", "nudgers/pair.v1", out)
-    doors, models = [str(FOLDER), "nudgers/code"], [str(out), "nudgers/pair.v1"]
+    sources, models = [str(FOLDER), "nudgers/code"], [str(out), "nudgers/pair.v1"]
     given = {
         "base": str(pair.base),
         "nudging": str(pair.nudging),
         "questions": QUESTIONS,
         "settings": settings,
         "stop": stop,
-        "doors": doors,
+        "sources": sources,
         "models": models,
     }
     done = subprocess.run(
@@ -274,8 +274,8 @@ def test_folder_and_repository_write_what_the_package_writes_where_it_is_not_ins
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for door in doors:
-        ids, stopped, streamed = found[door]
+    for source in sources:
+        ids, stopped, streamed = found[source]
         assert ids == batch.tolist()
         assert stopped == expected.tolist()
         assert streamed == tokenizer.decode(expected[0, single.input_ids.shape[1] :])
@@ -288,14 +288,14 @@ def test_folder_and_repository_write_what_the_package_writes_where_it_is_not_ins
 
 def test_an_exported_model_writes_what_the_package_writes(pair, out, loaded):
     inputs = prompts(out)
-    expected = nudged(pair, inputs, max_new_tokens=24, **KNOBS)
+    expected = nudged(pair, inputs, max_new_tokens=24, **PARAMETERS)
     assert torch.equal(loaded.generate(**inputs, max_new_tokens=24), expected)
     alone = prompts(out, QUESTIONS[:1])
     by_position = loaded.generate(alone.input_ids, max_new_tokens=24)
-    assert torch.equal(by_position, nudged(pair, alone, max_new_tokens=24, **KNOBS))
-    # A keyword comes first, and `None` asks the base alone.
+    assert torch.equal(by_position, nudged(pair, alone, max_new_tokens=24, **PARAMETERS))
+    # A keyword overrides the generation config, and `nudging_model=None` uses the base alone.
     other = loaded.generate(**inputs, max_new_tokens=24, nudge_threshold=0)
-    assert torch.equal(other, nudged(pair, inputs, max_new_tokens=24, **KNOBS | {"nudge_threshold": 0}))
+    assert torch.equal(other, nudged(pair, inputs, max_new_tokens=24, **PARAMETERS | {"nudge_threshold": 0}))
     plain = AutoModelForCausalLM.from_pretrained(pair.base).generate(**inputs, max_new_tokens=24)
     assert torch.equal(loaded.generate(**inputs, max_new_tokens=24, nudging_model=None), plain)
     assert not torch.equal(expected[:, : plain.shape[1]], plain[:, : expected.shape[1]])
@@ -312,7 +312,7 @@ def test_the_nudging_model_is_loaded_once_for_a_base_in_its_dtype_and_safely(out
         return model
 
     model = load(out, trust_remote_code=True, dtype=torch.float32)
-    # A class of transformers, one for the package and the code that a folder carries.
+    # The package and the code in a folder use the same class of transformers.
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
     for _ in range(2):
         model.generate(**prompts(out), max_new_tokens=4)
@@ -331,14 +331,14 @@ def test_the_nudging_model_moves_with_the_base(out, monkeypatch):
 def test_the_generation_config_is_the_base_s_own_with_the_given_fields(pair, out, tmp_path):
     own = GenerationConfig.from_pretrained(pair.base).to_diff_dict()
     exported = GenerationConfig.from_pretrained(out).to_diff_dict()
-    assert exported == own | KNOBS | {"nudging_model_name_or_path": "./nudging_model"}
-    # A base without the file: transformers makes a config of its model config, and marks it.
+    assert exported == own | PARAMETERS | {"nudging_model_name_or_path": "./nudging_model"}
+    # For a base without the file, transformers derives a config from the model config, and marks it.
     bare = copy_of(pair.base, tmp_path / "bare")
     (bare / "generation_config.json").unlink()
     again = GenerationConfig.from_pretrained(hub.export(bare, pair.nudging, tmp_path / "out", nudge_threshold=0.25))
     assert (again.nudge_threshold, again.nudging_model_name_or_path) == (0.25, "./nudging_model")
     assert again.eos_token_id == own["eos_token_id"] and not hasattr(again, "num_draft_tokens")
-    # Sampling stays as the base says.
+    # The base's sampling settings are kept.
     sampling = copy_of(pair.base, tmp_path / "sampling", do_sample=True, temperature=0.5)
     again = GenerationConfig.from_pretrained(hub.export(sampling, pair.nudging, tmp_path / "out2"))
     assert again.do_sample and again.temperature == 0.5
@@ -380,7 +380,7 @@ def test_an_export_overwrites_only_a_model_folder_and_only_on_request(pair, tmp_
         hub.export(pair.base, pair.nudging, out)
     hub.export(pair.base, "owner/name", out, overwrite=True)
     assert not (out / "nudging_model").exists()
-    # Its own parts may be what it is made of.
+    # The export may read its models from the folder that it overwrites.
     hub.export(out, pair.nudging, out, overwrite=True, nudge_threshold=0.1)
     assert GenerationConfig.from_pretrained(out).nudge_threshold == 0.1
     (tmp_path / "letters").mkdir()
@@ -400,7 +400,7 @@ def test_a_failed_export_keeps_the_old_folder(pair, tmp_path):
 
 
 def with_auto_map(folder, target):
-    """A model of a class of transformers that names code of its own too."""
+    """A copy of a model folder whose configs also name custom code."""
     copy_of(folder, target)
     for name, auto_map in (
         ("config.json", {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}),
@@ -414,12 +414,14 @@ def with_auto_map(folder, target):
 
 def test_code_that_models_name_is_neither_run_nor_exported(pair, tmp_path):
     folders = [with_auto_map(folder, tmp_path / folder.name) for folder in (pair.base, pair.nudging)]
-    out = hub.export(*folders, tmp_path / "out", **KNOBS)
+    out = hub.export(*folders, tmp_path / "out", **PARAMETERS)
     assert not list(out.rglob("code.py"))
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     inputs = prompts(out)
-    assert torch.equal(model.generate(**inputs, max_new_tokens=8), nudged(pair, inputs, max_new_tokens=8, **KNOBS))
+    assert torch.equal(
+        model.generate(**inputs, max_new_tokens=8), nudged(pair, inputs, max_new_tokens=8, **PARAMETERS)
+    )
 
 
 def test_pickled_weights_are_refused(pair, tmp_path):
@@ -474,7 +476,7 @@ def test_fields_without_effect_are_dropped_and_named(pair, tmp_path, caplog, fie
     given = {"base": pair.base, "nudging_model": pair.nudging}
     key = "base" if whose == "base" else "nudging_model"
     given[key] = copy_of(getattr(pair, whose), tmp_path / whose, **fields)
-    out = hub.export(**given, out=tmp_path / "out", **KNOBS)
+    out = hub.export(**given, out=tmp_path / "out", **PARAMETERS)
     [said] = [record.getMessage() for record in caplog.records if record.name == "nudging_hf.hub"]
     kept = json.loads((out / ("." if whose == "base" else "nudging_model") / "generation_config.json").read_text())
     switches = {"do_sample", "use_cache"}
@@ -482,10 +484,12 @@ def test_fields_without_effect_are_dropped_and_named(pair, tmp_path, caplog, fie
         if name not in switches:
             assert name not in kept and f"{name}={value!r}" in said
     assert f"of the {'base' if whose == 'base' else 'nudging model'} {str(given[key])!r}" in said
-    if "pad_token_id" not in fields:  # That one decides what stands behind an answer.
+    if "pad_token_id" not in fields:  # That field determines what follows an answer.
         inputs = prompts(out)
         model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-        assert torch.equal(model.generate(**inputs, max_new_tokens=8), nudged(pair, inputs, max_new_tokens=8, **KNOBS))
+        assert torch.equal(
+            model.generate(**inputs, max_new_tokens=8), nudged(pair, inputs, max_new_tokens=8, **PARAMETERS)
+        )
 
 
 def test_fields_with_effect_and_harmless_fields_are_kept(pair, tmp_path, caplog):
@@ -512,7 +516,7 @@ def test_fields_with_effect_and_harmless_fields_are_kept(pair, tmp_path, caplog)
     ],
 )
 @pytest.mark.parametrize("whose", ["base", "nudging_model"])
-def test_a_contradictory_generation_config_is_refused(pair, tmp_path, fields, match, whose):
+def test_an_invalid_generation_config_is_refused(pair, tmp_path, fields, match, whose):
     given = {"base": pair.base, "nudging_model": pair.nudging}
     given[whose] = copy_of(given[whose], tmp_path / "copy", **fields)
     with pytest.raises(ValueError, match=match) as caught:
@@ -530,7 +534,7 @@ def test_a_generation_config_that_is_not_json_is_refused_and_a_missing_one_is_fi
     hub.export(broken, pair.nudging, tmp_path / "out")
 
 
-# What is wrong with a folder is said when it is used -----------------------------------------------------------------
+# Faulty folders are reported when they are used ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -552,7 +556,7 @@ def test_without_trust_the_base_answers_alone_unless_the_package_is_registered(p
     inputs = prompts(out)
     model = AutoModelForCausalLM.from_pretrained(out)
     plain = AutoModelForCausalLM.from_pretrained(pair.base).generate(**inputs, max_new_tokens=16)
-    expected = nudged(pair, inputs, max_new_tokens=16, **KNOBS)
+    expected = nudged(pair, inputs, max_new_tokens=16, **PARAMETERS)
     assert torch.equal(model.generate(**inputs, max_new_tokens=16), plain)
     nudging_hf.register()
     try:
@@ -564,23 +568,23 @@ def test_without_trust_the_base_answers_alone_unless_the_package_is_registered(p
 
 @pytest.mark.parametrize("trust", [None, False])
 def test_no_code_of_a_folder_runs_without_trust(pair, out, tmp_path, monkeypatch, trust):
-    monkeypatch.setattr(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0)  # No question on the terminal.
+    monkeypatch.setattr(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0)  # This disables the question on the terminal.
     folder, marker = copy_of(out, tmp_path / "marked"), tmp_path / "marker"
     with (folder / "custom_generate/generate.py").open("a") as code:
         code.write(f"\nopen({str(marker)!r}, 'w').close()\n")
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).generate(**prompts(out), max_new_tokens=2)
     base, nudging = (AutoModelForCausalLM.from_pretrained(path) for path in (pair.base, pair.nudging))
-    told = {"custom_generate": str(folder), "nudging_model": nudging, "max_new_tokens": 2}
+    keywords = {"custom_generate": str(folder), "nudging_model": nudging, "max_new_tokens": 2}
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        base.generate(**prompts(out), trust_remote_code=trust, **told)
+        base.generate(**prompts(out), trust_remote_code=trust, **keywords)
     assert not marker.exists()
-    base.generate(**prompts(out), trust_remote_code=True, **told)
+    base.generate(**prompts(out), trust_remote_code=True, **keywords)
     assert marker.exists()
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a known class", "an unknown class"])
 def test_the_nudging_model_s_own_code_is_never_run(pair, out, tmp_path, monkeypatch, known):
-    """Neither where the base's folder is trusted, nor where somebody at a terminal would say yes."""
+    """It does not run even if the base's folder is trusted, or if a user would answer "yes" at the terminal."""
     monkeypatch.setattr("builtins.input", lambda _: "y")
     folder, marker = copy_of(out, tmp_path / "marked"), tmp_path / "marker"
     nudging, scratch = folder / "nudging_model", tmp_path / "scratch"
@@ -596,7 +600,9 @@ def test_the_nudging_model_s_own_code_is_never_run(pair, out, tmp_path, monkeypa
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     inputs = prompts(out)
     if known:
-        assert torch.equal(model.generate(**inputs, max_new_tokens=8), nudged(pair, inputs, max_new_tokens=8, **KNOBS))
+        assert torch.equal(
+            model.generate(**inputs, max_new_tokens=8), nudged(pair, inputs, max_new_tokens=8, **PARAMETERS)
+        )
     else:
         with pytest.raises(ValueError, match="Give the model itself as `nudging_model=`"):
             model.generate(**inputs, max_new_tokens=8)
@@ -709,7 +715,9 @@ def test_the_chat_template_refuses_content_that_is_not_text(role, content):
 def test_the_chat_template_refuses_invalid_chats(chat):
     with pytest.raises(ValueError, match=r"[Mm]essage"):
         plain_prompt(chat)
-    with pytest.raises((TemplateError, TypeError), match=r"message|chat|text|iterable"):  # Or the host refuses it.
+    with pytest.raises(
+        (TemplateError, TypeError), match=r"message|chat|text|iterable"
+    ):  # transformers may refuse it first.
         rendered(chat, hub.plain_chat_template())
 
 
@@ -727,7 +735,7 @@ CHAT = [
 
 
 def first_space():
-    """As Llama 2's in transformers 5: a space before a text's first word, and none behind a BOS that is written."""
+    """A tokenizer like Llama 2's in transformers 5: it adds a space before a text, but not after a written BOS."""
     tokenizer = copy.deepcopy(tiny.metaspace_bpe())
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -735,7 +743,7 @@ def first_space():
 
 
 def add_to_texts(tokenizer, single):
-    """Has it add special tokens to a text."""
+    """Makes the tokenizer add special tokens to each text."""
     named = [(token, tokenizer.convert_tokens_to_ids(token)) for token in single.split() if token != "$A"]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
 
@@ -743,7 +751,7 @@ def add_to_texts(tokenizer, single):
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("made", [*tiny.TOKENIZERS.values(), first_space], ids=[*tiny.TOKENIZERS, "first_space"])
 def test_a_saved_tokenizer_encodes_chats_as_plain_prompts(tmp_path, made, bos):
-    """A base's own chat template is replaced; a BOS that it adds to a text it adds to a chat."""
+    """A base's own chat template is replaced. If the tokenizer adds a BOS to texts, it also adds one to chats."""
     tokenizer = copy.deepcopy(made())
     if bos:
         add_to_texts(tokenizer, f"{tokenizer.bos_token} $A")
@@ -767,7 +775,7 @@ def test_a_pipeline_gives_the_base_its_plain_prompt(pair, out):
     chat = pipeline("text-generation", model=str(out), trust_remote_code=True)
     answer = chat(CHAT, do_sample=False, max_new_tokens=12, return_full_text=False)[0]["generated_text"]
     inputs = prompts(pair.base, [plain_prompt(CHAT, TEMPLATE)])
-    expected = nudged(pair, inputs, max_new_tokens=12, **KNOBS)[0, inputs.input_ids.shape[1] :]
+    expected = nudged(pair, inputs, max_new_tokens=12, **PARAMETERS)[0, inputs.input_ids.shape[1] :]
     assert answer == AutoTokenizer.from_pretrained(pair.base).decode(expected, skip_special_tokens=True)
 
 
@@ -775,7 +783,7 @@ def test_a_pipeline_gives_the_base_its_plain_prompt(pair, out):
 
 
 class StandIn:
-    """`HfApi` as far as it is used: it writes down what it is asked, and keeps a copy of what it is sent."""
+    """Replaces `HfApi`: records the calls, and keeps a copy of the uploaded files."""
 
     def __init__(self, target):
         self.calls, self.target = [], target
@@ -844,8 +852,8 @@ def test_a_pushed_folder_works(pair, api):
     assert [name for name, _, _ in api.calls] == ["create_repo", "upload_folder"]
     base, nudging = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair.base, pair.nudging))
     inputs = prompts(pair.base)
-    told = {"nudging_model": nudging, "max_new_tokens": 8}
-    ids = base.generate(**inputs, **told, custom_generate=str(api.target), trust_remote_code=True)
+    keywords = {"nudging_model": nudging, "max_new_tokens": 8}
+    ids = base.generate(**inputs, **keywords, custom_generate=str(api.target), trust_remote_code=True)
     assert torch.equal(ids, nudged(pair, inputs, max_new_tokens=8))
 
 

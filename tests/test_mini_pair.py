@@ -1,4 +1,4 @@
-"""The pair in miniature is what its README says, and nudging helps it."""
+"""Tests that the mini pair is what its README says, and that nudging helps it."""
 
 import importlib.util
 import json
@@ -91,7 +91,7 @@ def test_the_held_out_file_is_what_its_command_writes(world):
 
 
 def test_a_nudged_base_is_right_more_often_than_either_model_alone(models, world):
-    """On dev questions: the held-out ones are for reports."""
+    """The questions are dev questions, because the held-out ones are reserved for reports."""
     questions = [Prompt(**world.row(problem)) for problem in world.problem_set("dev", world.DEV_SEED, 4)]
     contestants, _ = comparison.contestants_of(models, [NudgingConfig(0.4)], with_rivals=False)
     contestants = [contestant for contestant in contestants if contestant.name != comparison.ALIGNED]

@@ -1,4 +1,4 @@
-"""Both pipelines give what `generate` gives: ids, texts, spans and streams."""
+"""Tests that both pipelines give the ids, texts, spans and streams of `generate`."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from nudging_hf.pipelines import NudgedTextGenerationPipeline, _spans_as_decoded
 TASK = "nudged-text-generation"
 MODELS = Path(__file__).parents[1] / "examples" / "mini" / "models"
 SETTINGS = {"max_new_tokens": 12, "nudge_threshold": 0.5}
-# Ragged, so that every batch is padded.
+# The texts differ in length, so that every batch is padded.
 TEXTS = [CORPUS[6], "Two words", CORPUS[0], "One two three four five"]
 CHATS = [
     [{"role": "user", "content": "What is the name of the dog?"}],
@@ -83,7 +83,7 @@ def chosen(request):
 
 
 def complete_arguments(chosen, **kwargs):
-    """What the models of a pair are called in a pipeline, and in `nudging_hf.generate`."""
+    """The arguments that a pipeline and `nudging_hf.generate` both take for a pair."""
     return {
         "tokenizer": chosen.tokenizer,
         "nudging_model": chosen.nudging_model,
@@ -108,7 +108,7 @@ ANSWERS = {}
 
 
 def answer_of(chosen, inputs, **kwargs):
-    """The ids of the answer that `nudging_hf.generate` gives, asked for once."""
+    """The ids of the answer of `nudging_hf.generate`. Each answer is computed only once."""
     key = repr((id(chosen), {name: ids.tolist() for name, ids in inputs.items()}, kwargs))
     if key not in ANSWERS:
         ids = nudging_hf.generate(chosen.base, **inputs, **complete_arguments(chosen, **kwargs))
@@ -117,7 +117,7 @@ def answer_of(chosen, inputs, **kwargs):
 
 
 def same_ids(records, chosen, inputs, batch_size):
-    """Whether token records of several prompts are their answers, one by one, behind left-padded prompts."""
+    """Asserts that the token records of several prompts are the left-padded prompts and their single answers."""
     pad, widths = chosen.tokenizer.pad_token_id, [given["input_ids"].shape[1] for given in inputs]
     for i, ([record], given) in enumerate(zip(records, inputs, strict=True)):
         first = i - i % batch_size
@@ -244,7 +244,7 @@ def test_a_saved_pipeline_is_the_base_and_needs_no_code(tmp_path):
 # Records -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))  # One for each kind of tokenizer.
+@pytest.mark.parametrize("seed", range(5))  # Each seed has another kind of tokenizer.
 def test_spans_are_the_text_of_the_answer(seed):
     chosen = pair("llama", seed, "shared")
     pipe = nudged_pipeline(chosen, return_nudged_spans=True)
@@ -349,7 +349,7 @@ def test_prompts_of_a_list_are_streamed_one_after_another(mini):
         nudged_pipeline(mini)(MINI_TEXTS, streamer=streamer, batch_size=2)
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------------------------
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -419,7 +419,7 @@ def test_a_pipeline_without_a_nudging_model_or_a_tokenizer_is_refused():
         pipeline(TASK, model=chosen.base, nudging_model=chosen.nudging_model)
 
 
-# The task, and the one of transformers -------------------------------------------------------------------------------
+# Both pipeline tasks ------------------------------------------------------------------------------------------------
 
 
 def test_the_task_is_registered_and_unregistered():
@@ -434,7 +434,7 @@ def test_the_task_is_registered_and_unregistered():
 
 
 def plain_pipeline(chosen, **kwargs):
-    """The pipeline of transformers, which hands no tokenizer on."""
+    """The text-generation pipeline, which does not pass its tokenizer on and so needs `base_tokenizer`."""
     arguments = complete_arguments(chosen, base_tokenizer=chosen.tokenizer, do_sample=False, **kwargs)
     return pipeline("text-generation", model=chosen.base, device="cpu", **arguments)
 
@@ -448,7 +448,7 @@ def test_text_generation_nudges_when_it_is_given_a_nudging_model(chosen, batch_s
 def test_text_generation_takes_a_nudging_model_for_a_call(chosen):
     pipe = pipeline("text-generation", model=chosen.base, tokenizer=chosen.tokenizer, device="cpu", do_sample=False)
     by_call = {**complete_arguments(chosen), "base_tokenizer": chosen.tokenizer}
-    del by_call["tokenizer"]  # It would be the pipeline's own.
+    del by_call["tokenizer"]  # The pipeline would take it for itself.
     assert pipe(TEXTS[0], **by_call) == nudged_pipeline(chosen)(TEXTS[0])
 
 
@@ -468,7 +468,7 @@ def test_an_exported_folder_nudges_in_text_generation(exported, registered):
     for batch_size in (1, 3):
         records = pipe(TEXTS, batch_size=batch_size, return_tensors=True)
         same_ids(records, chosen, [inputs_of(chosen, text) for text in TEXTS], batch_size)
-    # A chat becomes the base's plain prompt, which the nudging model is given as a user turn.
+    # A chat becomes the base's plain prompt, and the nudging model gets that prompt as a user turn.
     prompts = [{"input_ids": inputs_of(chosen, chat)["input_ids"]} for chat in CHATS]
     same_ids(pipe(CHATS, batch_size=3, return_tensors=True), chosen, prompts, 3)
     other = answer_of(chosen, inputs_of(chosen, TEXTS[0]), nudge_threshold=0.95)

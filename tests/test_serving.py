@@ -1,4 +1,4 @@
-"""A nudged model behind `transformers serve`, asked by the client of OpenAI; and the example that does so."""
+"""Tests a nudged model that `transformers serve` serves, with OpenAI's client, and the example of it."""
 
 import json
 import runpy
@@ -48,7 +48,7 @@ def completions(client):
 
 @pytest.fixture(scope="module")
 def nudged(folder):
-    """What `nudging_hf.generate` answers to the chat."""
+    """A function that returns the answer of `nudging_hf.generate` to the chat."""
     lms = [(AutoModelForCausalLM.from_pretrained(f), AutoTokenizer.from_pretrained(f)) for f in (
         MINI / "base", MINI / "nudging")]  # fmt: skip
     (base, tokenizer), (nudging_model, nudging_tokenizer) = lms
@@ -80,7 +80,7 @@ def parameters(**fields):
 def test_an_answer_is_nudged(completions, folder, nudged):
     answer = asked(completions, folder)
     assert answer == nudged()
-    assert '"ol"' in answer  # So it was: the base alone answers with another question.
+    assert '"ol"' in answer  # The answer was nudged, because the base alone answers with another question.
 
 
 def test_a_stream_is_the_answer(completions, folder, nudged):

@@ -360,7 +360,7 @@ def main() -> None:
     parser.add_argument(
         "--stage", choices=["tokenizers", *STAGES], help="run only this stage (default: all, in order)"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: beside this script")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: the folder of this script")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

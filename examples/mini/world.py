@@ -319,7 +319,7 @@ def _solution(problem: Problem, choose) -> str:
 
 
 def worked_solution(problem: Problem, rng: random.Random, plain: float = 0.0, keep: float = 0.2) -> str:
-    """A worked solution for a document. It draws a favourite wording in each pool, and keeps it with chance `keep`.
+    """A worked solution for a document. Each pool has a favourite wording, which is used with probability `keep`.
 
     A step has the aligned wording with probability `plain`, whatever the favourite is. An opening is exempt from that,
     because the base would otherwise learn to answer questions by itself.

@@ -56,14 +56,14 @@ def paper_comparison(tables: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     half = next(row for row in tables["thresholds"] if row["threshold"] == 0.5)
     return [
         (
-            "base and aligned model disagree, of positions with p\u00a0<\u00a00.1",
+            "positions with p\u00a0<\u00a00.1 where base and aligned model disagree",
             "90\u00a0%",
             percent(lowest["disagreement"]),
         ),
         ("alignment-related positions that p\u00a0<\u00a00.5 catches", "over 80\u00a0%", percent(half["caught"])),
-        ("positions with p\u00a0<\u00a00.5, of all", "11\u00a0%", percent(half["positions"])),
+        ("positions with p\u00a0<\u00a00.5", "11\u00a0%", percent(half["positions"])),
         (
-            "small and large aligned model agree, of alignment-related positions",
+            "alignment-related positions where small and large aligned model agree",
             "65 to 83\u00a0% (Llama-2), 58 to 88\u00a0% (Gemma-2)",
             percent(tables["agreement"]["alignment_related"]),
         ),
@@ -250,8 +250,8 @@ def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[
     aligned = "large aligned model" if large else "nudging model"
     sections = [
         _Section(
-            "Beside the paper",
-            f"The paper's figures: {SOURCE}." + ("" if large else _WITHOUT_LARGE),
+            "Compared with the paper",
+            f"The paper's figures are from {SOURCE}." + ("" if large else _WITHOUT_LARGE),
             head=("", "paper", "here"),
             rows=paper_comparison(tables),
         ),
@@ -262,13 +262,14 @@ def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[
         ),
         _Section(
             "Where base and aligned model disagree",
-            f"The share of positions where the base's greedy token is not the {aligned}'s: alignment-related ones. "
-            f"{along['compared']:,} positions were compared, {along['alignment_related']:,} are alignment-related.",
+            f"A position is alignment-related if the base's greedy token is not the {aligned}'s. The plot shows the "
+            f"share of such positions. {along['compared']:,} positions were compared, and "
+            f"{along['alignment_related']:,} are alignment-related.",
             ("disagreement", "Disagreement of base and aligned model by the base's top-1 probability"),
         ),
         _Section(
             "What a threshold catches",
-            "A nudge wherever p < γ would fall on this share of all positions, and on this share of the "
+            "If every position with p < γ were nudged, these would be the nudged shares of all positions and of the "
             "alignment-related ones.",
             ("caught", "Alignment-related positions caught, and positions nudged, by threshold"),
         ),
@@ -340,7 +341,7 @@ def _how_compared(large: bool) -> str:
         "Positions are the base's tokens without the end mark; all models read the same answers. The aligned model's "
         f"token is the {whose}. Two greedy tokens of one vocabulary agree if they are the same. Across vocabularies "
         "they agree if the text of one is a prefix of the text of the other, and only positions where a token starts "
-        "in both are compared. The last column counts the alignment-related positions alone."
+        "in both are compared. The last column counts only the alignment-related positions."
     )
 
 
