@@ -238,11 +238,8 @@ def test_a_line_that_is_not_utf_8_is_left_out_and_the_chat_goes_on(folder, asked
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 0 and [messages[-1] for messages in asked] == [("user", "One, café?"), ("user", "Three?")]
     assert all(role != "system" for messages in asked for role, _ in messages)
-    text = "error: The line, which is left out, is not valid utf-8: it has"
-    assert said == [
-        f"{text} 'Two, caf' stands the byte 0xe9; give it as UTF-8.",
-        f"{text} '/system ' stands the byte 0xe9; give it as UTF-8.",
-    ]
+    text = "error: The line, which is left out, is not valid utf-8: it has the byte 0xe9 after"
+    assert said == [f"{text} 'Two, caf'; give it as UTF-8.", f"{text} '/system '; give it as UTF-8."]
 
 
 def test_a_typed_line_that_is_not_utf_8_is_left_out(terminal, asked):

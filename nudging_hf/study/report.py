@@ -56,14 +56,18 @@ def paper_comparison(tables: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     half = next(row for row in tables["thresholds"] if row["threshold"] == 0.5)
     return [
         (
-            "positions with p\u00a0<\u00a00.1 where base and aligned model disagree",
+            "disagreement of base and aligned model at positions with p\u00a0<\u00a00.1",
             "90\u00a0%",
             percent(lowest["disagreement"]),
         ),
-        ("alignment-related positions that p\u00a0<\u00a00.5 catches", "over 80\u00a0%", percent(half["caught"])),
-        ("positions with p\u00a0<\u00a00.5", "11\u00a0%", percent(half["positions"])),
         (
-            "alignment-related positions where small and large aligned model agree",
+            "share of alignment-related positions that have p\u00a0<\u00a00.5",
+            "over 80\u00a0%",
+            percent(half["caught"]),
+        ),
+        ("share of all positions that have p\u00a0<\u00a00.5", "11\u00a0%", percent(half["positions"])),
+        (
+            "agreement of small and large aligned model at alignment-related positions",
             "65 to 83\u00a0% (Llama-2), 58 to 88\u00a0% (Gemma-2)",
             percent(tables["agreement"]["alignment_related"]),
         ),
