@@ -33,7 +33,7 @@ def test_thresholds_above_one_are_allowed():
     assert NudgingConfig(nudge_threshold=1.01).nudge_threshold == 1.01
 
 
-def test_the_first_source_that_sets_a_knob_wins():
+def test_the_first_source_that_sets_a_parameter_wins():
     config = NudgingConfig.resolve(
         [{"nudge_threshold": None}, {"nudge_threshold": 0.3, "num_draft_tokens": 0}, {"nudge_threshold": 0.9}, {}]
     )
