@@ -296,7 +296,7 @@ def agreement(size: Size, dtype: str) -> Iterator[Unit]:
                 noisy[SHARED] = load(SHARED, widths(size.width)[SHARED], dtype, lambda lm: with_noise(lm.model, share))
             lms = {BASE: base[BASE], SHARED: noisy[SHARED]}
             work = Work([question], threshold, max_new_tokens=size.short_answer)
-            for name in (BASE, SHARED):  # Reads both models' weights, so that every timing starts alike.
+            for name in (BASE, SHARED):  # Reads both models' weights, so that every timing starts in the same state.
                 timed_pass(lms[name].model, random_cache(lms[name].model, 1, 8), 1, 1, 8)
             row, (answer,) = measure(runner, lms, work)
             alone, _ = measure(ALONE, {BASE: lms[BASE]}, replace(work, lengths=[len(answer)]))

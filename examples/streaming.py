@@ -50,7 +50,7 @@ call = {
 print("In a terminal, the nudging model's words are in colour:\n")
 nudging_hf.generate(base, **call, streamer=nudging_hf.MarkingStreamer(tokenizer))
 
-print("\nA function of yours is told who wrote what:\n")
+print("\nA function of your own receives each piece and its author:\n")
 
 
 def show(text: str, nudged: bool) -> None:

@@ -48,7 +48,7 @@ class Pair:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments with which the base's `generate` is told of the rest of the pair."""
+        """The arguments of the base's `generate` that stand for the rest of the pair."""
         return {
             "tokenizer": self.tokenizer,
             "nudging_model": self.nudging_model,

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; if they are left out, those of the process.
 
     Returns:
-        The exit code: 0, or 2 for an error that the user can mend, or 130 after an interrupt.
+        The exit code: 0, or 2 for an error that the user can fix, or 130 after an interrupt.
 
     Raises:
         SystemExit: for `--help`, `--version` and arguments that cannot be parsed.

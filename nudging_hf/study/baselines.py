@@ -365,7 +365,7 @@ def _take_prompts(inputs: torch.Tensor | None, arguments: dict[str, Any]) -> tor
 
 
 def _checked(name: str, given: _Given, base: Any, vocabulary: Vocabulary, rows: int, use_cache: bool) -> _SmallModel:
-    """A small model as it is mixed in.
+    """Checks a small model and completes it with its vocabulary and its prompts.
 
     Args:
         name: what the names of its arguments begin with.
@@ -373,7 +373,8 @@ def _checked(name: str, given: _Given, base: Any, vocabulary: Vocabulary, rows: 
         rows: how many prompts the base was given.
 
     Raises:
-        ValueError: for what is no small model of the base's vocabulary, or has other prompts than the base.
+        ValueError: if it is no causal language model, has another vocabulary than the base, or has more or fewer
+            prompts than the base.
     """
     model, tokenizer, input_ids, attention_mask = given
     model, tokenizer = resolved_model(base, model, tokenizer)
