@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nudging_hf.core.drafting import DraftLength, GuessLength, Plan
+from nudging_hf.core.draft_policy import DraftLength, GuessLength, Plan
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from running import inputs_of
 from tiny import pair, prompts
 
 import nudging_hf
-from nudging_hf.core.drafting import (
+from nudging_hf.core.draft_policy import (
     MAX_DRAFT_TOKENS,
     Acceptance,
     DecayedRate,

@@ -9,7 +9,7 @@ from running import DRAFT_LENGTHS, KINDS, decode_with_oracle, inputs_of, nudge, 
 from transformers import TextIteratorStreamer
 
 import nudging_hf
-from nudging_hf.core.drafting import GuessLength
+from nudging_hf.core.draft_policy import GuessLength
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "olmo2"]
 THRESHOLDS = [0, 0.2, 0.4, 0.7, 1.01]

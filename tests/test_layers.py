@@ -11,8 +11,8 @@ import nudging_hf
 PACKAGE = Path(nudging_hf.__file__).parent
 CORE = [
     {"config", "rounds", "transformers_private"},
-    {"arguments", "gate", "vocabulary", "sampling", "constraints", "drafting", "prompt_lookup"},
-    {"answer", "cache_layers"},
+    {"arguments", "gate", "vocabulary", "sampling", "constraints", "draft_policy", "prompt_lookup"},
+    {"answer", "cache_layers", "drafting"},
     {"kv_cache", "reading_mode"},
     {"state_cache", "validation"},
     {"copied_cache"},

@@ -32,7 +32,8 @@ from transformers.utils import logging
 from .answer import TwoVocabularies
 from .cached_lm import CachedLM, Reading, SeparateRows
 from .config import NudgingConfig
-from .drafting import MAX_DRAFT_TOKENS, Drafter, DraftProgress, borrowed_draft_length
+from .draft_policy import MAX_DRAFT_TOKENS, DraftProgress, borrowed_draft_length
+from .drafting import Drafter
 from .gate import GATES, top1_probabilities
 from .limits import Limits
 from .prompt_lookup import guess
