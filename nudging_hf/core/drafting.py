@@ -26,6 +26,7 @@ class Drafter:
         self._synced = synced_across_ranks
         self._plan: Plan | None = None  # It stands until it is carried out or the draft disappoints.
         self._steps_are_free = False  # Whether that was so when the plan was made.
+        self._outcomes: Sequence[tuple[Sequence[float], int]] = ()  # Of the last drafts, until the rates learn them.
         self._tokens_at_pass: int | None = None  # Tokens of all answers at the last base pass, until it is judged.
 
     @property
@@ -77,8 +78,17 @@ class Drafter:
         self._policy.observe_pass(tokens, seconds, reads_prompts)
 
     def read(self, answer_tokens: int) -> None:
-        """Takes note that the base reads, at so many tokens of all answers."""
+        """Takes note that the base reads, at so many tokens of all answers.
+
+        The acceptance rates learn a draft's outcome now, after the next draft was planned. A rejection lowers them for
+        a moment, but the draft after it is accepted as often as others: with rates that learned it before planning,
+        the mini pair made 7 % more base passes.
+        """
         self._plan = None
+        if not self.drafts_nothing:
+            for top1_probs, accepted in self._outcomes:
+                self._policy.acceptance.observe(top1_probs, accepted)
+        self._outcomes = ()
         self._tokens_at_pass = answer_tokens
 
     @property
@@ -87,7 +97,7 @@ class Drafter:
         return self._tokens_at_pass is not None
 
     def verified(self, drafts: Sequence[tuple[Sequence[float], int]], answer_tokens: int) -> None:
-        """Learns the outcome of the last base pass, when all open rows wait for the next one.
+        """Learns what the last base pass has brought, when all open rows wait for the next one.
 
         Args:
             drafts: for each open row, the nudging model's top-1 probability at each draft token, and how many of
@@ -95,8 +105,6 @@ class Drafter:
             answer_tokens: how many tokens all answers have now.
         """
         assert self._tokens_at_pass is not None
-        if not self.drafts_nothing:
-            for top1_probs, accepted in drafts:
-                self._policy.acceptance.observe(top1_probs, accepted)
+        self._outcomes = drafts
         self._policy.observe_accepted(answer_tokens - self._tokens_at_pass)
         self._tokens_at_pass = None
