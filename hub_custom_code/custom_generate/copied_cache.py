@@ -30,8 +30,7 @@ class CopiedSlots(StatefulSlots):
 
     def save_before_pass(self, settled: Mapping[int, int]) -> None:
         """Copies the cache, unless it holds tokens that may be rejected or has been copied at this length."""
-        newest = self._saved[0][-1].length if self._saved[0] else 0
-        if newest < self.count <= settled[0]:
+        if self._unsaved(settled):
             self._saved[0] = [*self._saved[0][-1:], SavedState(self.count, copy.deepcopy(self.cache))]
 
     def record_pass(self, lengths: Sequence[int], width: int, padded_left: bool = False) -> None:

@@ -322,10 +322,12 @@ class NudgedDecoder:
         # While a token count forbids it to end the answer, it writes one token at a time.
         may_end = [not self._may_not_end(row) for row in rows]
         guess_length = drafter.guess_length(len(self._open_rows()))
-        guesses = [self._guess(row, guess_length) if ends else [] for row, ends in zip(rows, may_end, strict=True)]
-        logits = self.nudging.read(
-            {row.number: self._nudging_reading(row, guessed) for row, guessed in zip(rows, guesses, strict=True)}
-        )
+        guesses, readings = [], {}
+        for row, ends in zip(rows, may_end, strict=True):
+            text = [*row.answer.nudging_prompt, *row.ahead.all_ids]
+            guesses.append(self._guess(row, text, guess_length) if ends else [])
+            readings[row.number] = self._nudging_reading(row, text, guesses[-1])
+        logits = self.nudging.read(readings)
         raw = joined([logits[row.number] for row in rows]).float()
         scores = self._nudging_scores(rows, guesses, may_end, raw)
         keys = None
@@ -349,8 +351,7 @@ class NudgedDecoder:
             written = sum(accepted + 1 for accepted, _ in outcomes) / len(rows)
             drafter.time_step(fed, time.perf_counter() - began, written, work.is_forced)
 
-    def _nudging_reading(self, row: Row, guessed: list[int]) -> Reading:
-        text = [*row.answer.nudging_prompt, *row.ahead.all_ids]
+    def _nudging_reading(self, row: Row, text: list[int], guessed: list[int]) -> Reading:
         if len(text) > self.rules.nudging_positions:
             logger.warning_once(
                 "The nudging model reads more tokens than it was trained on, by its `max_position_embeddings` of "
@@ -358,10 +359,9 @@ class NudgedDecoder:
             )
         return Reading(text + guessed, len(guessed) + 1, settled=len(row.answer.nudging_prompt) + row.ahead.context)
 
-    def _guess(self, row: Row, most: int) -> list[int]:
+    def _guess(self, row: Row, text: list[int], most: int) -> list[int]:
         """A guess of what the nudging model writes next, within its room and the caller's constraints."""
         ahead = row.ahead
-        text = [*row.answer.nudging_prompt, *ahead.all_ids]
         most = int(min(most, row.nudging.room - len(ahead.all_ids) - 1))
         guessed = guess(text, ahead.abandoned, ahead.tokens_since, most)
         if guessed and row.constraint is not None and self.rules.one_vocabulary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -187,6 +187,7 @@ class Preparation:
         logits_processor: LogitsProcessorList,
     ) -> list[Row]:
         call, batch = self._call, len(self.prompts)
+        num_ids = self._nudging_num_ids()
         seeds = shared_by_ranks(self._model, new_seeds(batch)) if self.rules.base_samples else [0] * batch
         rows = []
         for i, (prompt, nudging_prompt) in enumerate(zip(self.prompts, nudging_prompts, strict=True)):
@@ -201,7 +202,7 @@ class Preparation:
                         nudging_ids,
                         own_processors(call.nudging_model, self._nudging_config, nudging_ids),
                         _room(call.nudging_model, nudging_prompt),
-                        num_ids=self._nudging_num_ids(),
+                        num_ids=num_ids,
                         stand_in=self.rules.nudging_eos[0],  # The nudging model never writes it as a word.
                     ),
                     seed=seeds[i],
@@ -234,11 +235,11 @@ class Preparation:
         rules = self.rules
         hard = hard_processors(processors)
         if rules.min_new_tokens and rules.stop_tokens and not rules.one_vocabulary:
-            hard.append(_suppress_until(rules.min_new_tokens, list(rules.stop_tokens), prompt))
+            hard.append(_suppress_until(rules.min_new_tokens, rules.stop_tokens, prompt))
         if not hard:
             return None
-        ends = rules.base_eos or list(rules.stop_tokens)
-        return Constraint(hard, prompt, output_rows(self._model), ends, list(rules.stop_tokens))
+        ends = rules.base_eos or rules.stop_tokens
+        return Constraint(hard, prompt, output_rows(self._model), ends, rules.stop_tokens)
 
 
 def validate_prompts(
@@ -274,7 +275,7 @@ def _room(model: Any, prompt: list[int]) -> float:
 
 
 def _suppress_until(
-    min_new_tokens: int, tokens: list[int], prompts: torch.Tensor
+    min_new_tokens: int, tokens: Sequence[int], prompts: torch.Tensor
 ) -> MinNewTokensLengthLogitsProcessor:
     """A processor that forbids these tokens until the answer has `min_new_tokens` tokens."""
     return MinNewTokensLengthLogitsProcessor(

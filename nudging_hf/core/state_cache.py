@@ -64,12 +64,15 @@ class StatefulSlots(Slots):
         states = RecurrentStates(self.cache)
         self._idle_rows = [row for row in range(len(self.lengths)) if row not in settled]
         self._idle_states = states.copy_of(self._idle_rows)
-        newest = {row: self._saved[row][-1].length if self._saved[row] else 0 for row in settled}
-        unsaved = [row for row, stays in settled.items() if newest[row] < self.lengths[row] <= stays]
-        if unsaved:
+        if unsaved := self._unsaved(settled):
             copies = states.copy_of(unsaved)
             for index, row in enumerate(unsaved):
                 self._saved[row] = [*self._saved[row][-1:], SavedState(self.lengths[row], copies, index)]
+
+    def _unsaved(self, settled: Mapping[int, int]) -> list[int]:
+        """The rows whose state has read settled tokens alone, and has not been saved at this length."""
+        newest = {row: self._saved[row][-1].length if self._saved[row] else 0 for row in settled}
+        return [row for row, stays in settled.items() if newest[row] < self.lengths[row] <= stays]
 
     def record_pass(self, lengths: Sequence[int], width: int, padded_left: bool = False) -> None:
         super().record_pass(lengths, width, padded_left)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ class TokenRules:
     base_eos: Sequence[int]
     nudging_eos: Sequence[int]
     nudging_control: torch.Tensor
-    stop_tokens: Collection[int]
+    stop_tokens: Sequence[int]
     base_samples: bool
     nudging_samples: bool
     min_new_tokens: int
