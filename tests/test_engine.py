@@ -225,3 +225,21 @@ def test_rows_of_recurrent_bases_join_and_leave(kind):
             decoder.step()
         decoder.run()
     assert [[*row.answer.prompt, *row.answer.ids] for row in rows] == singles
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_base_without_weights_are_those_of_the_base(kind):
+    """An engine has the base's weights. Here it is only described."""
+    pair, asked = questions("llama", kind, 6)
+    with torch.device("meta"):
+        described = type(pair.base)(pair.base.config)
+    described.generation_config = pair.base.generation_config
+    for question in asked:
+        row = question.row()
+        torch.manual_seed(question.number)
+        [other] = prepare(described, **inputs_of(pair, *question.prompts), **question.settings).rows
+        assert other.seed == row.seed and other.room == row.room and other.answer.prompt == row.answer.prompt
+        assert [type(each) for each in other.base.processors] == [type(each) for each in row.base.processors]
+        assert other.base.prompt.device.type == "cpu"
+    with pytest.raises(ValueError, match="meta device"):
+        nudging_hf.generate(described, **inputs_of(pair, *asked[0].prompts))

@@ -44,6 +44,7 @@ from .validation import (
     validate_multimodal_inputs,
     validate_prompt_tensors,
     validate_streamer,
+    validate_weights,
 )
 from .vocabulary import Vocabulary
 
@@ -126,12 +127,15 @@ def generate(
         if is_plain:
             raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
         validate_causal_lm(model, "base", "model")
+        validate_weights(model, "base")
         given = arguments_of_caller()
         arguments["nudging_call"] = _checked_call(model, own, hub, arguments["generation_config"], given, len(args[0]))
         return _decode(model, *args, **arguments)
     if is_plain:
         return plain_generate(model)(model, *args, **arguments)
 
+    validate_causal_lm(model, "base", "model")
+    validate_weights(model, "base")
     return _through_transformers(model, args, arguments, own, hub, loop=_decode)
 
 
@@ -139,7 +143,7 @@ def generate(
 def prepare(model: PreTrainedModel, *args: Any, **kwargs: Unpack[GenerateArguments]) -> Preparation:
     """Prepares the answers that [`generate`] would write with the same arguments, for an executor of one's own.
 
-    No forward pass is made of the base, which may therefore be on the meta device.
+    The base makes no forward pass. So it may be on the meta device, where it has a config and no weights.
 
     Returns:
         Its `rows` are not begun. Each is the row that `generate` would write, and has the same random seed.
@@ -149,6 +153,7 @@ def prepare(model: PreTrainedModel, *args: Any, **kwargs: Unpack[GenerateArgumen
     """
     check_version()
     model = without_wrapper(model)
+    validate_causal_lm(model, "base", "model")
     own, hub, arguments = _divided(kwargs)
     return _through_transformers(model, args, arguments, own, hub, loop=_prepare)
 
@@ -177,7 +182,6 @@ def _through_transformers(
         hub: how a model that is only named is loaded from the Hub.
         loop: called as [`_decode`] is.
     """
-    validate_causal_lm(model, "base", "model")
     arguments = _by_name(model, args, arguments)
     generation_config = merged_generation_config(
         model, **{name: value for name, value in arguments.items() if name != "tokenizer"}
