@@ -82,7 +82,7 @@ def chat_inputs(
     plain = [plain_prompt(chat, base_template) for chat in many]
     rows = [tokenizer(text)["input_ids"] for text in plain]
     if nudging_tokenizer.chat_template:
-        nudging_rows = [_chat_ids(nudging_tokenizer, chat, chat_template_kwargs) for chat in many]
+        nudging_rows = [chat_ids(nudging_tokenizer, chat, chat_template_kwargs) for chat in many]
     else:
         if not _has_system(base_template) and any((checked_messages(chat)[0] or "").strip() for chat in many):
             raise ValueError(
@@ -257,16 +257,22 @@ def _quote(value: Any) -> str:
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
-def _chat_ids(tokenizer: Any, messages: Sequence[Message], kwargs: Mapping[str, Any] | None) -> list[int]:
-    """The nudging model's prompt for a chat, made by its chat template."""
+def chat_ids(
+    tokenizer: Any, messages: Sequence[Message], chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """The nudging model's prompt for a chat, made by its chat template, as in [`chat_inputs`].
+
+    Raises:
+        ValueError: if the chat is malformed, or the template leaves out a message.
+    """
     system, turns = checked_messages(messages)
     chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     if system is not None:
         try:
-            return templated_ids(tokenizer, [{"role": "system", "content": system}, *chat], kwargs)
+            return templated_ids(tokenizer, [{"role": "system", "content": system}, *chat], chat_template_kwargs)
         except TemplateRefusal:  # Gemma's template refuses a system message, and one of Phi-3's leaves it out.
             chat[0]["content"] = f"{system}\n\n{chat[0]['content']}"
-    return templated_ids(tokenizer, chat, kwargs)
+    return templated_ids(tokenizer, chat, chat_template_kwargs)
 
 
 def padded(rows: Sequence[list[int]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:

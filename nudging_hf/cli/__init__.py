@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import analyze, calibrate, chat, compare, demo, eval, generate, hub
+from . import analyze, calibrate, chat, compare, demo, eval, generate, hub, vllm
 from .arguments import first_line
 from .streams import escaping_output, open_closed_streams, refuse_undecoded_arguments
 
@@ -32,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_undecoded_arguments(given)
         with escaping_output():
-            args = _parser().parse_args(given)
+            parser = _parser()
+            args, more = parser.parse_known_args(given)
+            if more and not getattr(args, "takes_more", False):
+                parser.error(f"unrecognized arguments: {' '.join(more)}")
+            args.more = more
             args.run(args)
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -54,6 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nudging-hf {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, demo, eval, hub, calibrate, analyze, compare):
+    for command in (generate, chat, demo, eval, hub, calibrate, analyze, compare, vllm):
         command.add_command(commands)
     return parser
