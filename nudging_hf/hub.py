@@ -14,11 +14,12 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from .chats import REASONING_TEMPLATE, turn_template
 from .core.config import NudgingConfig
 from .hub_readme import refresh_lists
+from .pair import is_folder, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +29,10 @@ REQUIREMENTS = ("torch>=2.4", "transformers>=5.12")
 
 _CORE = Path(__file__).parent / "core"
 _NOT_KEPT = ("_from_model_config", "transformers_version")
-# Fields that act on sampling alone, and fields that act on beams alone, each with the value that changes nothing.
-_SAMPLING_FIELDS = {
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-_BEAM_FIELDS = {"early_stopping": False, "length_penalty": 1.0}
+# Fields that act on sampling alone, and fields that act on beams alone.
+_SAMPLING_FIELDS = "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
+_BEAM_FIELDS = ["early_stopping", "length_penalty"]
 _NOT_UPLOADED = ("*.pyc", "*.DS_Store", *DEFAULT_IGNORE_PATTERNS)
-
-
-# Code ----------------------------------------------------------------------------------------------------------------
 
 
 def carried_modules() -> list[Path]:
@@ -119,7 +108,7 @@ def export(
             )
         if not (out / "config.json").is_file():
             raise ValueError(f"{out} is no model folder, and stays: only a model folder is overwritten.")
-    copied = _is_folder(nudging_model, "nudging model")
+    copied = is_folder(nudging_model, "The nudging model")
     if not copied:
         validate_repo_id(nudging_model)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -177,22 +166,20 @@ def _savable(config: GenerationConfig, name: str, whose: str) -> GenerationConfi
     """
     if _why_not_saved(config) is None:
         return config
-    idle: dict[str, Any] = {} if config.do_sample is True else dict(_SAMPLING_FIELDS)
+    idle = [] if config.do_sample is True else [*_SAMPLING_FIELDS]
     if config.num_beams in (None, 1):
-        idle |= _BEAM_FIELDS
+        idle += _BEAM_FIELDS
     if config.use_cache is False:
-        idle["cache_implementation"] = None
+        idle.append("cache_implementation")
     if config.return_dict_in_generate is not True:
-        idle |= dict.fromkeys(GenerationConfig.extra_output_flags, False)
+        idle += GenerationConfig.extra_output_flags
     if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:  # No token has a negative id.
-        idle["pad_token_id"] = None
+        idle.append("pad_token_id")
+    given = {field: getattr(config, field, None) for field in idle}
+    dropped = {field: value for field, value in given.items() if value is not None and value is not False}
     mended = copy.deepcopy(config)
-    dropped = {}
-    for field, neutral in idle.items():
-        value = getattr(config, field, None)
-        if value is not None and value != neutral:
-            dropped[field] = value
-            setattr(mended, field, None)
+    for field in dropped:
+        setattr(mended, field, None)
     if (why := _why_not_saved(mended)) is not None:
         raise ValueError(
             f"The generation config of the {whose} {name!r} is one that transformers does not save: {why} Mend it in "
@@ -217,27 +204,10 @@ def _why_not_saved(config: GenerationConfig) -> str | None:
     return None
 
 
-def _is_folder(name: str, whose: str) -> bool:
-    """Whether a model is a folder; otherwise it is on the Hub."""
-    if Path(name).is_dir():
-        return True
-    if name.startswith((".", "/", "~")):
-        raise ValueError(f"The {whose}: there is no folder {name}.")
-    return False
-
-
 def _load(name: str, whose: str) -> tuple[Any, Any]:
     """A model with its weights as they were saved, and its tokenizer, neither of which needs code of its own."""
-    _is_folder(name, whose)
     _refuse_broken_generation_config(name, whose)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The {whose} {name!r} cannot be loaded. It must be a causal language model that transformers knows, with "
-            f"its tokenizer and its weights as safetensors, as `save_pretrained` writes them: {error}"
-        ) from error
+    model, tokenizer = load_model(name, f"The {whose}", dtype="auto", use_safetensors=True, trust_remote_code=False)
     # transformers did without their own code here, so it must not ask for that code when the folder is trusted.
     vars(model.config).pop("auto_map", None)
     tokenizer.init_kwargs.pop("auto_map", None)

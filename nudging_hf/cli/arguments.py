@@ -11,12 +11,11 @@ from typing import Any
 
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..chats import REASONING_TEMPLATE
 from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
-from ..pair import Pair
+from ..pair import Pair, load_model
 from ..study.reader import Reader
 
 
@@ -161,13 +160,7 @@ def load_reader(args: argparse.Namespace, name: str, chat: bool, progress: bool)
 
 
 def _load_model(option: str, name: str, args: argparse.Namespace) -> tuple[Any, Any]:
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ValueError(f"{option}: there is no folder {name}.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, device_map=args.device_map)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option}: cannot load {name}: {first_line(error)}") from error
+    model, tokenizer = load_model(name, option, dtype=args.dtype, device_map=args.device_map)
     if args.device is not None:
         try:
             model = model.to(args.device)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..chats import REASONING_TEMPLATE, chat_inputs, padded, plain_prompt
 from ..core.answer import OneVocabulary, answer_class
@@ -16,7 +15,7 @@ from ..core.config import NudgingConfig
 from ..core.gate import top1_probabilities
 from ..core.transformers_private import end_tokens, input_device, plain_generate
 from ..core.vocabulary import Vocabulary
-from ..pair import Pair
+from ..pair import Pair, load_model
 from ..provenance import Piece, count_nudged_words, pieces_of, spans, text_of
 from .prompts import Prompt
 
@@ -97,8 +96,7 @@ class Reader:
     @classmethod
     def load(cls, folder: str | Path, chat: bool = True) -> Reader:
         """The model of a folder, in float32."""
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, chat)
+        return cls(*load_model(folder, "The model", dtype=torch.float32), chat)
 
     @property
     def pad_token_id(self) -> int:
