@@ -16,10 +16,7 @@ _USER_ERROR, _INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `nudging-hf`.
-
-    Args:
-        argv: the arguments; if they are left out, those of the process.
+    """Runs `nudging-hf` with the given arguments, or those of the process.
 
     Returns:
         The exit code: 0, or 2 for an error that the user can fix, or 130 after an interrupt.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,22 +16,12 @@ from ..core.gate import GATES
 from ..study import comparison
 from ..study.journal import Journal, digest, model_setup
 from ..study.prompts import Prompt, first_of_each_task, read_labelled_prompts
-from .arguments import add_models, add_study, answer_bar, load_reader, load_readers, positive, threshold_or_auto
+from .arguments import add_models, add_study, answer_bar, command_parser, load_reader, positive, threshold_or_auto
 from .files import versions, write_json
-
-_DESCRIPTION = (
-    "Tells whether nudging helps a pair of models, and against what: on questions with known answers, the base alone, "
-    "the nudging model alone, the base nudged, an ensemble, proxy tuning, in-context alignment, and the large aligned "
-    "model if there is one. Writes one table, and says in plain words what it shows."
-)
 
 
 def add_command(commands: Any) -> None:
-    """Adds `compare` to the commands of `nudging-hf`."""
-    parser = commands.add_parser(
-        "compare", help="see whether nudging helps a pair, and against what", description=_DESCRIPTION
-    )
-    parser.set_defaults(run=run)
+    parser = command_parser(commands, "compare", "see whether nudging helps a pair, and against what", run)
     models = add_models(parser)
     models.add_argument(
         "--shared-nudging-model",
@@ -80,7 +69,9 @@ def _gate_and_threshold(text: str) -> tuple[str, float | str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf compare`."""
+    """Tells whether nudging helps a pair of models, and against what: on questions with known answers, the base
+    alone, the nudging model alone, the base nudged, an ensemble, proxy tuning, in-context alignment, and the large
+    aligned model if there is one. Writes one table, and says in plain words what it shows."""
     turn_template(args.base_template)
     gates = [{"nudge_gate": gate, "nudge_threshold": threshold} for gate, threshold in dict.fromkeys(args.threshold)]
     for each in gates:
@@ -89,7 +80,13 @@ def run(args: argparse.Namespace) -> None:
     if args.limit is not None:
         questions = first_of_each_task(questions, args.limit)
     args.out.mkdir(parents=True, exist_ok=True)
-    models = _load(args)
+    models = comparison.Models(
+        base=load_reader(args, "base", chat=False),
+        nudging=load_reader(args, "nudging_model"),
+        shared=load_reader(args, "shared_nudging_model"),
+        unaligned=load_reader(args, "unaligned", chat=False),
+        large_aligned=load_reader(args, "large_aligned"),
+    )
     stored = models.base.model.generation_config.to_dict()
     configs = [NudgingConfig.resolve([each, stored]) for each in gates]
     contestants, left_out = comparison.contestants_of(models, configs)
@@ -105,19 +102,6 @@ def run(args: argparse.Namespace) -> None:
             progress=show,
         )
     _tell(args.out, results, left_out, setup)
-
-
-def _load(args: argparse.Namespace) -> comparison.Models:
-    """The models that the arguments name."""
-    shown = sys.stderr.isatty()
-    base, nudging = load_readers(args, progress=shown)
-    return comparison.Models(
-        base=base,
-        nudging=nudging,
-        shared=load_reader(args, "shared_nudging_model", chat=True, progress=shown),
-        unaligned=load_reader(args, "unaligned", chat=False, progress=shown),
-        large_aligned=load_reader(args, "large_aligned", chat=True, progress=shown),
-    )
 
 
 def _setup(

@@ -15,19 +15,12 @@ from ..study.comparison import Models, Result
 from ..study.journal import Journal
 from ..study.prompts import Prompt, first_of_each_task
 from ..terminal import TerminalWriter
-from .arguments import add_color, add_threshold, answer_bar, count, loading_bars, positive
+from .arguments import add_color, add_threshold, answer_bar, command_parser, count, loading_bars, positive
 from .files import refuse_missing_folders, versions, write_json
-
-_DESCRIPTION = (
-    "Shows what nudging does with a pair of models: some answers, with the words of the nudging model in colour, and "
-    "then, on questions with known answers, how often each model alone and both together are right."
-)
 
 
 def add_command(commands: Any) -> None:
-    """Adds `demo` to the commands of `nudging-hf`."""
-    parser = commands.add_parser("demo", help="see a pair of models at work, and measured", description=_DESCRIPTION)
-    parser.set_defaults(run=run)
+    parser = command_parser(commands, "demo", "see a pair of models at work, and measured", run)
     parser.add_argument(
         "--pair",
         type=Path,
@@ -53,7 +46,8 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf demo`."""
+    """Shows what nudging does with a pair of models: some answers, with the words of the nudging model in colour, and
+    then, on questions with known answers, how often each model alone and both together are right."""
     began = time.monotonic()
     NudgingConfig(nudge_threshold=args.threshold)  # It is refused now, not after the models have answered alone.
     refuse_missing_folders({"--json": args.json})

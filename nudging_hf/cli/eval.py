@@ -12,7 +12,6 @@ from ..tasks import FOLDER
 
 
 def add_command(commands: Any) -> None:
-    """Adds `eval` to the commands of `nudging-hf`."""
     # No option is ours, not even --help: every argument goes on to the harness.
     parser = commands.add_parser(
         "eval",
@@ -25,11 +24,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf eval`.
-
-    Raises:
-        ImportError: where the harness is not installed.
-    """
+    """Runs the harness. Raises an `ImportError` where it is not installed."""
     from ..integrations.lm_eval import register
 
     register()

@@ -130,6 +130,12 @@ class NudgingLM(HFLM):
 
     def _inputs(self, contexts: Sequence[str], max_new_tokens: int) -> dict[str, Any]:
         """The prompts of both models."""
+        room = self.max_length - max_new_tokens  # How many tokens the base's prompt may have.
+        if room <= 0:
+            raise ValueError(
+                f"The base reads at most {self.max_length} tokens, and the answer alone may have "
+                f"{max_new_tokens}: lower `max_gen_toks`, or raise `max_length`."
+            )
         chats, texts = [], []
         for context in contexts:
             if isinstance(context, Conversation):
@@ -142,19 +148,9 @@ class NudgingLM(HFLM):
         inputs = dict(self.pair.inputs(chats, self.base_template, self.chat_template_args))
         # HFLM encodes the base's prompts, so that `add_bos_token`, `truncation` and `max_length` apply.
         inputs["input_ids"], inputs["attention_mask"] = self.tok_batch_encode(
-            texts, left_truncate_len=self._prompt_length(max_new_tokens), truncation=self.truncation
+            texts, left_truncate_len=room, truncation=self.truncation
         )
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
-
-    def _prompt_length(self, max_new_tokens: int) -> int:
-        """The longest prompt that the base may have, in tokens."""
-        room = self.max_length - max_new_tokens
-        if room <= 0:
-            raise ValueError(
-                f"The base reads at most {self.max_length} tokens, and the answer alone may have "
-                f"{max_new_tokens}: lower `max_gen_toks`, or raise `max_length`."
-            )
-        return room
 
     # Answers --------------------------------------------------------------------------------------------------------
 
