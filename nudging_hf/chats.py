@@ -168,14 +168,9 @@ def checked_messages(messages: Sequence[Message]) -> tuple[str | None, list[str]
 
 
 def validate_no_surrogates(text: str, what: str) -> None:
-    """Checks that a text has no surrogate code point, because no tokenizer and no file can encode one.
+    """Raises a `ValueError` for a text with a surrogate code point, because no tokenizer and no file can encode one.
 
-    Args:
-        text: any string. Python turns bytes that it cannot decode into surrogates.
-        what: what the text is, as the subject of a sentence.
-
-    Raises:
-        ValueError: if the text has a surrogate.
+    Python turns bytes that it cannot decode into surrogates. `what` is the text, as the subject of a sentence.
     """
     try:
         text.encode("utf-8")

@@ -15,12 +15,7 @@ from transformers import AutoTokenizer
 try:
     from lm_eval.api.registry import model_registry
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import (
-        Collator,
-        handle_stop_sequences,
-        normalize_gen_kwargs,
-        postprocess_generated_text,
-    )
+    from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 except ImportError as error:
     raise ImportError("This needs lm-evaluation-harness: pip install 'nudging-hf[lm-eval]'.") from error
 

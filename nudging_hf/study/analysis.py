@@ -75,6 +75,7 @@ class Unit:
     threshold: float | None = None
 
 
+@dataclass
 class Analysis:
     """The measurements, in units.
 
@@ -88,27 +89,18 @@ class Analysis:
         max_new_tokens: the limit on an answer, in tokens of the model that writes it, or of the base.
     """
 
-    def __init__(
-        self,
-        base: Reader,
-        nudging: Reader,
-        large: Reader | None,
-        prompts: Sequence[Prompt],
-        threshold: float,
-        thresholds: Sequence[float],
-        batch_size: int,
-        max_new_tokens: int,
-    ):
-        self._base, self._nudging, self._large = base, nudging, large
-        self._prompts = prompts
-        self._batch_size = batch_size
-        self._max_new_tokens = max_new_tokens
-        self._kinds: list[tuple[str, float | None]] = [("along", threshold if large is None else None)]
-        self._kinds += [("nudged", gamma) for gamma in thresholds]
-        if are_labelled(prompts):
-            self._kinds += [("base", None), ("nudging model", None)]
-        readers = [reader for reader in (base, nudging, large) if reader is not None]
-        writer = large or base
+    base: Reader
+    nudging: Reader
+    large: Reader | None
+    prompts: Sequence[Prompt]
+    threshold: float
+    thresholds: Sequence[float]
+    batch_size: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        readers = [reader for reader in (self.base, self.nudging, self.large) if reader is not None]
+        writer = self.large or self.base
         self._reads = {reader: answer_class(writer.vocabulary, reader.vocabulary) for reader in readers}
         self._one_vocabulary = {  # Either of two models may have control tokens of its own.
             (one, other): share_vocabulary(one, other) or share_vocabulary(other, one)
@@ -117,8 +109,12 @@ class Analysis:
 
     def units(self) -> list[Unit]:
         """All units, each independent of the others."""
-        starts = range(0, len(self._prompts), self._batch_size)
-        return [Unit(kind, start, threshold) for kind, threshold in self._kinds for start in starts]
+        kinds: list[tuple[str, float | None]] = [("along", self.threshold if self.large is None else None)]
+        kinds += [("nudged", gamma) for gamma in self.thresholds]
+        if are_labelled(self.prompts):
+            kinds += [("base", None), ("nudging model", None)]
+        starts = range(0, len(self.prompts), self.batch_size)
+        return [Unit(kind, start, threshold) for kind, threshold in kinds for start in starts]
 
     def measure(self, unit: Unit) -> list[dict[str, Any]]:
         """The result of a unit, as JSON: one row for each prompt, with an [`Answer`] and, along it, [`Positions`].
@@ -126,16 +122,13 @@ class Analysis:
         Raises:
             ValueError: for prompts that a chat template or nudging refuses.
         """
-        prompts = self._prompts[unit.start : unit.start + self._batch_size]
-        if unit.threshold is not None:
-            writer = self._base
-            config = {"nudge_threshold": unit.threshold}
-            answers = nudged_answers(self._base, self._nudging, config, prompts, self._max_new_tokens)
+        prompts = self.prompts[unit.start : unit.start + self.batch_size]
+        writer = {"along": self.large or self.base, "nudging model": self.nudging}.get(unit.kind, self.base)
+        if unit.threshold is None:
+            answers = writer.answers(prompts, self.max_new_tokens)
         else:
-            alone = {"along": self._large, "base": self._base, "nudging model": self._nudging}[unit.kind]
-            assert alone is not None
-            writer = alone
-            answers = writer.answers(prompts, self._max_new_tokens)
+            config = {"nudge_threshold": unit.threshold}
+            answers = nudged_answers(self.base, self.nudging, config, prompts, self.max_new_tokens)
         rows = [{"answer": asdict(answer)} for answer in answers]
         if unit.kind == "along":
             for row, prompt, answer in zip(rows, prompts, answers, strict=True):
@@ -158,7 +151,7 @@ class Analysis:
                 return None
             return agree(predicted[one][place], predicted[other][place], self._one_vocabulary[one, other])
 
-        base, small, large = self._base, self._nudging, self._large
+        base, small, large = self.base, self.nudging, self.large
         differs: list[bool | None] = []
         small_agrees: list[bool | None] = []
         for place in predicted[base]:

@@ -47,14 +47,12 @@ def load(folder: Path) -> tuple[Models, list[Prompt]]:
         if not needed.exists():
             raise FileNotFoundError(f"{needed} is missing: name the folder of another pair by --pair.")
     questions = read_labelled_prompts(folder / "heldout.jsonl")
-    shared, large = models / "nudging-shared", models / "large-aligned"
-    loaded = Models(
-        base=Reader.load(models / "base", chat=False),
-        nudging=Reader.load(models / "nudging"),
-        shared=Reader.load(shared) if shared.exists() else None,
-        large_aligned=Reader.load(large) if large.exists() else None,
+    shared, large = (
+        Reader.load(models / name) if (models / name).exists() else None
+        for name in ("nudging-shared", "large-aligned")
     )
-    return loaded, questions
+    base, nudging = Reader.load(models / "base", chat=False), Reader.load(models / "nudging")
+    return Models(base, nudging, shared, large_aligned=large), questions
 
 
 def stream_answer(models: Models, question: Prompt, threshold: float, write: Callable[[str, bool], None]) -> Answer:

@@ -61,14 +61,7 @@ class Answer:
 
 
 class Prediction(NamedTuple):
-    """What a model would write next at one place of an answer.
-
-    Args:
-        token: its greedy token.
-        text: the bytes that the token adds.
-        ends: whether the token is an EOS of the model.
-        top1: the probability of the token.
-    """
+    """A model's greedy token at one place of an answer: its bytes, whether it is an EOS, and its probability."""
 
     token: int
     text: bytes
@@ -143,7 +136,7 @@ class Reader:
         return self.answers_of(sequences[:, inputs["input_ids"].shape[1] :], self.eos)
 
     def answers_of(self, new: torch.Tensor, ends: set[int]) -> list[Answer]:
-        """Ids of new tokens, of shape (batch, length), as answers, each up to the first token of `ends`."""
+        """New tokens of shape (batch, length) as answers, each up to the first token of `ends`."""
         answers = []
         for row in new.tolist():
             end = next((i for i, token in enumerate(row) if token in ends), None)
@@ -193,11 +186,7 @@ def share_vocabulary(base: Reader, other: Reader) -> bool:
 def inputs_of_both(base: Reader, nudging: Reader, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
     """The arguments of `generate` with which a pair answers greedily, without the models and tokenizers."""
     ids, mask = nudging.padded_prompts(prompts)
-    return {
-        **base.inputs(prompts, max_new_tokens),
-        "nudging_input_ids": ids,
-        "nudging_attention_mask": mask,
-    }
+    return {**base.inputs(prompts, max_new_tokens), "nudging_input_ids": ids, "nudging_attention_mask": mask}
 
 
 def nudged_answers(
@@ -208,11 +197,7 @@ def nudged_answers(
     max_new_tokens: int,
     streamer: Any = None,
 ) -> list[Answer]:
-    """The greedy answers of the base, nudged.
-
-    Args:
-        config: the parameters of nudging. What a mapping leaves out is taken from the base's generation config.
-    """
+    """The greedy answers of the base, nudged. What `config` leaves out is taken from the base's generation config."""
     inputs = inputs_of_both(base, nudging, prompts, max_new_tokens)
     out = pair_of(base, nudging).generate(
         inputs, nudging_config=config, streamer=streamer, return_dict_in_generate=True

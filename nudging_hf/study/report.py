@@ -31,9 +31,6 @@ def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> 
 
     Returns:
         The path of the page.
-
-    Raises:
-        ImportError: without matplotlib, naming the extra to install.
     """
     images = plots(tables)
     for name, image in images.items():
@@ -77,11 +74,7 @@ def percent(share: float | None) -> str:
 
 
 def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
-    """All plots by name, as PNG files.
-
-    Raises:
-        ImportError: without matplotlib, naming the extra to install.
-    """
+    """All plots by name, as PNG files. Without matplotlib it raises the error of [`require_matplotlib`]."""
     drawn = {
         "positions": _draw(_positions, tables),
         "disagreement": _draw(_disagreement, tables),
@@ -95,11 +88,7 @@ def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def plot_calibration(found: Any) -> bytes:
-    """A plot of a [`~calibration.Calibration`] as a PNG file: the nudge rate, and any score, against the threshold.
-
-    Raises:
-        ImportError: without matplotlib, naming the extra to install.
-    """
+    """A plot of a [`~calibration.Calibration`] as a PNG file: the nudge rate, and any score, against the threshold."""
     return _draw(_calibration, found)
 
 
@@ -211,12 +200,7 @@ def _finish(axes: Any, y: str, x: str = "the base's top-1 probability p", whole:
 
 
 def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[str, bytes]) -> str:
-    """The page as HTML, with all images embedded.
-
-    Args:
-        tables, about: see [`write`].
-        images: the plots, as [`plots`] returns them.
-    """
+    """The page as HTML, in which the images of [`plots`] are embedded. `tables` and `about` are those of [`write`]."""
     curve = tables["curve"]
     scored = bool(curve) and curve[0]["accuracy"] is not None
     measures = [*(["accuracy"] if scored else []), "nudged_words", "nudged_tokens"]
