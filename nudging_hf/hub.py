@@ -116,12 +116,9 @@ def export(
         made = Path(scratch, out.name)
         made.mkdir()
         named = f"./{NUDGING_MODEL}" if copied else nudging_model
-        _save_base(base, made, base_template, parameters | {"nudging_model_name_or_path": named})
+        _save(base, "base", made, base_template, parameters | {"nudging_model_name_or_path": named})
         if copied:
-            model, tokenizer = _load(nudging_model, "nudging model")
-            model.generation_config = _savable(model.generation_config, nudging_model, "nudging model")
-            model.save_pretrained(made / NUDGING_MODEL)
-            tokenizer.save_pretrained(made / NUDGING_MODEL)
+            _save(nudging_model, "nudging model", made / NUDGING_MODEL)
         write_code(made)
         hub_names = [name for name in (base, nudging_model) if not Path(name).is_dir()]
         (made / "README.md").write_text(_model_card(out.name, hub_names, named, parameters), encoding="utf-8")
@@ -131,14 +128,30 @@ def export(
     return out
 
 
-def _save_base(name: str, folder: Path, base_template: str, fields: dict[str, Any]) -> None:
-    """Saves the base and its tokenizer. On return nothing holds its weights any more."""
-    model, tokenizer = _load(name, "base")
-    # A fresh config is made: one that is marked as made from the model's loses fields of nudging when it is loaded.
-    own = model.generation_config.to_dict()
-    own = {key: value for key, value in own.items() if key not in _NOT_KEPT and value is not None}
-    model.generation_config = _savable(GenerationConfig(**own | fields), name, "base")
-    tokenizer.chat_template = plain_chat_template(base_template, _opening(tokenizer))
+def _save(
+    name: str, whose: str, folder: Path, base_template: str | None = None, fields: dict[str, Any] | None = None
+) -> None:
+    """Saves a model with its weights as they were, and its tokenizer. On return nothing holds the weights any more.
+
+    Args:
+        name, whose: the model, and what an error calls it.
+        folder: the folder to be written.
+        base_template: what the chat template is made of; without it, the chat template stays.
+        fields: fields that the generation config is to set.
+    """
+    _refuse_broken_generation_config(name, whose)
+    model, tokenizer = load_model(name, f"The {whose}", dtype="auto", use_safetensors=True, trust_remote_code=False)
+    # transformers did without their own code here, so it must not ask for that code when the folder is trusted.
+    vars(model.config).pop("auto_map", None)
+    tokenizer.init_kwargs.pop("auto_map", None)
+    if fields is not None:
+        # A fresh config: one that is marked as made from the model's loses fields of nudging when it is loaded.
+        own = model.generation_config.to_dict()
+        own = {key: value for key, value in own.items() if key not in _NOT_KEPT and value is not None}
+        model.generation_config = GenerationConfig(**own | fields)
+    model.generation_config = _savable(model.generation_config, name, whose)
+    if base_template is not None:
+        tokenizer.chat_template = plain_chat_template(base_template, _opening(tokenizer))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -202,16 +215,6 @@ def _why_not_saved(config: GenerationConfig) -> str | None:
     except (ValueError, TypeError) as error:  # It compares numbers with values of any type.
         return " ".join(str(error).split())
     return None
-
-
-def _load(name: str, whose: str) -> tuple[Any, Any]:
-    """A model with its weights as they were saved, and its tokenizer, neither of which needs code of its own."""
-    _refuse_broken_generation_config(name, whose)
-    model, tokenizer = load_model(name, f"The {whose}", dtype="auto", use_safetensors=True, trust_remote_code=False)
-    # transformers did without their own code here, so it must not ask for that code when the folder is trusted.
-    vars(model.config).pop("auto_map", None)
-    tokenizer.init_kwargs.pop("auto_map", None)
-    return model, tokenizer
 
 
 # Chats ---------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.output import NudgingOutput
@@ -33,20 +33,8 @@ class StreamedAnswer:
     def text(self) -> str:
         return text_of(self.pieces)
 
-    def write(
-        self,
-        pair: Pair,
-        messages: Sequence[dict[str, Any]],
-        base_template: str,
-        decoding: dict[str, Any],
-        ink: TerminalWriter,
-    ) -> None:
-        """Lets a pair answer a chat, and shows the answer piece by piece.
-
-        Raises:
-            ValueError: for a chat, a template or a call that nudging refuses.
-        """
-        inputs = pair.inputs(list(messages), base_template)
+    def write(self, pair: Pair, inputs: Mapping[str, Any], decoding: dict[str, Any], ink: TerminalWriter) -> None:
+        """Lets a pair answer the prompts of [`Pair.inputs`], and shows the answer piece by piece."""
         began = time.monotonic()
         with ink:
 

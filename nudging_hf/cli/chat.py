@@ -131,8 +131,9 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         turn, answer = {"role": "user", "content": text}, StreamedAnswer()
+        inputs = self._pair.inputs([*self._messages, turn], self._args.base_template)
         try:
-            answer.write(self._pair, [*self._messages, turn], self._args.base_template, self._decoding, self._ink)
+            answer.write(self._pair, inputs, self._decoding, self._ink)
         except KeyboardInterrupt:
             if answer.pieces:
                 self._keep(turn, answer)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import NudgingConfig
+from ..streaming import MarkingStreamer
 from ..study import comparison, demo
 from ..study.comparison import Models, Result
 from ..study.journal import Journal
 from ..study.prompts import Prompt, first_of_each_task
+from ..study.reader import nudged_answers
 from ..terminal import TerminalWriter
 from .arguments import add_color, add_threshold, answer_bar, command_parser, count, loading_bars, positive
 from .files import refuse_missing_folders, versions, write_json
@@ -77,10 +79,13 @@ def _show_examples(models: Models, questions: Sequence[Prompt], args: argparse.N
             ink.write("In the answers below ", False)
             ink.write("words like these", True)
             ink.write(" are the nudging model's, and all others the base's.\n", False)
+    config = NudgingConfig(nudge_threshold=args.threshold)
     for question in questions:
         print(f"\n[{question.task}] {question.question}", flush=True)
         with TerminalWriter.of_stdout(args.color) as ink:
-            text = demo.stream_answer(models, question, args.threshold, ink.write).text
+            streamer = MarkingStreamer(models.base.tokenizer, ink.write)
+            asked = [question], demo.MAX_NEW_TOKENS, streamer
+            text = nudged_answers(models.base, models.nudging, config, *asked)[0].text
         given = question.answer_in(text)
         verdict = "right" if question.is_right(text) else f"wrong, it is {question.answer}"
         print(f"-> {'no answer' if given is None else given}: {verdict}")

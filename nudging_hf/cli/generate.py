@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     pair = load_pair(args)
     config = decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
     answer = StreamedAnswer()
-    answer.write(pair, messages, args.base_template, decoding, ink_of(args))
+    answer.write(pair, pair.inputs(messages, args.base_template), decoding, ink_of(args))
     if not args.quiet:
         answer.show_figures()
     if args.html is not None:

@@ -10,15 +10,12 @@ if they are there: `models/nudging-shared`, a nudging model with the base's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..core.config import NudgingConfig
-from ..streaming import MarkingStreamer
 from .comparison import Models, Result
 from .prompts import Prompt, read_labelled_prompts
-from .reader import Answer, Reader, nudged_answers
+from .reader import Reader
 
 MAX_NEW_TOKENS = 220  # One and a half times the length of the longest right answer of examples/mini, in tokens.
 
@@ -53,14 +50,6 @@ def load(folder: Path) -> tuple[Models, list[Prompt]]:
     )
     base, nudging = Reader.load(models / "base", chat=False), Reader.load(models / "nudging")
     return Models(base, nudging, shared, large_aligned=large), questions
-
-
-def stream_answer(models: Models, question: Prompt, threshold: float, write: Callable[[str, bool], None]) -> Answer:
-    """The nudged answer to one question. Each piece is passed to `write(text, nudged)` as soon as it is written."""
-    config = NudgingConfig(nudge_threshold=threshold)
-    streamer = MarkingStreamer(models.base.tokenizer, write)
-    [answer] = nudged_answers(models.base, models.nudging, config, [question], MAX_NEW_TOKENS, streamer)
-    return answer
 
 
 def as_dict(result: Result, base: Result) -> dict[str, Any]:
