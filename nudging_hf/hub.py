@@ -9,6 +9,7 @@ import os
 import shutil
 import string
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,6 @@ def write_code(folder: str | os.PathLike[str]) -> Path:
     (code / "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS), encoding="utf-8")
     refresh_lists(Path(folder, "README.md"))
     return code
-
-
-# Models --------------------------------------------------------------------------------------------------------------
 
 
 def export(
@@ -133,11 +131,7 @@ def _save(
 ) -> None:
     """Saves a model with its weights as they were, and its tokenizer. On return nothing holds the weights any more.
 
-    Args:
-        name, whose: the model, and what an error calls it.
-        folder: the folder to be written.
-        base_template: what the chat template is made of; without it, the chat template stays.
-        fields: fields that the generation config is to set.
+    The chat template is made of `base_template`, or stays. The generation config gets the given fields.
     """
     _refuse_broken_generation_config(name, whose)
     model, tokenizer = load_model(name, f"The {whose}", dtype="auto", use_safetensors=True, trust_remote_code=False)
@@ -288,6 +282,10 @@ _CHAT_TEMPLATE = string.Template("""\
 """)
 
 
+# Makes a string of Jinja. Its escapes are Python's, and JSON's would split a character beyond 16 bits in two.
+_quoted = partial(json.dumps, ensure_ascii=False)
+
+
 def _jinja_of(template: str) -> str:
     """A Jinja expression whose value is `template.format(user=user, system=system)`."""
     parts = []
@@ -297,11 +295,6 @@ def _jinja_of(template: str) -> str:
         if field is not None:
             parts.append(field)
     return " ~ ".join(parts)
-
-
-def _quoted(text: str) -> str:
-    """A string of Jinja. Its escapes are Python's, and JSON's would split a character beyond 16 bits in two."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _opening(tokenizer: Any) -> str:

@@ -1,4 +1,4 @@
-"""A base and a nudging model with their tokenizers, and how they are called. It knows chats, never how to decode."""
+"""Loads and calls a base and a nudging model, each with its tokenizer. It knows chats, never how to decode."""
 
 from __future__ import annotations
 

@@ -12,8 +12,6 @@ from . import analyze, calibrate, chat, compare, demo, eval, generate, hub
 from .arguments import first_line
 from .streams import escaping_output, open_closed_streams, refuse_undecoded_arguments
 
-_USER_ERROR, _INTERRUPTED = 2, 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `nudging-hf` with the given arguments, or those of the process.
@@ -34,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         print("nudging-hf: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return 130
     except BrokenPipeError:  # The program that reads the output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"nudging-hf: error: {first_line(error)}", file=sys.stderr)
-        return _USER_ERROR
+        return 2
     return 0
 
 

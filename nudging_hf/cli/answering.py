@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core.output import NudgingOutput
 from ..pair import Pair
-from ..provenance import Piece, count_nudged_words, pieces_of, text_of
+from ..provenance import Piece, count_nudged_words, pieces_of
 from ..streaming import MarkingStreamer
 from ..terminal import CLOSING, OPENING, TerminalWriter, is_coloured
 from .arguments import add_color
@@ -28,10 +28,6 @@ class StreamedAnswer:
         self.pieces: list[Piece] = []
         self.output: NudgingOutput | None = None
         self._seconds = 0.0
-
-    @property
-    def text(self) -> str:
-        return text_of(self.pieces)
 
     def write(self, pair: Pair, inputs: Mapping[str, Any], decoding: dict[str, Any], ink: TerminalWriter) -> None:
         """Lets a pair answer the prompts of [`Pair.inputs`], and shows the answer piece by piece."""

@@ -57,6 +57,12 @@ def threshold_or_auto(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"expected a number such as 0.4, or {AUTO}, got {text!r}") from None
 
 
+def add_number(parser: Any, option: str, default: int, what: str, least: int = 1) -> None:
+    """Adds an option for a whole number."""
+    kind = partial(count, least=least)
+    parser.add_argument(option, type=kind, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+
+
 def add_color(parser: Any) -> None:
     """Adds `--color`."""
     parser.add_argument(
@@ -134,11 +140,7 @@ def load_pair(args: argparse.Namespace) -> Pair:
 
 
 def load_reader(args: argparse.Namespace, name: str, chat: bool = True) -> Any:
-    """The [`Reader`] of the model that an option names; `None` if it was not given.
-
-    Args:
-        name: the option's name in `args`, such as "large_aligned".
-        chat: whether the model is asked by its chat template.
+    """The [`Reader`] of the model that an option names, such as "large_aligned"; `None` if it was not given.
 
     Raises:
         ValueError: if it cannot be loaded or moved to its device, naming the option.
@@ -203,14 +205,13 @@ def add_prompts(parser: argparse.ArgumentParser, base_template: str) -> None:
 
 def add_base_template(parser: Any, base_template: str) -> None:
     """Adds `--base-template` with its default."""
+    shown = base_template.replace("\n", "\\n").replace("%", "%%")
     parser.add_argument(
         "--base-template",
         type=lambda text: text.replace("\\n", "\n"),
         metavar="TEXT",
         default=base_template,
-        help="the base's prompt, with the fields {user} and {system}; \\n is a line break (default: "
-        + base_template.replace("\n", "\\n").replace("%", "%%")
-        + ")",
+        help=f"the base's prompt, with the fields {{user}} and {{system}}; \\n is a line break (default: {shown})",
     )
 
 
@@ -219,11 +220,8 @@ def add_study(parser: argparse.ArgumentParser, title: str, prompts: str, require
     asked = parser.add_argument_group(title)
     asked.add_argument("--prompts", type=Path, required=required, metavar="FILE", help=prompts)
     add_base_template(asked, REASONING_TEMPLATE)
-    for option, default, what in (
-        ("--max-new-tokens", 256, "the limit on an answer, in tokens"),
-        ("--batch-size", 16, "how many prompts are answered at once"),
-    ):
-        asked.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+    add_number(asked, "--max-new-tokens", 256, "the limit on an answer, in tokens")
+    add_number(asked, "--batch-size", 16, "how many prompts are answered at once")
     return asked
 
 
@@ -251,7 +249,7 @@ def parameters_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `generate` that say how it decodes. Seeds torch if `--seed` is given.
+    """The arguments of `generate` that say how it decodes.
 
     Raises:
         ValueError: for values out of range, a malformed `--base-template`, and a temperature without sampling.
@@ -261,11 +259,15 @@ def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--temperature needs --sample: the most probable token has no temperature.")
     given = parameters_of(args)
     NudgingConfig(**given)  # A value out of range is refused now, not after the models have been loaded.
-    if args.seed is not None:
-        transformers.set_seed(args.seed)
     return {
         "nudging_config": given,
         "max_new_tokens": args.max_new_tokens,
         "do_sample": args.sample,
         **({} if args.temperature is None else {"temperature": args.temperature}),
     }
+
+
+def apply_seed(args: argparse.Namespace) -> None:
+    """Seeds torch if `--seed` is given."""
+    if args.seed is not None:
+        transformers.set_seed(args.seed)

@@ -12,13 +12,14 @@ from typing import Any
 from .. import __version__
 from ..chats import INSTRUCTION_TEMPLATE
 from ..pair import Pair
-from ..provenance import spans
+from ..provenance import spans, text_of
 from ..terminal import TerminalWriter
 from .answering import StreamedAnswer, add_output, ink_of
 from .arguments import (
     add_decoding,
     add_models,
     add_prompts,
+    apply_seed,
     command_parser,
     decoding_of,
     first_line,
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """A chat with a nudged base model. Each line is a turn, also where the lines come from a file or another program;
     /help lists the commands. The words of the nudging model are in colour."""
     decoding = decoding_of(args)
+    apply_seed(args)
     pair = load_pair(args)
     decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
     chat = Chat(args, pair, decoding, ink_of(args))
@@ -143,7 +145,7 @@ class Chat:
     def _keep(self, turn: dict[str, Any], answer: StreamedAnswer) -> None:
         said = {
             "role": "assistant",
-            "content": answer.text,
+            "content": text_of(answer.pieces),
             "nudged_spans": [[span.start, span.end] for span in spans(answer.pieces) if span.nudged],
             "nudge_threshold": self._decoding["nudging_config"].nudge_threshold,
             "finish_reason": answer.finish_reason,
@@ -151,8 +153,6 @@ class Chat:
         self._turns += [turn, said]
         if not self._args.quiet:
             answer.show_figures()
-
-    # The commands -----------------------------------------------------------------------------------------------
 
     def _new(self, _: str) -> None:
         self._turns, self._saved_to = [], None

@@ -17,7 +17,7 @@ from ..study.journal import Journal
 from ..study.prompts import Prompt, first_of_each_task
 from ..study.reader import nudged_answers
 from ..terminal import TerminalWriter
-from .arguments import add_color, add_threshold, answer_bar, command_parser, count, loading_bars, positive
+from .arguments import add_color, add_number, add_threshold, answer_bar, command_parser, loading_bars
 from .files import refuse_missing_folders, versions, write_json
 
 
@@ -29,20 +29,10 @@ def add_command(commands: Any) -> None:
         metavar="FOLDER",
         help="the models and their questions (default: examples/mini, here or where the package lies)",
     )
-    parser.add_argument(
-        "--questions", type=count, default=50, metavar="N", help="measured a task; 0: none (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--examples", type=count, default=1, metavar="N", help="answers shown a task (default: %(default)s)"
-    )
+    add_number(parser, "--questions", 50, "measured a task; 0: none", least=0)
+    add_number(parser, "--examples", 1, "answers shown a task", least=0)
     add_threshold(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=50,
-        metavar="N",
-        help="questions answered at once (default: %(default)s)",
-    )
+    add_number(parser, "--batch-size", 50, "questions answered at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and answers to this file")
     add_color(parser)
 

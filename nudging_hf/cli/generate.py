@@ -10,7 +10,7 @@ from typing import Any
 from .. import page
 from ..chats import messages_of
 from .answering import StreamedAnswer, add_output, ink_of
-from .arguments import add_decoding, add_models, add_prompts, command_parser, decoding_of, load_pair
+from .arguments import add_decoding, add_models, add_prompts, apply_seed, command_parser, decoding_of, load_pair
 from .files import refuse_missing_folders
 from .streams import refuse_undecoded, standard_input
 
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     messages = messages_of(prompt, args.system)
     refuse_missing_folders({"--html": args.html})
     decoding = decoding_of(args)
+    apply_seed(args)
     pair = load_pair(args)
     config = decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
     answer = StreamedAnswer()

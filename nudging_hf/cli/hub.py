@@ -86,10 +86,7 @@ def _print_files(folder: str | Path) -> None:
 
 def _size(count: float) -> str:
     """A number of bytes, such as "8.0 MB"."""
-    if count < 1000:
-        return f"{count} B"
-    for unit in ("kB", "MB"):
-        count /= 1000
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} GB"
+    for unit, power in (("GB", 3), ("MB", 2), ("kB", 1)):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.1f} {unit}"
+    return f"{count} B"

@@ -215,8 +215,6 @@ class NudgingLM(HFLM):
             "finish_reasons": dict(self._finish_reasons),
         }
 
-    # There are no scores --------------------------------------------------------------------------------------------
-
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         """Raises a `ValueError`: a nudged model has no probabilities."""
         raise ValueError(

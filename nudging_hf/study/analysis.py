@@ -77,15 +77,12 @@ class Unit:
 
 @dataclass
 class Analysis:
-    """The measurements, in units.
+    """The measurements of a pair on one or more prompts, in units of `batch_size` prompts.
 
     Args:
-        base, nudging: the pair.
         large: the large aligned model. If it is `None`, positions are those of the nudged answers.
-        prompts: one or more prompts.
         threshold: γ of the nudged answers that positions are taken from if there is no large aligned model.
         thresholds: the thresholds at which nudged answers are measured.
-        batch_size: how many prompts a unit has.
         max_new_tokens: the limit on an answer, in tokens of the model that writes it, or of the base.
     """
 

@@ -252,13 +252,7 @@ class _SmallModel(NamedTuple):
 
 
 class _MixedLogits(LogitsProcessor):
-    """Replaces the base's logits by those of the mixture.
-
-    Args:
-        readers: the small models, each with its prompts, one for each row.
-        prompt_length: the length of the base's padded prompts.
-        mix: the function that mixes the logits.
-    """
+    """Replaces the base's logits by those of the mixture. Each reader has its own prompts, one for each row."""
 
     def __init__(self, readers: list[tuple[CachedLM | SeparateRows, list[list[int]]]], prompt_length: int, mix: Mix):
         self.readers, self.prompt_length, self.mix = readers, prompt_length, mix

@@ -53,17 +53,13 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Models:
-    """The models that contestants are made of.
+    """The models that contestants are made of: a pair, and perhaps others.
 
     Args:
-        base, nudging: the pair.
-        shared: a second nudging model, which has the base's vocabulary. If it is given, the base is nudged by it too,
-            and it takes the place of `nudging` in the ensemble and in proxy tuning.
+        shared: a second nudging model, which has the base's vocabulary, or a `ValueError` says so. The base is nudged
+            by it too, and it takes the place of `nudging` in the ensemble and in proxy tuning.
         unaligned: the model that is mixed in, before its alignment.
         large_aligned: the model that alignment makes of the base.
-
-    Raises:
-        ValueError: for a `shared` that has another vocabulary.
     """
 
     base: Reader
@@ -207,31 +203,29 @@ def compare(
     batch_size: int = 16,
     progress: Callable[[str, int], None] = lambda contestant, answered: None,
 ) -> list[Result]:
-    """Lets all contestants answer all questions, and returns one result for each.
+    """Lets all contestants answer all questions, `batch_size` at once, and returns one result for each contestant.
 
     Args:
-        contestants: who answers, such as those of [`contestants_of`].
         questions: one or more prompts whose right answers are known.
         journal: keeps every turn that is finished; a turn that it holds is not taken again.
         max_new_tokens: the limit on an answer, in tokens of the model that writes it.
-        batch_size: how many questions are answered at once.
         progress: is called with a contestant's name and the number of questions after each of its turns.
     """
     turns: dict[str, list[Turn]] = {contestant.name: [] for contestant in contestants}
     warm = set()
 
-    def take(contestant: Contestant, start: int) -> dict[str, Any]:
-        batch = questions[start : start + batch_size]
+    def take(contestant: Contestant, batch: Sequence[Prompt]) -> dict[str, Any]:
         if contestant.name not in warm:  # Some work is done only in a model's first pass on a device: it is not timed.
             contestant.write(batch, 2)
             warm.add(contestant.name)
         return asdict(take_turn(contestant, batch, max_new_tokens))
 
     for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
         for contestant in contestants:
             key = {"contestant": contestant.name, "start": start}
-            turns[contestant.name].append(Turn.from_row(journal.once(key, partial(take, contestant, start))))
-            progress(contestant.name, len(questions[start : start + batch_size]))
+            turns[contestant.name].append(Turn.from_row(journal.once(key, partial(take, contestant, batch))))
+            progress(contestant.name, len(batch))
     return [Result(contestant, tuple(questions), tuple(turns[contestant.name])) for contestant in contestants]
 
 

@@ -120,13 +120,8 @@ class Reader:
     def inputs(self, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
         """The arguments of `generate` with which the model answers greedily."""
         ids, mask = self.padded_prompts(prompts)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "max_new_tokens": max_new_tokens,
-            "do_sample": False,
-            "pad_token_id": self.pad_token_id,
-        }
+        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": self.pad_token_id}
+        return {"input_ids": ids, "attention_mask": mask, **settings}
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:

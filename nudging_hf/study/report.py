@@ -75,16 +75,12 @@ def percent(share: float | None) -> str:
 
 def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
     """All plots by name, as PNG files. Without matplotlib it raises the error of [`require_matplotlib`]."""
-    drawn = {
-        "positions": _draw(_positions, tables),
-        "disagreement": _draw(_disagreement, tables),
-        "caught": _draw(_caught, tables),
-    }
+    wanted = {"positions": _positions, "disagreement": _disagreement, "caught": _caught}
     if tables["agreement"]["alignment_related"] is not None:
-        drawn["agreement"] = _draw(_agreement, tables)
+        wanted["agreement"] = _agreement
     if tables["curve"]:
-        drawn["thresholds"] = _draw(_curve, tables)
-    return drawn
+        wanted["thresholds"] = _curve
+    return {name: _draw(plot, tables) for name, plot in wanted.items()}
 
 
 def plot_calibration(found: Any) -> bytes:

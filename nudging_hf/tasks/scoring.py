@@ -48,10 +48,7 @@ def last_verdict(text: str, yes: str = _YES, no: str = _NO) -> str | None:
     """The verdict of a text, "yes" or "no".
 
     It is read after "answer is"; if there is none, at the start of a sentence; and otherwise anywhere. If there are
-    several of one kind, the last one counts.
-
-    Args:
-        yes, no: regular expressions without groups for the words that mean yes and no.
+    several of one kind, the last one counts. `yes` and `no` are regular expressions without groups.
     """
     word = rf"(?:(?P<no>{no})|(?P<yes>{yes}))\b"
     for before in (r"\banswer(?:\s+is|:)\W{0,5}", r"(?:^|[.!?:]\W+)", r"\b"):
