@@ -64,7 +64,6 @@ def add_number(parser: Any, option: str, default: int, what: str, least: int = 1
 
 
 def add_color(parser: Any) -> None:
-    """Adds `--color`."""
     parser.add_argument(
         "--color",
         choices=("auto", "always", "never"),
@@ -74,7 +73,6 @@ def add_color(parser: Any) -> None:
 
 
 def add_threshold(parser: Any) -> None:
-    """Adds `--threshold`, a number for the paper's gate."""
     parser.add_argument(
         "--threshold",
         type=float,
@@ -193,7 +191,6 @@ def answer_bar(total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 def add_prompts(parser: argparse.ArgumentParser, base_template: str) -> None:
-    """Adds `--system`, and `--base-template` with its default."""
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--system",
@@ -204,7 +201,6 @@ def add_prompts(parser: argparse.ArgumentParser, base_template: str) -> None:
 
 
 def add_base_template(parser: Any, base_template: str) -> None:
-    """Adds `--base-template` with its default."""
     shown = base_template.replace("\n", "\\n").replace("%", "%%")
     parser.add_argument(
         "--base-template",
@@ -226,7 +222,6 @@ def add_study(parser: argparse.ArgumentParser, title: str, prompts: str, require
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `decoding_of`."""
     nudging = parser.add_argument_group("nudging")
     add_gate(nudging)
     nudging.add_argument(

@@ -69,7 +69,14 @@ def run(args: argparse.Namespace) -> None:
     """Finds the threshold for a pair of models: by default the one at which a tenth of the words are nudged, and with
     --by-score the one at which most answers are right. The pair answers some prompts once for each threshold that is
     tried."""
-    _refuse_early(args)
+    turn_template(args.base_template)
+    if args.thresholds and not args.by_score:
+        raise ValueError("--thresholds is for --by-score: a target nudge rate is found by bisection.")
+    refuse_missing_folders({"--resume": args.resume, "--json": args.json, "--plot": args.plot})
+    if args.plot is not None:
+        report.require_matplotlib()
+    if args.save_to is not None:
+        calibration.check_model_folder(args.save_to)
     prompts = read_prompts(args.prompts) if args.prompts else built_in_prompts()
     pair = load_pair(args)
     with answer_bar(len(prompts)) as show:
@@ -95,18 +102,6 @@ def run(args: argparse.Namespace) -> None:
     if not found.warnings:  # These have been logged, to standard error.
         print(found.verdict)
     _write(found, len(prompts), args)
-
-
-def _refuse_early(args: argparse.Namespace) -> None:
-    """Refuses wrong arguments before the models answer."""
-    turn_template(args.base_template)
-    if args.thresholds and not args.by_score:
-        raise ValueError("--thresholds is for --by-score: a target nudge rate is found by bisection.")
-    refuse_missing_folders({"--resume": args.resume, "--json": args.json, "--plot": args.plot})
-    if args.plot is not None:
-        report.require_matplotlib()
-    if args.save_to is not None:
-        calibration.check_model_folder(args.save_to)
 
 
 def table(found: calibration.Calibration) -> str:

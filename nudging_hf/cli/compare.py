@@ -129,8 +129,8 @@ def _tell(folder: Path, results: Sequence[comparison.Result], left_out: dict[str
     print(table, comparison.LEGEND, "\n".join(said), sep="\n\n", end="\n\n")
     figures = [result.as_dict(base=results[0]) for result in results]
     write_json(folder / "results.json", {"setup": setup, "contestants": figures, "left_out": left_out, "says": said})
-    listed = [f"- {sentence}" for sentence in said]
-    settings = [f"- {name}: `{json.dumps(value, ensure_ascii=False)}`" for name, value in setup.items()]
-    page = ["# Does nudging help here?", table, comparison.LEGEND, "\n".join(listed), "## Setup", "\n".join(settings)]
+    listed = "\n".join(f"- {sentence}" for sentence in said)
+    settings = "\n".join(f"- {name}: `{json.dumps(value, ensure_ascii=False)}`" for name, value in setup.items())
+    page = ["# Does nudging help here?", table, comparison.LEGEND, listed, "## Setup", settings]
     (folder / "table.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(f"The table: {folder / 'table.md'}; its figures: {folder / 'results.json'}")

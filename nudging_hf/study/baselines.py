@@ -332,13 +332,10 @@ def _take_prompts(inputs: torch.Tensor | None, arguments: dict[str, Any]) -> tor
 
 
 def _checked(name: str, given: _Given, base: Any, vocabulary: Vocabulary, rows: int, use_cache: bool) -> _SmallModel:
-    """Checks a small model, and completes it with its vocabulary and prompts.
-
-    `name` begins the names of its arguments, `vocabulary` is the base's, and the base was given `rows` prompts.
+    """Checks a small model, and completes it with its vocabulary and prompts. `vocabulary` is the base's.
 
     Raises:
-        ValueError: if it is no causal language model, has another vocabulary than the base, or has more or fewer
-            prompts than the base.
+        ValueError: if it is no causal language model, has another vocabulary than the base, or not `rows` prompts.
     """
     model, tokenizer, input_ids, attention_mask = given
     model, tokenizer = resolved_model(base, model, tokenizer)

@@ -21,11 +21,7 @@ MAX_NEW_TOKENS = 220  # One and a half times the length of the longest right ans
 
 
 def find_folder() -> Path:
-    """`examples/mini` of the current folder or, if it is not there, of the checkout that the package lies in.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-    """
+    """`examples/mini` here or in the package's checkout. Raises a `FileNotFoundError` if there is neither."""
     for start in (Path(), Path(__file__).parents[2]):
         if (start / "examples" / "mini" / "heldout.jsonl").exists():
             return start / "examples" / "mini"

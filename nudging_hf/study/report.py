@@ -30,7 +30,7 @@ def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> 
         about: further facts that the page states about the analysis, by name, such as `{"base": "gemma-2-27b"}`.
 
     Returns:
-        The path of the page.
+        The path of the page. Without matplotlib, an `ImportError` names the extra to install.
     """
     images = plots(tables)
     for name, image in images.items():
@@ -84,7 +84,7 @@ def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def plot_calibration(found: Any) -> bytes:
-    """A plot of a [`~calibration.Calibration`] as a PNG file: the nudge rate, and any score, against the threshold."""
+    """A PNG file of a [`~calibration.Calibration`]: nudge rate and any score by threshold. It needs matplotlib."""
     return _draw(_calibration, found)
 
 
