@@ -96,7 +96,7 @@ def load_model(name: str | os.PathLike[str], whose: str, **options: Any) -> tupl
         ValueError: if one of them cannot be loaded.
     """
     name = os.fspath(name)
-    is_folder(name, whose)
+    is_folder(name, whose)  # It refuses the path of a folder that does not exist.
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.get("trust_remote_code"))
         return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer

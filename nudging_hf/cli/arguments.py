@@ -14,7 +14,7 @@ import transformers
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..chats import REASONING_TEMPLATE, turn_template
+from ..chats import REASONING_TEMPLATE
 from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
 from ..pair import Pair, load_model
 from ..study.reader import Reader
@@ -247,9 +247,8 @@ def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `generate` that say how it decodes.
 
     Raises:
-        ValueError: for values out of range, a malformed `--base-template`, and a temperature without sampling.
+        ValueError: for values out of range, and for a temperature without sampling.
     """
-    turn_template(args.base_template)
     if args.temperature is not None and not args.sample:
         raise ValueError("--temperature needs --sample: the most probable token has no temperature.")
     given = parameters_of(args)

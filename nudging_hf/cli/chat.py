@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..chats import INSTRUCTION_TEMPLATE
+from ..chats import INSTRUCTION_TEMPLATE, turn_template
 from ..pair import Pair
 from ..provenance import spans, text_of
 from ..terminal import TerminalWriter
@@ -41,6 +41,7 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """A chat with a nudged base model. Each line is a turn, also where the lines come from a file or another program;
     /help lists the commands. The words of the nudging model are in colour."""
+    turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
     decoding = decoding_of(args)
     apply_seed(args)
     pair = load_pair(args)

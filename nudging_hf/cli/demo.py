@@ -74,10 +74,9 @@ def _show_examples(models: Models, questions: Sequence[Prompt], args: argparse.N
         print(f"\n[{question.task}] {question.question}", flush=True)
         with TerminalWriter.of_stdout(args.color) as ink:
             streamer = MarkingStreamer(models.base.tokenizer, ink.write)
-            asked = [question], demo.MAX_NEW_TOKENS, streamer
-            text = nudged_answers(models.base, models.nudging, config, *asked)[0].text
-        given = question.answer_in(text)
-        verdict = "right" if question.is_right(text) else f"wrong, it is {question.answer}"
+            [answer] = nudged_answers(models.base, models.nudging, config, [question], demo.MAX_NEW_TOKENS, streamer)
+        given = question.answer_in(answer.text)
+        verdict = "right" if question.is_right(answer.text) else f"wrong, it is {question.answer}"
         print(f"-> {'no answer' if given is None else given}: {verdict}")
 
 

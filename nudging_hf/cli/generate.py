@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import page
-from ..chats import messages_of
+from ..chats import messages_of, turn_template
 from .answering import StreamedAnswer, add_output, ink_of
 from .arguments import add_decoding, add_models, add_prompts, apply_seed, command_parser, decoding_of, load_pair
 from .files import refuse_missing_folders
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     of the nudging model in colour; a line of figures goes to standard error."""
     prompt = _read_prompt(args.prompt)
     messages = messages_of(prompt, args.system)
+    turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
     refuse_missing_folders({"--html": args.html})
     decoding = decoding_of(args)
     apply_seed(args)

@@ -26,7 +26,7 @@ NAMES = (
 
 
 def coin_flips(rows: int, seed: int, **_: Any) -> Any:
-    """As many rows of coin_flip, as [`as_data_set`] returns them. Each person flips the coin with probability 1/2.
+    """`rows` rows of coin_flip, as [`as_data_set`] returns them. Each person flips the coin with probability 1/2.
 
     The harness passes a task's metadata too, which is ignored.
     """
