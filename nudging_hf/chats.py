@@ -18,15 +18,8 @@ INSTRUCTION_TEMPLATE = "{system}\nInstruction: {user}\n"
 Message = Mapping[str, Any]
 
 # `chat_inputs` sets these arguments of a chat template itself, or they would change how it encodes the prompts.
-_RESERVED_TEMPLATE_KWARGS = (
-    "add_generation_prompt",
-    "continue_final_message",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-)
+_RESERVED_TEMPLATE_KWARGS = "add_generation_prompt continue_final_message padding return_assistant_tokens_mask".split()
+_RESERVED_TEMPLATE_KWARGS += ["return_dict", "return_tensors", "tokenize"]
 _CHAT_FORM = 'A chat must be a list of messages {"role": ..., "content": ...}'
 
 
@@ -93,12 +86,8 @@ def chat_inputs(
         nudging_rows = [nudging_tokenizer(text)["input_ids"] for text in plain]
     ids, mask = padded(rows, tokenizer)
     nudging_ids, nudging_mask = padded(nudging_rows, nudging_tokenizer)
-    return BatchEncoding({
-        "input_ids": ids,
-        "attention_mask": mask,
-        "nudging_input_ids": nudging_ids,
-        "nudging_attention_mask": nudging_mask,
-    })  # fmt: skip
+    own = {"input_ids": ids, "attention_mask": mask}
+    return BatchEncoding({**own, "nudging_input_ids": nudging_ids, "nudging_attention_mask": nudging_mask})
 
 
 def plain_prompt(messages: Sequence[Message], template: str = REASONING_TEMPLATE) -> str:
@@ -179,14 +168,9 @@ def checked_messages(messages: Sequence[Message]) -> tuple[str | None, list[str]
 
 
 def validate_no_surrogates(text: str, what: str) -> None:
-    """Checks that a text has no surrogate code point, because no tokenizer and no file can encode one.
+    """Raises a `ValueError` for a text with a surrogate code point, because no tokenizer and no file can encode one.
 
-    Args:
-        text: any string. Python turns bytes that it cannot decode into surrogates.
-        what: what the text is, as the subject of a sentence.
-
-    Raises:
-        ValueError: if the text has a surrogate.
+    Python turns bytes that it cannot decode into surrogates. `what` is the text, as the subject of a sentence.
     """
     try:
         text.encode("utf-8")

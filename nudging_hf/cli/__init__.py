@@ -12,14 +12,9 @@ from . import analyze, calibrate, chat, compare, demo, eval, generate, hub, vllm
 from .arguments import first_line
 from .streams import escaping_output, open_closed_streams, refuse_undecoded_arguments
 
-_USER_ERROR, _INTERRUPTED = 2, 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `nudging-hf`.
-
-    Args:
-        argv: the arguments; if they are left out, those of the process.
+    """Runs `nudging-hf` with the given arguments, or those of the process.
 
     Returns:
         The exit code: 0, or 2 for an error that the user can fix, or 130 after an interrupt.
@@ -41,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         print("nudging-hf: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return 130
     except BrokenPipeError:  # The program that reads the output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"nudging-hf: error: {first_line(error)}", file=sys.stderr)
-        return _USER_ERROR
+        return 2
     return 0
 
 
