@@ -67,6 +67,46 @@ def _copies(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+def with_larger_heads(model: LlamaForCausalLM, head_dim: int) -> LlamaForCausalLM:
+    """A model whose heads have more dimensions and which has the same logits, up to rounding.
+
+    Some attention kernels take only heads of 32, 64, ... dimensions. The new dimensions are zeros. A rotary pair i is
+    made of the dimensions i and i + head_dim / 2 and turns by theta ** (-2 * i / head_dim), so with a greater theta
+    the old pairs keep their frequencies.
+
+    Args:
+        model: a Llama with the default rotary positions. It is not changed.
+        head_dim: at least the model's own.
+    """
+    old = model.config.head_dim
+    config = copy.deepcopy(model.config)
+    config.head_dim = head_dim
+    rope = dict(config.rope_parameters)
+    config.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] ** (head_dim / old)}
+    large = LlamaForCausalLM(config).to(model.dtype)
+    halves = torch.arange(old // 2)
+    kept = torch.cat([halves, halves + head_dim // 2])
+    states = {}
+    for name, weight in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            heads = weight.view(-1, old, weight.shape[1])
+            padded = heads.new_zeros(len(heads), head_dim, weight.shape[1])
+            # Attention divides by the square root of the head's size, which has grown.
+            padded[:, kept] = heads * ((head_dim / old) ** 0.5 if "q_proj" in name else 1.0)
+            states[name] = padded.flatten(0, 1)
+        elif name.endswith("o_proj.weight"):
+            heads = weight.view(len(weight), -1, old)
+            padded = heads.new_zeros(len(weight), heads.shape[1], head_dim)
+            padded[:, :, kept] = heads
+            states[name] = padded.flatten(1)
+        else:
+            states[name] = weight
+    large.load_state_dict(states)
+    large.generation_config = copy.deepcopy(model.generation_config)
+    return large.eval().requires_grad_(False)
+
+
+@torch.no_grad()
 def with_noise(model: LlamaForCausalLM, share: float, seed: int = 0) -> LlamaForCausalLM:
     """A copy of the model whose matrices are mixed with noise.
 

@@ -14,10 +14,10 @@ from nudging_hf.core.cached_lm import cached_lm
 from nudging_hf.core.decoding import NudgedDecoder
 from nudging_hf.core.draft_policy import DraftLength
 from nudging_hf.core.drafting import Drafter
-from nudging_hf.core.engine_decoder import EngineDecoder, EnginePass
 from nudging_hf.core.generate import prepare
 from nudging_hf.core.predicting import predictions
 from nudging_hf.core.row import Row
+from nudging_hf.integrations.engine_decoder import EngineDecoder, EnginePass
 
 SETTINGS = [
     {},

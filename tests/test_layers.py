@@ -21,13 +21,19 @@ CORE = [
     {"row"},
     {"advance", "output", "predicting", "preparation"},
     {"writing"},
-    {"decoding", "engine_decoder"},
+    {"decoding"},
     {"generate"},
 ]
 LAYERS = [
     *({f"core.{module}" for module in floor} for floor in CORE),
     {"core", "study", "provenance", "terminal", "chats", "html_page", "hub_readme", "integrations"},
-    {"integrations.described_base", "integrations.vllm", "integrations.vllm.checks", "integrations.vllm.params"},
+    {
+        "integrations.described_base",
+        "integrations.engine_decoder",
+        "integrations.vllm",
+        "integrations.vllm.checks",
+        "integrations.vllm.params",
+    },
     {"integrations.vllm.nudger", "integrations.vllm.middleware"},
     {"integrations.vllm.runner_v1", "integrations.vllm.runner_v2"},
     {"integrations.vllm.worker"},

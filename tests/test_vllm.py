@@ -24,9 +24,9 @@ from nudging_hf.integrations.vllm.params import CountPenalties, generate_argumen
 def sampling_params(**changes):
     """What is read of vLLM's `SamplingParams`, with its defaults for a greedy request."""
     values = {
-        "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None, "max_tokens": 24, "min_tokens": 0,
+        "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": None, "max_tokens": 24, "min_tokens": 0,
         "ignore_eos": False, "stop_token_ids": [], "presence_penalty": 0.0, "frequency_penalty": 0.0,
-        "repetition_penalty": 1.0, "logit_bias": None, "allowed_token_ids": None, "bad_words_token_ids": None,
+        "repetition_penalty": 1.0, "allowed_token_ids": None, "bad_words_token_ids": None,
         "logprobs": None, "extra_args": None,
     }  # fmt: skip
     assert set(changes) <= {*values, "structured_outputs", "thinking_token_budget"}
@@ -219,13 +219,13 @@ def test_what_a_request_may_have_is_not_refused():
 def test_sampling_becomes_arguments_of_generate():
     ends = {"bos_token_id": 0, "eos_token_id": [1], "pad_token_id": 2}
     params = sampling_params(
-        temperature=0.5, top_p=0.9, top_k=-1, logit_bias={"5": -100, "6": 2.5}, stop_token_ids=[8], ignore_eos=True,
+        temperature=0.5, top_p=0.9, top_k=-1, stop_token_ids=[8], ignore_eos=True,
         presence_penalty=0.5, allowed_token_ids=[3, 4], bad_words_token_ids=[[9]],
     )  # fmt: skip
     arguments = generate_arguments(params, ends, prompt_length=3, max_new_tokens=10)
     config = arguments["generation_config"]
     assert (config.temperature, config.top_p, config.top_k, config.do_sample) == (0.5, 0.9, 0, True)
-    assert config.suppress_tokens == [5] and config.sequence_bias == [[[6], 2.5]] and config.bad_words_ids == [[9]]
+    assert config.bad_words_ids == [[9]]
     assert config.eos_token_id == [1, 8] and config.min_new_tokens == 10
     assert arguments["prefix_allowed_tokens_fn"](0, None) == [3, 4]
     assert isinstance(arguments["logits_processor"][0], CountPenalties)

@@ -1,8 +1,8 @@
 """Runs the nudging model in vLLM's worker and decides how the engine's requests grow. It knows no runner of vLLM.
 
-Each request is a row of [`~core.engine_decoder.EngineDecoder`]. A runner brings the base's logits and takes the tokens
-by which each text grows, and later the drafts. With tensor parallelism only the first rank has a nudging model. What
-it decides is shared with the others, because the ranks must agree.
+Each request is a row of an `EngineDecoder`. A runner brings the base's logits and takes the tokens by which each text
+grows, and later the drafts. With tensor parallelism only the first rank has a nudging model. What it decides is shared
+with the others, because the ranks must agree.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ...core.cached_lm import Reading, StaticCacheSettings, cached_lm
 from ...core.config import ADAPTIVE, NudgingConfig
 from ...core.draft_policy import DraftLength
 from ...core.drafting import Drafter
-from ...core.engine_decoder import EngineDecoder, EnginePass
 from ...core.generate import prepare
 from ...core.row import Row
 from ...core.transformers_private import end_tokens, own_eos_token_ids
 from ..described_base import described_base
+from ..engine_decoder import EngineDecoder, EnginePass
 from .params import generate_arguments, is_plain, nudging_arguments
 
 logger = logging.get_logger(__name__)

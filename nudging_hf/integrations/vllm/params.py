@@ -20,7 +20,6 @@ KNOBS = tuple(name for name in NudgingConfig.field_names() if name != "num_draft
 _OTHERS = ("nudging", "nudging_input_ids")
 # Extra arguments that vLLM itself reads.
 _OF_VLLM = ("kv_transfer_params", "session_id")
-_BAN = -100  # A bias with which OpenAI's API bans a token. The nudging model does not write it either.
 
 # What a request can ask of vLLM and a nudged request cannot have: attribute, how it is called, and why.
 _REFUSED = (
@@ -116,7 +115,10 @@ def validate_params(params: Any, logprobs_mode: str = "raw_logprobs") -> None:
 def generate_arguments(
     params: Any, ends: Mapping[str, Any], prompt_length: int, max_new_tokens: int
 ) -> dict[str, Any]:
-    """A request's sampling as arguments of `generate`. Stop strings stay with vLLM, which finds them in the text.
+    """A request's sampling as arguments of `generate`.
+
+    Stop strings stay with vLLM, which finds them in the text. Where there are drafts, vLLM itself refuses `min_p` and
+    `logit_bias`.
 
     Args:
         params: vLLM's `SamplingParams`.
@@ -130,11 +132,7 @@ def generate_arguments(
     if params.temperature > 0:
         config.temperature, config.top_p = params.temperature, params.top_p
         config.top_k = max(0, params.top_k)  # 0 and -1 mean all tokens in vLLM, and 0 does in transformers.
-        config.min_p = params.min_p or None
     config.repetition_penalty = params.repetition_penalty
-    biases = {int(token): float(bias) for token, bias in (params.logit_bias or {}).items()}
-    config.suppress_tokens = [token for token, bias in biases.items() if bias <= _BAN] or None
-    config.sequence_bias = [[[token], bias] for token, bias in biases.items() if bias > _BAN] or None
     config.bad_words_ids = params.bad_words_token_ids or None
     fewest = max_new_tokens if params.ignore_eos else params.min_tokens
     config.min_new_tokens = min(fewest, max_new_tokens) or None

@@ -15,12 +15,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .advance import advance, begin, draft, draft_progress, end, must_write
-from .cached_lm import CachedLM, SeparateRows, common_prefix
-from .draft_policy import DraftProgress
-from .drafting import Drafter
-from .row import Prediction, Row
-from .writing import write
+from ..core.advance import advance, begin, draft, draft_progress, end, must_write
+from ..core.cached_lm import CachedLM, SeparateRows, common_prefix
+from ..core.draft_policy import DraftProgress
+from ..core.drafting import Drafter
+from ..core.row import Prediction, Row
+from ..core.writing import write
 
 
 class EnginePass(NamedTuple):
