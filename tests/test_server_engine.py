@@ -75,9 +75,7 @@ def single_answers(pair, request):
     if request.nudging_input_ids is not None:
         inputs["nudging_input_ids"] = torch.tensor([request.nudging_input_ids])
     if request.stop:
-        inputs["stopping_criteria"] = [
-            StopText(Vocabulary(pair.tokenizer), request.stop, len(request.input_ids))
-        ]
+        inputs["stopping_criteria"] = [StopText(Vocabulary(pair.tokenizer), request.stop, len(request.input_ids))]
     output = pair.generate(
         inputs,
         **request.arguments,
