@@ -123,7 +123,7 @@ def test_first_texts_are_read_in_groups_of_similar_length(arch, max_logit_column
     handle = model.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape), with_kwargs=True)
     logits = lm.read({row: Reading(texts[row], 2) for row in (0, 1, 2, 3, 5)})  # Row 4 does not read.
     handle.remove()
-    assert fed == [(1, 41), (1, 30), *([(4, 11)] if max_logit_columns == 64 else [(4, 9), (4, 2)])]
+    assert fed == [(1, 41), (1, 30), *([(3, 11)] if max_logit_columns == 64 else [(3, 9), (3, 2)])]
     assert (lm.forward_passes, lm.tokens_fed, lm.last_shape) == (len(fed), 94, None)
     for turn in range(3):
         for row in logits:
@@ -278,6 +278,54 @@ def test_accepted_tokens_are_seldom_read_again_with_a_recurrent_state():
         text = [*text, 20 + step]
     assert widest <= 2 + 16 + 3 + 1
     assert passes <= 59 * 1.1
+
+
+def join_and_leave(model, lm, draw: random.Random, places: int, steps: int, next_row: int = 0) -> None:
+    """Rows join and leave between readings. Each row's logits must be those of its text alone."""
+    texts = {}
+    for _ in range(steps):
+        while len(texts) < places and draw.random() < 0.6:
+            lm.admit(next_row)
+            texts[next_row] = [draw.randrange(5, 300) for _ in range(draw.choice([1, 4, 4, 15, 60]))]
+            next_row += 1
+        reading = [row for row in texts if draw.random() < 0.7]
+        for row in reading:
+            [texts[row]] = changed_texts(draw, [texts[row]])
+        if reading:
+            keeps = {row: draw.randint(1, min(4, len(texts[row]))) for row in reading}
+            logits = lm.read({row: Reading(list(texts[row]), keeps[row], len(texts[row]) - 1) for row in reading})
+            assert set(logits) == set(reading)
+            for row in reading:
+                assert_close(logits[row], uncached_logits(model, texts[row], keeps[row]))
+        for row in list(texts):
+            if draw.random() < 0.3:
+                lm.release(row)
+                del texts[row]
+    for row in texts:
+        lm.release(row)
+    assert next_row > places + 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "olmo2"])
+def test_rows_join_and_leave(arch, cache):
+    model = pair(arch, 0, "shared").base
+    static = StaticCacheSettings(max_new_tokens=60, generation_config=GenerationConfig())
+    first = 5 if cache == "static" else 0  # A static cache has a fixed number of places.
+    lm = CachedLM(model, first, use_cache=cache is not None, static=static if cache == "static" else None)
+    for row in range(first):
+        lm.release(row)
+    join_and_leave(model, lm, random.Random(f"{arch} {cache}"), places=5, steps=40, next_row=first)
+    if cache != "static":
+        assert lm._slots is None and not lm._rows and not lm._cached_ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_join_and_leave_other_kinds_of_caches(kind):
+    model = supported_model(kind)
+    join_and_leave(model, cached_lm.cached_lm(model, 0), random.Random(kind), places=4, steps=15)
 
 
 @torch.no_grad()

@@ -17,9 +17,11 @@ CORE = [
     {"state_cache", "validation"},
     {"copied_cache"},
     {"cached_lm", "prompts", "named_model"},
+    {"limits", "token_rules"},
     {"row"},
-    {"limits", "token_rules", "output"},
-    {"decoding", "preparation"},
+    {"advance", "output", "predicting", "preparation"},
+    {"writing"},
+    {"decoding", "engine_decoder"},
     {"generate"},
 ]
 LAYERS = [

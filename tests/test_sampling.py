@@ -79,9 +79,9 @@ def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
     """A rule that accepts any draft token half of the time exceeds the bound."""
     read = NudgedDecoder._read
 
-    def read_too_kindly(self, work, drafter):
+    def read_too_kindly(self, work):
         before = {row.number: len(row.predictions) for row in work.rows}
-        read(self, work, drafter)
+        read(self, work)
         for row in work.rows:
             said = row.predictions._said
             for place in range(before[row.number], len(row.predictions.read)):
@@ -97,7 +97,7 @@ def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
 def test_a_draw_has_the_distribution_of_its_scores():
     scores = torch.tensor([1.0, 0.0, -1.0, 2.0, float("-inf")])
     draws = 20000
-    tokens = choose(scores.expand(draws, 5), [fold_in(11, i) for i in range(draws)])
+    tokens, _ = choose(scores.expand(draws, 5), [fold_in(11, i) for i in range(draws)])
     expected = scores.softmax(-1) * draws
     counts = torch.bincount(tokens, minlength=5)
     assert counts[4] == 0
@@ -106,10 +106,12 @@ def test_a_draw_has_the_distribution_of_its_scores():
 
 
 def test_a_draw_is_a_function_of_its_key():
-    scores = torch.randn(3, 50)
-    keys = [1, 2, 3]
-    assert choose(scores, keys).tolist() == [choose(scores[i : i + 1], [keys[i]]).item() for i in range(3)]
-    assert len({choose(torch.zeros(1, 1000), [key]).item() for key in range(20)}) > 15
+    scores = torch.randn(4, 50)
+    keys = [1, None, 2, 3]
+    tokens, best = choose(scores, keys)
+    assert tokens.tolist() == [choose(scores[i : i + 1], [keys[i]])[0].item() for i in range(4)]
+    assert tokens[1] == scores[1].argmax() and torch.equal(best, scores.amax(dim=-1))
+    assert len({choose(torch.zeros(1, 1000), [key])[0].item() for key in range(20)}) > 15
 
 
 def test_keys_mix_well():

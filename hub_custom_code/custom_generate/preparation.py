@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
-from transformers.generation import MinNewTokensLengthLogitsProcessor
+from transformers.generation import MinNewTokensLengthLogitsProcessor, StoppingCriteriaList
 
 from .answer import OneVocabulary, TwoVocabularies, answer_class
 from .config import NudgingConfig
@@ -21,9 +21,10 @@ from .constraints import (
     validate_nudging_generation_config,
 )
 from .gate import Confidence
+from .limits import Limits
 from .prompts import given_prompts, nudging_prompts, unpad
 from .rounds import rounds
-from .row import Row, Side
+from .row import Request, Row, Side
 from .sampling import new_seeds
 from .token_rules import TokenRules
 from .transformers_private import (
@@ -84,7 +85,7 @@ class Preparation:
         call: the arguments of the call that concern nudging.
         input_ids: the base's prompts as `generate` prepared them, of shape (batch_size, prompt_length).
         attention_mask: their mask, of the same shape, or `None` if they are not padded.
-        logits_processor, generation_config: as `generate` prepared them.
+        logits_processor, stopping_criteria, generation_config: as `generate` prepared them.
         has_placeholders: whether the base's prompts have placeholders for images, sounds or videos.
 
     Attributes:
@@ -104,6 +105,7 @@ class Preparation:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
         generation_config: Any,
         has_placeholders: bool,
     ):
@@ -117,6 +119,15 @@ class Preparation:
         validate_prompts(self.prompts, model, "base", "tokenizer", placeholders if has_placeholders else set())
         validate_prompts(given, call.nudging_model, "nudging model", "nudging_tokenizer")
         self.rules = self._token_rules(input_ids.shape[1])
+        records = bool(generation_config.return_dict_in_generate)
+        self._request = Request(
+            config=call.config,
+            rules=self.rules,
+            limits=Limits(stopping_criteria, self.rules.base_eos, self.rules.stop_tokens),
+            streamer=call.streamer,
+            records=records,
+            records_logits=records and bool(generation_config.output_scores or generation_config.output_logits),
+        )
         self.rows = self._rows(given, self._processor_prompts(input_ids), input_ids, logits_processor)
 
     def _nudging_prompts(self, placeholders: set[int]) -> list[list[int]]:
@@ -196,6 +207,7 @@ class Preparation:
             rows.append(
                 Row(
                     number=i,
+                    request=self._request,
                     answer=call.answer_class(call.vocabulary, call.nudging_vocabulary, prompt, nudging_prompt),
                     base=Side(shown[i : i + 1], processors, _room(self._model, prompt)),
                     nudging=Side(

@@ -18,6 +18,7 @@ from .transformers_private import (
     accepted_arguments,
     cache_argument,
     cache_of,
+    has_no_weights,
     has_only_attention_layers,
     has_rotary_positions,
     indexer_continues_from_cache,
@@ -62,7 +63,9 @@ def supports_row_rollback(model: Any) -> bool:
 
 
 def reading_mode(model: Any) -> ReadingMode:
-    """How the model must be read with its cache."""
+    """How the model must be read with its cache. A model without weights is never read."""
+    if has_no_weights(model):
+        return ReadingMode()
     if model.training:  # Dropout makes a trial meaningless, so the safest mode is assumed.
         can_share = "position_ids" in accepted_arguments(model) and supports_row_rollback(model)
         return ReadingMode(can_share, one_token_per_pass=True)

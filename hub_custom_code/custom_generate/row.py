@@ -10,17 +10,20 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LogitsProcessorList
 
 from .answer import OneVocabulary, TwoVocabularies
 from .cached_lm import common_prefix
+from .config import NudgingConfig
 from .constraints import Constraint
 from .gate import Confidence
+from .limits import Limits
 from .rounds import Question, Reply, Step
 from .sampling import fold_in
+from .token_rules import TokenRules
 
 _NUDGING_STREAM = 1  # The nudging model's draws use keys of their own.
 
@@ -79,6 +82,19 @@ class Predictions:
     def add(self, prediction: Prediction) -> None:
         """The base has predicted the next position."""
         self._said.append(prediction)
+
+    def read_by_engine(
+        self, answer: Sequence[int], told: int, draft: Sequence[int], said: Sequence[Prediction]
+    ) -> None:
+        """An engine has read the first `told` ids of the answer and a draft after them, and predicted from there on.
+
+        What the answer already has beyond them counts as far as the draft begins with it.
+        """
+        assert len(self._said) >= told, "a token was told that the base has not predicted"
+        self.read = [*answer[:told], *draft]
+        self._said[told:] = said
+        for place in range(told, len(answer)):
+            self.accept(place, answer[place])
 
     def accept(self, place: int, token: int) -> None:
         """The answer has this token at this place. If the base has read another one there, the rest is void."""
@@ -209,12 +225,35 @@ class Side:
         return [token if token < self.num_ids else self.stand_in for token in ids]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a caller has asked for. The answers of one call share it.
+
+    Args:
+        config: every parameter of nudging.
+        rules: which tokens each model may write.
+        limits: what ends an answer early.
+        streamer: receives each token when it is accepted, and its author if it has a `put_marked`.
+        records: whether the base says its top-1 probability at every token, also where the algorithm did not ask for
+            it, at the cost of one more pass at the end.
+        records_logits: whether logits and processed scores are kept too.
+    """
+
+    config: NudgingConfig
+    rules: TokenRules
+    limits: Limits
+    streamer: Any = None
+    records: bool = False
+    records_logits: bool = False
+
+
 @dataclass(eq=False)
 class Row:
     """One answer in progress.
 
     Args:
-        number: the row's place in the batch.
+        number: the row's number in the caches of both models.
+        request: what the caller has asked for.
         answer: the answer so far.
         base, nudging: what each model is given.
         seed: of the row's draws.
@@ -226,12 +265,14 @@ class Row:
         question: what the algorithm asks at present.
         nudged: for each token of the answer, whether the nudging model wrote it.
         finish_reason: why the answer has ended, if it has.
+        error: the exception that has ended it, if one did.
         end_marks: 1 if the base's EOS was appended as the end mark, else 0.
         predictions: what the base has said.
         ahead: what the nudging model has written after the answer.
     """
 
     number: int
+    request: Request
     answer: OneVocabulary | TwoVocabularies
     base: Side
     nudging: Side
@@ -242,6 +283,7 @@ class Row:
     question: Question | None = field(default=None, init=False)
     nudged: list[bool] = field(default_factory=list, init=False)
     finish_reason: str | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
     end_marks: int = field(default=0, init=False)
     predictions: Predictions = field(default_factory=Predictions, init=False)
     ahead: WrittenAhead = field(init=False)
@@ -267,6 +309,15 @@ class Row:
         if 2 * len(self.answer.text) + len(self.answer.ids) < self.nudging.room:
             return False
         return len(self.answer.nudging_ids()) >= self.nudging.room
+
+    @property
+    def room(self) -> float:
+        """How many more tokens of the base's vocabulary the answer can have."""
+        return min(self.request.limits.room(self.length), self.base.room - len(self.answer.ids))
+
+    def limit_reached(self) -> str | None:
+        """The limit that ends the answer with its last token, if one does."""
+        return self.request.limits.finish_reason(self.answer.ids[-1], self.length, self.is_full, self.ids)
 
     def ids(self) -> torch.Tensor:
         """Prompt and answer, of shape (1, length)."""

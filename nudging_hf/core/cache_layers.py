@@ -61,21 +61,23 @@ class PreallocatedLayer(DynamicLayer):
         if self.is_initialized:
             self._count += tokens_to_remove
 
-    def insert_rows(self, part: Any, kept: Sequence[torch.Tensor], row: int, rows: int, slots: int) -> None:
-        """Copies the rows of another layer into this one, aligned to end at the last slot.
+    def append_rows(self, part: Any, kept: Sequence[torch.Tensor], before: int, slots: int) -> None:
+        """Copies the rows of another layer behind the rows of this one, all to end at the last slot.
 
         The slots before a row are set to 0. The mask gives them the weight 0, but 0 times infinity would be NaN.
 
         Args:
             part: the other layer.
             kept: for each of its rows, the slots to copy.
-            row: the number that its first row gets here.
-            rows, slots: how many this layer has in all.
+            before: how many rows this layer has.
+            slots: how many slots it has afterwards.
         """
-        self._reserve(rows, slots, part.keys, part.values)
+        self._key_buffer = _with_rows(self._key_buffer if before else None, self._count, part.keys, kept, slots)
+        self._value_buffer = _with_rows(self._value_buffer if before else None, self._count, part.values, kept, slots)
+        if not self.is_initialized:
+            self.lazy_initialization(part.keys, part.values)
         self._count = slots
-        for buffer, states in ((self._key_buffer, part.keys), (self._value_buffer, part.values)):
-            _copy_rows(buffer, states, kept, row, slots)
+        self.keys, self.values = self._key_buffer, self._value_buffer
 
     def drop_row(self, row: int) -> None:
         """Drops a row and moves the last row to its place."""
@@ -91,7 +93,7 @@ class PreallocatedLayer(DynamicLayer):
         """Makes the buffers large enough for so many slots of states like these."""
         if self.is_initialized and self._key_buffer.shape[2] >= slots:
             return
-        capacity = slots + int(_SPARE_SHARE * slots) + _MIN_SPARE_SLOTS
+        capacity = slots + _spare(slots)
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self._key_buffer, self._value_buffer = keys[:, :, :0], values[:, :, :0]
@@ -123,16 +125,17 @@ class PreallocatedIndexedLayer(PreallocatedLayer, DynamicIndexedLayer):
         if tokens_to_remove:
             self._update_indexer(lambda states: states[:, :, :tokens_to_remove])
 
-    def insert_rows(self, part: Any, kept: Sequence[torch.Tensor], row: int, rows: int, slots: int) -> None:
-        super().insert_rows(part, kept, row, rows, slots)
+    def append_rows(self, part: Any, kept: Sequence[torch.Tensor], before: int, slots: int) -> None:
+        count = self._count
+        super().append_rows(part, kept, before, slots)
+        own = self.indexer_keys[:, None] if before else None
         if not self.is_indexer_initialized:
             self.lazy_initialization_indexer(part.indexer_keys)
-            self.indexer_keys = part.indexer_keys.new_zeros(rows, slots, part.indexer_keys.shape[2])
-        _copy_rows(self.indexer_keys[:, None], part.indexer_keys[:, None], kept, row, slots)
+        self.indexer_keys = _with_rows(own, count, part.indexer_keys[:, None], kept, slots, spare=0)[:, 0]
         if (positions := getattr(part, "indexer_position_ids", None)) is not None:
-            if self.indexer_position_ids is None:
-                self.indexer_position_ids = positions.new_zeros(len(positions), rows, slots)
-            _copy_rows(_rows_first(self.indexer_position_ids), _rows_first(positions), kept, row, slots)
+            of_rows = None if self.indexer_position_ids is None else _rows_first(self.indexer_position_ids)
+            joined = _with_rows(of_rows, count, _rows_first(positions), kept, slots, spare=0)
+            self.indexer_position_ids = joined[..., 0].transpose(0, 1)
 
     def drop_row(self, row: int) -> None:
         super().drop_row(row)
@@ -268,12 +271,39 @@ def _rows_first(positions: torch.Tensor) -> torch.Tensor:
     return positions.transpose(0, 1)[..., None]
 
 
-def _copy_rows(buffer: torch.Tensor, states: torch.Tensor, kept: Sequence[torch.Tensor], row: int, slots: int) -> None:
-    """Copies the kept slots of each row of `states` to the rows of a buffer from `row` on, to end at slot `slots`."""
-    for i, places in enumerate(kept):
+def _with_rows(
+    buffer: torch.Tensor | None,
+    count: int,
+    states: torch.Tensor,
+    kept: Sequence[torch.Tensor],
+    slots: int,
+    spare: int | None = None,
+) -> torch.Tensor:
+    """A larger buffer, in which the rows of `states` follow those of `buffer`. All rows end at slot `slots`.
+
+    Args:
+        buffer: of shape (rows, heads, capacity, head_dim), or `None` for no rows.
+        count: how many of its slots are in use.
+        states: of shape (new rows, heads, slots, head_dim).
+        kept: for each new row, the slots to copy.
+        slots: how many slots are in use afterwards.
+        spare: how many slots the result has behind them. By default as many as a new buffer has.
+    """
+    before = 0 if buffer is None else len(buffer)
+    spare = _spare(slots) if spare is None else spare
+    grown = states.new_empty(before + len(states), states.shape[1], slots + spare, states.shape[3])
+    if buffer is not None:
+        grown[:before, :, : slots - count] = 0
+        grown[:before, :, slots - count : slots] = buffer[:, :, :count]
+    for i, places in enumerate(kept, start=before):
         start = slots - len(places)
-        buffer[row + i, :, :start] = 0.0
-        buffer[row + i, :, start:slots] = states[i][:, places]
+        grown[i, :, :start] = 0
+        grown[i, :, start:slots] = states[i - before][:, places]
+    return grown
+
+
+def _spare(slots: int) -> int:
+    return int(_SPARE_SHARE * slots) + _MIN_SPARE_SLOTS
 
 
 def _drop_row(tensor: torch.Tensor, row: int) -> torch.Tensor:

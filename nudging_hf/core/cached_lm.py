@@ -85,7 +85,7 @@ class CachedLM:
 
     Args:
         model: a `PreTrainedModel` with a causal LM head.
-        rows: the number of rows, which are numbered from 0.
+        rows: the number of rows at first, which are numbered from 0. More can be admitted.
         use_cache: whether to use a cache. Without it, each pass reads the whole texts.
         prompts: what the texts begin with, if that is more than ids. These prompts are read in a pass of their own
             and are never rolled back, so a cache is required.
@@ -117,9 +117,10 @@ class CachedLM:
         accepted = accepted_arguments(model)
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
-        self._rows = list(range(rows))  # In the order of the cache's batch dimension.
-        self._active_rows = set(self._rows)  # Those not released. A static cache keeps the others too.
-        self._cached_ids: dict[int, list[int]] = {row: [] for row in self._rows}
+        self._active_rows = set(range(rows))  # Those not released. A static cache keeps the others too.
+        # In the order of the cache's batch dimension. A dynamic cache has a row from its first reading on.
+        self._rows = list(range(rows)) if static is not None or prompts is not None else []
+        self._cached_ids: dict[int, list[int]] = {row: [] for row in range(rows)}
         self._allows_holes = prompts is None and uses_position_ids_only(model)
         self._copies_cache = self.use_cache and not supports_row_rollback(model)
         self.has_recurrent_state = self._copies_cache or (self.use_cache and has_recurrent_state(model))
@@ -128,7 +129,7 @@ class CachedLM:
         self._compiled_call: Any = None  # If passes are compiled.
         self._compiled_passes: Counter[int] = Counter()  # Their number for each width.
         self._prompts = prompts
-        self._num_permanent = dict.fromkeys(self._rows, 0)  # Each row's first ids that are never rolled back.
+        self._num_permanent: dict[int, int] = {}  # Each row's first ids that are never rolled back.
         self._prompt_logits: torch.Tensor | None = None  # After multimodal prompts, of shape (rows, 1, vocab_size).
         # The first position after a multimodal prompt minus its number of ids, of shape (..., rows, 1). An image may
         # take fewer positions than ids, and a position may have several axes.
@@ -142,26 +143,46 @@ class CachedLM:
     def num_unread(self, row: int, ids: list[int]) -> int:
         """The number of tokens that a row must read to have read this text, if none of it will be rolled back."""
         read = common_prefix(self._cached_ids[row], ids)
-        if isinstance(self._slots, StatefulSlots):
+        if read and isinstance(self._slots, StatefulSlots):
             read = self._slots.rollback_length(self._rows.index(row), read)
         return len(ids) - read
+
+    def admit(self, row: int) -> None:
+        """Lets a new row join the others. The number of a row that was released is not used again.
+
+        A static cache has as many places as there were rows at first, and the new row takes a free one.
+        """
+        assert self._prompts is None and not self._num_permanent, "multimodal prompts are read in one pass"
+        if self._static is not None and self.use_cache:
+            place = next(i for i, other in enumerate(self._rows) if other not in self._active_rows)
+            # The ids stay until the next reading rolls them back.
+            self._cached_ids[row] = self._cached_ids.pop(self._rows[place])
+            self._rows[place] = row
+        else:
+            self._cached_ids[row] = []
+        self._active_rows.add(row)
 
     def release(self, row: int) -> None:
         """Forgets a row that will not read again."""
         self._active_rows.remove(row)
-        if not self._active_rows:
-            if isinstance(self._slots, StaticSlots):
-                give_back_static_slots(self.model, self._slots)
+        if not self._active_rows and isinstance(self._slots, StaticSlots):
+            give_back_static_slots(self.model, self._slots)
             self._slots = None
+            self._cached_ids = {row: [] for row in self._rows}
         elif self._static is None:
             self._drop_row(row)
 
     def _drop_row(self, row: int) -> None:
         """Drops a row from the cache and moves the last row to its place."""
+        del self._cached_ids[row]
+        if row not in self._rows:
+            return
         place = self._rows.index(row)
         self._rows[place] = self._rows[-1]
         self._rows.pop()
-        if self._slots is not None:
+        if not self._rows:
+            self._slots = None
+        elif self._slots is not None:
             self._slots.drop_row(place)
 
     def read(self, readings: Mapping[int, Reading]) -> dict[int, torch.Tensor]:
@@ -177,6 +198,8 @@ class CachedLM:
         if self._prompts is not None:
             self._read_prompts(self._prompts)
             self._prompts = None
+        if self.use_cache and (newcomers := [row for row in readings if row not in self._rows]):
+            return self._read_with_newcomers(readings, newcomers)
         rows = self._rows if self.use_cache else list(readings)
         kept = []
         for row in rows:
@@ -184,16 +207,11 @@ class CachedLM:
             kept.append(len(cached))
             if row in readings:
                 ids, keep, _ = readings[row]
-                kept[-1] = max(min(common_prefix(cached, ids), len(ids) - keep), self._num_permanent[row])
+                kept[-1] = max(min(common_prefix(cached, ids), len(ids) - keep), self._num_permanent.get(row, 0))
                 if isinstance(self._slots, StatefulSlots):
                     kept[-1] = self._slots.rollback_length(self._rows.index(row), kept[-1])
         new = {row: readings[row].ids[n:] if row in readings else [] for row, n in zip(rows, kept, strict=True)}
         width = max(map(len, new.values()))
-        if self.use_cache and self._slots is None and self._static is None:
-            max_tokens = _MAX_PREFILL_TOKENS_ON_CPU if self.device.type == "cpu" else _MAX_PREFILL_TOKENS
-            lengths = {row: len(new[row]) for row in readings}
-            if len(groups := _grouped_by_length(lengths, max_tokens, same_length=self.has_recurrent_state)) > 1:
-                return self._read_in_groups(readings, groups)
         if self.has_recurrent_state:
             return self._read_without_padding(readings, kept, new)
         # The columns of each row's logits. Column -1 is the end of a multimodal prompt, whose logits are kept.
@@ -290,21 +308,36 @@ class CachedLM:
     def _num_settled(reading: Reading) -> int:
         return len(reading.ids) if reading.settled is None else reading.settled
 
-    def _read_in_groups(self, readings: Mapping[int, Reading], groups: list[list[int]]) -> dict[int, torch.Tensor]:
-        """Reads the first texts of all rows, with a pass for each group, into one cache."""
-        groups[-1] += [row for row in self._rows if row not in readings]
-        rows = [row for group in groups for row in group]
-        slots = self._empty_slots(len(rows), self._allows_holes)
-        slots.lay_out([len(readings[row].ids) if row in readings else 0 for row in rows])
+    def _read_with_newcomers(self, readings: Mapping[int, Reading], newcomers: list[int]) -> dict[int, torch.Tensor]:
+        """Reads the first texts of new rows in passes of their own, and then the texts of the other rows.
+
+        New rows of similar length share a pass. Their slots are then copied behind those of the rows before them.
+        """
+        max_tokens = _MAX_PREFILL_TOKENS_ON_CPU if self.device.type == "cpu" else _MAX_PREFILL_TOKENS
+        lengths = {row: len(readings[row].ids) for row in newcomers}
+        groups = _grouped_by_length(lengths, max_tokens, same_length=self.has_recurrent_state)
+        others = {row: reading for row, reading in readings.items() if row in self._rows}
         logits: dict[int, torch.Tensor] = {}
-        for group in groups:
-            self._rows = group
-            logits |= self.read({row: readings[row] for row in group if row in readings})
-            if self._slots is not None:
-                slots.insert_rows(self._slots, rows.index(group[0]))
-            self._slots = None
-        self._rows, self._slots, self.last_shape = rows, slots, None
+        if self._rows or len(groups) > 1:
+            rows, slots = self._rows, self._slots or self._empty_slots(0, self._allows_holes)
+            for group in groups:
+                self._hold(group, None)
+                logits |= self.read({row: readings[row] for row in group})
+                assert self._slots is not None
+                slots.append_rows(self._slots)
+                rows = rows + group
+            self._hold(rows, slots)
+        else:
+            self._rows = newcomers
+            logits = self.read(readings)
+        if others:
+            logits |= self.read(others)
+        if others or len(groups) > 1:
+            self.last_shape = None
         return logits
+
+    def _hold(self, rows: list[int], slots: Slots | None) -> None:
+        self._rows, self._slots = rows, slots
 
     def _read_prompts(self, prompts: MultimodalPrompts) -> None:
         """Reads all prompts as `generate` would. They have left padding, so that all rows end at the same slot."""
@@ -320,7 +353,7 @@ class CachedLM:
                 "back: give a base that reads images in the place of tokens."
             )
         self._num_permanent = {row: len(ids) for row, ids in enumerate(prompts.ids)}
-        self._cached_ids = {row: prompts.ids[row] for row in self._rows}
+        self._cached_ids = dict(enumerate(prompts.ids))
         if (positions := inputs.get("position_ids")) is not None:
             lengths = torch.tensor([[len(ids)] for ids in prompts.ids], device=positions.device)
             self._position_offset = positions[..., -1:] + 1 - lengths
@@ -432,30 +465,32 @@ class SeparateRows:
         self.model = model
         self._lms = {row: CachedLM(model, 1) for row in range(rows)}
         self.device = input_device(model)
-        self.has_recurrent_state = any(lm.has_recurrent_state for lm in self._lms.values())
+        self.has_recurrent_state = CachedLM(model, 0).has_recurrent_state
         self.last_shape: tuple[int, int] | None = None
-
-    @property
-    def forward_passes(self) -> int:
-        return sum(lm.forward_passes for lm in self._lms.values())
-
-    @property
-    def tokens_fed(self) -> int:
-        return sum(lm.tokens_fed for lm in self._lms.values())
+        self.forward_passes = 0
+        self.tokens_fed = 0
 
     def num_unread(self, row: int, ids: list[int]) -> int:
         """See [`CachedLM.num_unread`]."""
         return self._lms[row].num_unread(0, ids)
 
+    def admit(self, row: int) -> None:
+        """Lets a new row join the others."""
+        self._lms[row] = CachedLM(self.model, 1)
+
     def release(self, row: int) -> None:
         """Forgets a row that will not read again."""
-        self._lms[row].release(0)
+        del self._lms[row]
 
     def read(self, readings: Mapping[int, Reading]) -> dict[int, torch.Tensor]:
         """Reads texts as [`CachedLM.read`] does, with a forward pass for each row."""
         logits = {}
         for row, reading in readings.items():
-            own = self._lms[row].read({0: reading})
+            lm = self._lms[row]
+            passes, fed = lm.forward_passes, lm.tokens_fed
+            own = lm.read({0: reading})
+            self.forward_passes += lm.forward_passes - passes
+            self.tokens_fed += lm.tokens_fed - fed
             if reading.keep:
                 logits[row] = own[0]
         shapes = [self._lms[row].last_shape for row in readings]

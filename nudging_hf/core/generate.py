@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ from .arguments import OWN_ARGUMENTS, GenerateArguments
 from .cached_lm import MultimodalPrompts, StaticCacheSettings, cached_lm
 from .config import NudgingConfig
 from .decoding import NudgedDecoder
-from .limits import Limits
+from .draft_policy import borrowed_draft_length
+from .drafting import Drafter
 from .named_model import resolved_model
 from .output import NudgingOutput, nudging_output, padded_sequences
 from .preparation import NudgingCall, Preparation
@@ -34,6 +35,7 @@ from .transformers_private import (
     merged_generation_config,
     pad_token_id,
     plain_generate,
+    shared_by_ranks,
     without_wrapper,
 )
 from .validation import (
@@ -42,6 +44,7 @@ from .validation import (
     validate_multimodal_inputs,
     validate_prompt_tensors,
     validate_streamer,
+    validate_weights,
 )
 from .vocabulary import Vocabulary
 
@@ -118,16 +121,13 @@ def generate(
         model, args = args[0], args[1:]
     check_version()
     model = without_wrapper(model)
-    arguments: dict[str, Any] = {**kwargs}
-    is_plain = arguments.get("nudging_model", model) is None
-    own = {name: arguments.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
-    hub = {name: arguments.pop(name) for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
-    for name in _FOLDER_ARGUMENTS:
-        arguments.pop(name, None)
+    is_plain = kwargs.get("nudging_model", model) is None
+    own, hub, arguments = _divided(kwargs)
     if is_prepared(arguments.get("generation_config")):  # transformers calls, because of `custom_generate=`.
         if is_plain:
             raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
         validate_causal_lm(model, "base", "model")
+        validate_weights(model, "base")
         given = arguments_of_caller()
         arguments["nudging_call"] = _checked_call(model, own, hub, arguments["generation_config"], given, len(args[0]))
         return _decode(model, *args, **arguments)
@@ -135,6 +135,53 @@ def generate(
         return plain_generate(model)(model, *args, **arguments)
 
     validate_causal_lm(model, "base", "model")
+    validate_weights(model, "base")
+    return _through_transformers(model, args, arguments, own, hub, loop=_decode)
+
+
+@torch.no_grad()
+def prepare(model: PreTrainedModel, *args: Any, **kwargs: Unpack[GenerateArguments]) -> Preparation:
+    """Prepares the answers that [`generate`] would write with the same arguments, for an executor of one's own.
+
+    The base makes no forward pass. So it may be on the meta device, where it has a config and no weights.
+
+    Returns:
+        Its `rows` are not begun. Each is the row that `generate` would write, and has the same random seed.
+
+    Raises:
+        ValueError: as `generate`, and for prompts with images, sounds or videos.
+    """
+    check_version()
+    model = without_wrapper(model)
+    validate_causal_lm(model, "base", "model")
+    own, hub, arguments = _divided(kwargs)
+    return _through_transformers(model, args, arguments, own, hub, loop=_prepare)
+
+
+def _divided(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Nudging's own arguments of a call, how a model that is only named is loaded, and the arguments of `generate`."""
+    arguments = {name: value for name, value in kwargs.items() if name not in _FOLDER_ARGUMENTS}
+    own = {name: arguments.pop(name, None) for name in (*OWN_ARGUMENTS, *NudgingConfig.field_names())}
+    hub = {name: arguments.pop(name) for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
+    return own, hub, arguments
+
+
+def _through_transformers(
+    model: PreTrainedModel,
+    args: tuple[Any, ...],
+    arguments: dict[str, Any],
+    own: Mapping[str, Any],
+    hub: Mapping[str, Any],
+    loop: Callable[..., Any],
+) -> Any:
+    """Lets transformers prepare a call and hand it to a loop, whose result is returned.
+
+    Args:
+        args, arguments: of `generate`.
+        own: nudging's own arguments.
+        hub: how a model that is only named is loaded from the Hub.
+        loop: called as [`_decode`] is.
+    """
     arguments = _by_name(model, args, arguments)
     generation_config = merged_generation_config(
         model, **{name: value for name, value in arguments.items() if name != "tokenizer"}
@@ -145,7 +192,7 @@ def generate(
     arguments.pop("tokenizer", None)
     if generation_config.stop_strings is not None:
         take_over_stop_strings(arguments, model, generation_config.stop_strings, call.vocabulary.tokenizer)
-    return GenerationMixin.generate(model, **arguments, custom_generate=_decode, nudging_call=call)
+    return GenerationMixin.generate(model, **arguments, custom_generate=loop, nudging_call=call)
 
 
 def _by_name(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,44 +228,76 @@ def _decode(
     transformers passes those arguments of `generate` that a loop's signature names, and the rest in `model_kwargs`. If
     `attention_mask` were named here, it would come twice.
     """
-    attention_mask, use_cache = model_kwargs.get("attention_mask"), model_kwargs.pop("use_cache")
+    call = nudging_call
+    use_cache = model_kwargs.pop("use_cache")
     for name in CACHE_NAMES:
         model_kwargs.pop(name, None)  # Empty: `CachedLM` makes its own.
     is_static = use_cache and generation_config.cache_implementation == "static"
-    of_text = {"attention_mask", "position_ids", "logits_to_keep"}
-    more = sorted(name for name, value in model_kwargs.items() if name not in of_text and value not in (None, {}))
+    more = _more_than_text(model_kwargs)
     if more:
         validate_multimodal_inputs(model, more, use_cache, is_static)
     batch, pad = input_ids.shape[0], pad_token_id(generation_config)
     if batch > 1 and pad is None:
         raise ValueError(f"{batch} answers must be padded to one length: set `pad_token_id`, or the base's EOS.")
-    call = nudging_call
     prepared = Preparation(
-        model, call, input_ids, attention_mask, logits_processor, generation_config, has_placeholders=bool(more)
+        model,
+        call,
+        input_ids,
+        model_kwargs.get("attention_mask"),
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        has_placeholders=bool(more),
     )
-    rows, rules = prepared.rows, prepared.rules
-    full = generation_config.return_dict_in_generate
-    scores, logits = full and generation_config.output_scores, full and generation_config.output_logits
     longest = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
     static = StaticCacheSettings(longest - input_ids.shape[1], generation_config) if is_static else None
     prompts = MultimodalPrompts(prepared.prompts, input_ids, model_kwargs) if more else None
     base = cached_lm(model, batch, use_cache, prompts, static)
     nudging = cached_lm(call.nudging_model, batch, use_cache, static=static)
-    NudgedDecoder(
-        base,
-        nudging,
-        rows,
-        call.config,
-        rules,
-        Limits(stopping_criteria, rules.base_eos, rules.stop_tokens),
-        streamer=call.streamer,
-        record=full,
-        record_logits=scores or logits,
-    ).run()
+    with borrowed_draft_length(model, call.nudging_model, (batch, base.cache_kind)) as policy:
+        drafter = Drafter(call.config.num_draft_tokens, policy, lambda numbers: shared_by_ranks(model, numbers))
+        NudgedDecoder(base, nudging, drafter, prepared.rows).run()
     if call.streamer is not None:
         call.streamer.end()
-    sequences = padded_sequences(input_ids, rows, pad)
-    return nudging_output(sequences, rows, base, nudging, scores, logits) if full else sequences
+    sequences = padded_sequences(input_ids, prepared.rows, pad)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    scores, logits = generation_config.output_scores, generation_config.output_logits
+    return nudging_output(sequences, prepared.rows, base, nudging, scores, logits)
+
+
+def _prepare(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    nudging_call: NudgingCall,
+    logits_processor: Any,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Preparation:
+    """What [`_decode`] would run; see there."""
+    model_kwargs.pop("use_cache")
+    for name in CACHE_NAMES:
+        model_kwargs.pop(name, None)
+    if more := _more_than_text(model_kwargs):
+        raise ValueError(f"Only text can be prepared, got {', '.join(map(repr, more))}: call `generate` instead.")
+    attention_mask = model_kwargs.get("attention_mask")
+    return Preparation(
+        model,
+        nudging_call,
+        input_ids,
+        attention_mask,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        has_placeholders=False,
+    )
+
+
+def _more_than_text(model_kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of the arguments with which the base reads more than text."""
+    of_text = {"attention_mask", "position_ids", "logits_to_keep"}
+    return sorted(name for name, value in model_kwargs.items() if name not in of_text and value not in (None, {}))
 
 
 def _checked_call(

@@ -96,22 +96,25 @@ class Slots:
         if self._used is not None and self._used.all():
             self._used = None
 
-    def lay_out(self, lengths: Sequence[int]) -> None:
-        """Assigns slots of an empty cache to rows of these lengths, which all end at the same slot.
+    def append_rows(self, part: Slots) -> None:
+        """Copies the rows of another batch behind those of this one. All rows end at the same slot.
 
-        `insert_rows` then fills the slots.
+        A row that is longer than the slots in use moves all earlier rows to later slots.
         """
-        self.lengths, self.count = list(lengths), max(lengths)
-        self._used = torch.arange(self.count) >= self.count - torch.tensor(self.lengths)[:, None]
-
-    def insert_rows(self, part: Slots, row: int) -> None:
-        """Copies the rows of another batch into this one, from `row` on."""
-        kept = [used.nonzero()[:, 0] for used in part._used_slots()]
+        before, added = len(self.lengths), len(part.lengths)
+        longest = max(self.count, *part.lengths)
+        used = torch.zeros(before + added, longest, dtype=torch.bool)
+        used[:before, longest - self.count :] = self._used_slots()
+        used[before:] = torch.arange(longest) >= longest - torch.tensor(part.lengths)[:, None]
+        kept = [own.nonzero()[:, 0] for own in part._used_slots()]
         for i, layer in enumerate(part.cache.layers):
             if i == len(self.cache.layers):
                 self.cache.layers.append(PreallocatedLayer())
             if isinstance(layer, PreallocatedLayer) and layer.is_initialized:
-                self.cache.layers[i].insert_rows(layer, kept, row, len(self.lengths), self.count)
+                self.cache.layers[i].append_rows(layer, kept, before, longest)
+        self.lengths += part.lengths
+        self.count = longest
+        self._used = None if used.all() else used
 
     def drop_row(self, row: int) -> None:
         """Drops a row and moves the last row to its place."""

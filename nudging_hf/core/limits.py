@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from transformers.generation import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -13,8 +14,6 @@ from transformers.generation import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-
-from .row import Row
 
 
 class Limits:
@@ -49,22 +48,29 @@ class Limits:
         """Whether `max_time` (in seconds) has passed."""
         return any(time.time() - limit.initial_timestamp > limit.max_time for limit in self._times)
 
-    def finish_reason(self, row: Row) -> str | None:
-        """The finish reason of a row that ends with the token that it has just accepted; `None` if it goes on."""
-        if row.answer.ids[-1] in self._stop_tokens:
+    def finish_reason(self, token: int, length: int, is_full: bool, ids: Callable[[], torch.Tensor]) -> str | None:
+        """Why an answer ends with the token that it has just accepted; `None` if it goes on.
+
+        Args:
+            token: that token.
+            length: tokens of the prompt, padding included, and of the answer.
+            is_full: whether the answer has reached the last position of either model.
+            ids: returns prompt and answer, of shape (1, length).
+        """
+        if token in self._stop_tokens:
             return "stop_token"
-        if row.answer.ids[-1] in self._criterion_eos_tokens:
+        if token in self._criterion_eos_tokens:
             return "stopping_criteria"
         for criterion in self._others:
-            if criterion(row.ids(), None).all():
+            if criterion(ids(), None).all():
                 return "stop_string" if isinstance(criterion, StopStringCriteria) else "stopping_criteria"
-        if row.length >= self._max_length or row.is_full:
+        if length >= self._max_length or is_full:
             return "length"
         for limit in self._lengths:
-            if limit.max_position_embeddings is not None and row.length > limit.max_position_embeddings:
-                limit(row.ids(), None)  # This call warns once, as in plain `generate`.
+            if limit.max_position_embeddings is not None and length > limit.max_position_embeddings:
+                limit(ids(), None)  # This call warns once, as in plain `generate`.
         return "time" if self.time_is_up() else None
 
-    def room(self, row: Row) -> float:
-        """How many more tokens the row's answer can have, in the base's vocabulary."""
-        return min(self._max_length - row.length, row.base.room - len(row.answer.ids))
+    def room(self, length: int) -> float:
+        """How many more tokens an answer of this length, prompt included, can have."""
+        return self._max_length - length

@@ -94,39 +94,32 @@ def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def choose(scores: torch.Tensor, keys: Sequence[int] | None) -> torch.Tensor:
+def choose(scores: torch.Tensor, keys: Sequence[int | None]) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses a token at each position.
 
     Args:
         scores: processed scores of shape (positions, vocab_size).
-        keys: one key for each position, to draw by. With `None` the token with the greatest score is chosen.
+        keys: for each position, a key to draw by. With `None` the token with the greatest score is chosen.
 
     Returns:
-        Tokens of shape (positions,), int64, on the device of the scores.
+        Tokens of shape (positions,), int64, and the greatest score at each position, which is NaN or infinite where
+        no token can be chosen. Both are on the device of the scores.
     """
-    if keys is None:
-        return scores.argmax(dim=-1)
+    if all(key is None for key in keys):
+        tokens = scores.argmax(dim=-1)  # It treats NaN as the greatest score.
+        return tokens, scores.gather(-1, tokens[:, None])[:, 0]
     # The exponential race, as in `torch.multinomial`: p / Exp(1) is greatest at each token with that token's
     # probability. The key seeds the noise.
     generator = torch.Generator(scores.device)
-    noise = torch.empty_like(scores)
+    noise = torch.ones_like(scores)
     for i, key in enumerate(keys):
-        noise[i].exponential_(generator=generator.manual_seed(key))
-    return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
-
-
-def best_scores(scores: torch.Tensor, tokens: torch.Tensor, is_greedy: bool) -> torch.Tensor:
-    """The greatest score at each position. It is NaN or infinite where no token can be chosen.
-
-    Args:
-        scores: processed scores of shape (positions, vocab_size).
-        tokens: the chosen tokens, of shape (positions,).
-        is_greedy: whether they were chosen by `argmax`, which treats NaN as the greatest score.
-
-    Returns:
-        Scores of shape (positions,).
-    """
-    return scores.gather(-1, tokens[:, None])[:, 0] if is_greedy else scores.amax(dim=-1)
+        if key is not None:
+            noise[i].exponential_(generator=generator.manual_seed(key))
+    tokens = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+    if None in keys:
+        is_greedy = torch.tensor([key is None for key in keys], device=scores.device)
+        tokens = torch.where(is_greedy, scores.argmax(dim=-1), tokens)
+    return tokens, scores.amax(dim=-1)
 
 
 def fold_in(key: int, value: int) -> int:

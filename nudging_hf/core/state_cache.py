@@ -95,8 +95,9 @@ class StatefulSlots(Slots):
                     states.restore(row, None)
         super().roll_back(rejected)
 
-    def insert_rows(self, part: Slots, row: int) -> None:
-        super().insert_rows(part, row)
+    def append_rows(self, part: Slots) -> None:
+        super().append_rows(part)
+        self._saved += [[] for _ in part.lengths]
         for layer, own in zip(part.cache.layers, self.cache.layers, strict=True):
             if hasattr(layer, "recurrent_states"):
                 append_states(own, layer)

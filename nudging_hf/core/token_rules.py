@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from transformers.generation import SuppressTokensLogitsProcessor
 
 from .constraints import Constraint
 from .rounds import Lookahead, Word
@@ -41,6 +42,7 @@ class TokenRules:
     base_num_ids: float = math.inf
     nudging_positions: float = math.inf
     _never_drawn: torch.Tensor | None = field(default=None, init=False)
+    _no_end: SuppressTokensLogitsProcessor | None = field(default=None, init=False)
 
     def num_allowed(self, constraint: Constraint | None, ids: list[int], more: Sequence[int]) -> int:
         """How many of the ids `more` the base may write and read after `ids`. A constraint stops at a stop token."""
@@ -91,6 +93,17 @@ class TokenRules:
                 mask[[*self.nudging_eos]] = 0.0
             self._never_drawn = mask.index_fill(0, self.nudging_control, _NEVER)
         return self._never_drawn
+
+    @property
+    def no_end(self) -> SuppressTokensLogitsProcessor:
+        """The processor with which the nudging model cannot end an answer too early.
+
+        With one vocabulary it may write a stop token of the caller's, and that can be too early too.
+        """
+        if self._no_end is None:
+            too_early = {*self.nudging_eos, *(self.stop_tokens if self.one_vocabulary else ())}
+            self._no_end = SuppressTokensLogitsProcessor(sorted(too_early), device=str(self.nudging_control.device))
+        return self._no_end
 
     def forbidden(self, constraint: Constraint, ids: list[int], scores: torch.Tensor) -> torch.Tensor:
         """What is added to the nudging model's scores after `ids` so that it draws nothing that is forbidden.

@@ -1,0 +1,152 @@
+"""Nudged decoding whose base is run by an inference engine. It knows rows and predictions, never the engine.
+
+An engine with speculative decoding runs a pass over each request's last token and a draft, and is told which tokens
+were sampled. This decoder answers from what the pass predicts: `decide` runs the algorithm of the request as far as
+the predictions carry, and returns by which tokens the engine's text grows. These are the draft's tokens as far as the
+answer goes on with them, and one more token, so the engine rolls back what it has read beyond them as it always does.
+
+A word that the nudging model writes is accepted as a whole, but the engine grows by one token beyond its draft. The
+rest of the word is *pending*: it comes first in the next draft, and is accepted there whatever the base predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from .advance import advance, begin, draft, end, may_write_on, must_write
+from .cached_lm import CachedLM, SeparateRows, common_prefix
+from .row import Prediction, Row
+from .writing import write
+
+
+class EnginePass(NamedTuple):
+    """What an engine's pass has brought to one request.
+
+    Args:
+        draft: the ids that the base has read after the tokens that the engine was told.
+        predictions: what it says after them: `len(draft) + 1` predictions.
+    """
+
+    draft: Sequence[int]
+    predictions: Sequence[Prediction]
+
+
+class EngineDecoder:
+    """Decides for an engine how the texts of its requests grow, and drafts what the base reads next.
+
+    An error in one row ends that row alone, with its `error`. Its answer then keeps what it has.
+
+    Args:
+        nudging: the nudging model.
+        guess_length: how many tokens the nudging model guesses ahead in its own text.
+
+    Attributes:
+        nudging_passes (`int`): the number of forward passes of the nudging model.
+    """
+
+    def __init__(self, nudging: CachedLM | SeparateRows, guess_length: int = 0):
+        self.nudging = nudging
+        self._guess_length = guess_length
+        self._told: dict[Row, int] = {}  # How many tokens of each answer the engine was told.
+        self._writing: set[Row] = set()  # The rows that the nudging model has in its cache.
+        self._next_number = 0
+
+    @property
+    def nudging_passes(self) -> int:
+        return self.nudging.forward_passes
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that were admitted and not forgotten."""
+        return list(self._told)
+
+    def admit(self, row: Row) -> None:
+        """Begins a row. It gets a number in the nudging model's cache."""
+        row.number = self._next_number
+        self._next_number += 1
+        self.nudging.admit(row.number)
+        self._told[row] = 0
+        self._writing.add(row)
+        self._guarded(row, begin)
+
+    def forget(self, row: Row) -> None:
+        """Drops a row that the engine has finished, aborted or lost."""
+        if row.is_open:
+            end(row, "cancelled")
+        self._stop_writing(row)
+        del self._told[row]
+
+    def pending(self, row: Row) -> list[int]:
+        """The tokens that the answer has accepted and the engine was not told."""
+        return row.answer.ids[self._told[row] :]
+
+    def decide(self, passes: Mapping[Row, EnginePass]) -> dict[Row, list[int]]:
+        """Takes in what the engine's pass predicts.
+
+        Args:
+            passes: for each row that the engine has run, with all its prompt read.
+
+        Returns:
+            The ids by which each row's text grows in the engine: between one and `len(draft) + 1`. It is empty only
+            where the answer has ended and the engine has been told all of it.
+        """
+        for row, (read, said) in passes.items():
+            row.predictions.read_by_engine(row.answer.ids, self._told[row], read, said)
+        self._advance(passes)
+        grown = {}
+        for row, (read, _) in passes.items():
+            pending = self.pending(row)
+            grown[row] = pending[: common_prefix(pending, list(read)) + 1]
+            self._told[row] += len(grown[row])
+        return grown
+
+    def drafts(self, rows: Sequence[Row], length: int) -> dict[Row, list[int]]:
+        """What the base is to read next in each row, after the tokens that the engine was told.
+
+        Args:
+            rows: that the engine will run next.
+            length: how many ids a draft has at most. Pending tokens come first, and what the nudging model writes
+                after them follows.
+        """
+        wanted = {row: length - len(self.pending(row)) for row in rows if row.is_open}
+        while short := [
+            row
+            for row, most in wanted.items()
+            if row.is_open and row.error is None and len(row.ahead.ids) < most and may_write_on(row)
+        ]:
+            self._write(short)
+        drafts = {}
+        for row in rows:
+            pending = self.pending(row)
+            more = draft(row, wanted[row]) if wanted.get(row, 0) > 0 and row.is_open else []
+            drafts[row] = [*pending, *more][:length]
+        return drafts
+
+    def _advance(self, rows: Sequence[Row] | Mapping[Row, EnginePass]) -> None:
+        """Runs the algorithm of rows until each waits for the base, with as few nudging passes as it takes."""
+        short = list(rows)
+        while short:
+            for row in short:
+                self._guarded(row, advance)
+                if not row.is_open:
+                    self._stop_writing(row)
+            short = [row for row in short if row.is_open and must_write(row)]
+            if short:
+                self._write(short)
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        write(self.nudging, rows, self._guess_length)
+
+    def _guarded(self, row: Row, action: Callable[[Row], None]) -> None:
+        try:
+            action(row)
+        except Exception as error:
+            row.error = error
+            if row.is_open:
+                end(row, "error")
+
+    def _stop_writing(self, row: Row) -> None:
+        if row in self._writing:
+            self._writing.remove(row)
+            self.nudging.release(row.number)
