@@ -27,15 +27,20 @@ CORE = [
 LAYERS = [
     *({f"core.{module}" for module in floor} for floor in CORE),
     {"core", "study", "provenance", "terminal", "chats", "html_page", "hub_readme", "integrations"},
+    {"server", "server.engine", "server.protocol"},
+    {"server.metrics", "server.prompts", "server.text"},
     {"tasks", "tasks.generated", "tasks.judge", "study.journal", "study.tables", "study.prompts"},
     {"pair", "study.baselines", "study.report", "page", "hub", "streaming", "tasks.scoring"},
     {"study.reader", "pipelines", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},
     {"study.analysis", "study.calibration", "study.comparison", "registration"},
     {"study.demo"},
+    {"server.in_process", "server.replies", "server.serving"},
     {"__init__"},
+    {"server.app"},
     {"cli.arguments", "cli.files", "cli.streams"},
     {"cli.answering"},
-    {"cli.analyze", "cli.calibrate", "cli.compare", "cli.demo", "cli.eval", "cli.generate", "cli.hub", "cli.chat"},
+    {"cli.analyze", "cli.calibrate", "cli.compare", "cli.demo", "cli.eval", "cli.generate", "cli.hub", "cli.chat"}
+    | {"cli.serve"},
     {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}
@@ -85,6 +90,20 @@ def test_what_a_hub_folder_carries_needs_torch_and_transformers_alone(module):
     _, others = imports_of(module)
     roots = {name.split(".")[0] for name in others}
     assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers", "typing_extensions"}
+
+
+@pytest.mark.parametrize("module", sorted(FLOOR))
+def test_only_the_command_line_knows_the_server(module):
+    own, _ = imports_of(module)
+    if module != "cli.serve" and module.split(".")[0] != "server":
+        assert not any(name.split(".")[0] == "server" for name in own)
+
+
+def test_the_routes_of_the_server_know_no_model():
+    _, others = imports_of("server.app")
+    assert not {name.split(".")[0] for name in others} & {"torch", "transformers"}
+    own, _ = imports_of("server.app")
+    assert "server.in_process" not in own and "pair" not in own
 
 
 def test_the_algorithm_knows_no_torch():

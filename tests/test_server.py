@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -363,6 +364,17 @@ def test_the_limit_on_an_answer(fields, expected):
     request = request_of(CHATS, CHAT | fields, context_length=60)
     assert request.arguments["max_new_tokens"] == (expected or 60 - len(request.input_ids))
     assert request_of(COMPLETIONS, PLAIN, context_length=None).arguments["max_new_tokens"] == 1024
+
+
+def test_the_documents_name_every_field_and_every_metric():
+    text = (MINI.parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    fields, rest = text.partition("## Fields of a request\n")[2].split("**What is refused.**")
+    accepted = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"best_of"}
+    assert accepted | {"user", "metadata"} <= set(re.findall(r"`(\w+)`", fields))
+    assert set(REFUSED) | {"best_of"} <= set(re.findall(r"`(\w+)`", rest.partition("## Replies")[0]))
+    told = asked("/metrics", None).text
+    names = {name for name in re.findall(r"^# TYPE (\w+) ", told, re.MULTILINE) if not name.endswith("_created")}
+    assert names == set(re.findall(r"`(nudging_hf_\w+)`", text.partition("## Metrics\n")[2]))
 
 
 def test_every_parameter_of_nudging_but_that_of_speed_is_a_field():

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import inspect
 import random
 import threading
 import time
@@ -141,9 +142,13 @@ def test_many_answers_at_once_are_those_of_single_calls(kind, seed):
     pair, requests = pair_of(kind), some_requests(kind, 14, seed)
     expected = [single_answers(pair, request) for request in requests]
 
+    running = []
+
     async def answer(engine, number, request):
         await asyncio.sleep(random.Random(number).random() / 3)
-        return await read(await engine.submit(request), request.n)
+        answers = await engine.submit(request)
+        running.append(engine.stats().running)
+        return await read(answers, request.n)
 
     async def run():
         async with engine_of(pair, max_running=4) as engine:
@@ -154,6 +159,7 @@ def test_many_answers_at_once_are_those_of_single_calls(kind, seed):
 
     for request, found, own in zip(requests, asyncio.run(run()), expected, strict=True):
         compare(request, found, own)
+    assert 2 <= max(running) <= 4
 
 
 def test_without_a_seed_each_answer_is_another_and_torch_s_generator_is_left_alone():
@@ -295,7 +301,7 @@ def test_after_a_pass_that_failed_the_engine_goes_on(monkeypatch, caplog):
             raise RuntimeError("out of memory")
         return forward(*args, **kwargs)
 
-    failing.__signature__ = __import__("inspect").signature(forward)
+    failing.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(pair.base, "forward", failing)
 
     async def run():

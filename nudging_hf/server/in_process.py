@@ -153,16 +153,19 @@ class InProcessEngine:
         """The rows of a request, as `generate` would begin to write them."""
         pair, device = self._pair, input_device(self._pair.base)
         ids = torch.tensor([request.input_ids], device=device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if request.nudging_input_ids is not None:
             inputs["nudging_input_ids"] = torch.tensor([request.nudging_input_ids], device=device)
-        arguments: dict[str, Any] = {"nudging_config": self._parameters, **request.arguments}
-        if request.n > 1:
-            arguments["num_return_sequences"] = request.n
+        wants_logits = request.top_logprobs is not None
+        arguments: dict[str, Any] = {
+            "nudging_config": self._parameters,
+            "num_return_sequences": request.n,
+            "return_dict_in_generate": wants_logits,
+            "output_logits": wants_logits,
+            **request.arguments,
+        }
         if request.stop:
             arguments["stopping_criteria"] = [StopText(self._vocabulary, request.stop, len(request.input_ids))]
-        if request.top_logprobs is not None:
-            arguments |= {"return_dict_in_generate": True, "output_logits": True}
         seed = secrets.randbits(63) if request.seed is None else request.seed
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

@@ -39,5 +39,7 @@ class GracefulServer(uvicorn.Server):
         """Ends the server and its engine."""
         ending = asyncio.ensure_future(self._engine.shutdown(self._grace))
         await super().shutdown(sockets)
-        if not self.force_exit:
+        if self.force_exit:
+            ending.cancel()
+        else:
             await ending
