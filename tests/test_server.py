@@ -8,11 +8,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nudging_hf
 from nudging_hf.core.config import NudgingConfig
 from nudging_hf.core.vocabulary import Vocabulary
+from nudging_hf.pair import Pair
 from nudging_hf.server.app import ServerSettings, create_app
 from nudging_hf.server.engine import (
     AnswerFailed,
@@ -23,6 +24,7 @@ from nudging_hf.server.engine import (
     TokenLogprob,
     Unavailable,
 )
+from nudging_hf.server.in_process import InProcessEngine
 from nudging_hf.server.protocol import ChatRequest, CompletionRequest, RequestFields
 
 MINI = Path(nudging_hf.__file__).parents[1] / "examples" / "mini" / "models"
@@ -444,6 +446,7 @@ def test_values_that_ask_for_nothing_are_accepted(path, body):
 
 @pytest.mark.parametrize("fields, param", [
     ({"temperature": -1}, "temperature"),
+    ({"temperature": 1e-9}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"top_p": 1.5}, "top_p"),
     ({"top_k": -2}, "top_k"),
@@ -490,7 +493,8 @@ def test_bad_values_are_refused_with_the_field_s_name(fields, param, path, body)
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": 3}, "logprobs"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
-    ({"chat_template_kwargs": {"tokenize": False}}, "messages"),
+    ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"chat_template": "{% for i in x %}"}}, "chat_template_kwargs"),
     ({"nudging_prompt": "Hm."}, "nudging_prompt"),
     ({"prompt": "Hm."}, "prompt"),
 ])  # fmt: skip
@@ -503,6 +507,7 @@ def test_bad_values_of_a_chat(fields, param):
     ({"prompt": []}, "prompt"),
     ({"prompt": [[]]}, "prompt"),
     ({"prompt": ["a", 3]}, "prompt"),
+    ({"prompt": [10**30]}, "prompt"),
     ({"prompt": {"text": "a"}}, "prompt"),
     ({"prompt": None}, "prompt"),
     ({"prompt": ["a"] * 129}, "prompt"),
@@ -642,3 +647,30 @@ def test_whoever_leaves_is_not_answered_to_the_end():
     for stream, tokens in ((False, 0), (True, 0), (True, 2)):
         counted = 'nudging_hf_requests_total{endpoint="chat.completions",outcome="cancelled"} 1.0'
         assert counted in asyncio.run(leave(stream, tokens))
+
+
+# With models ---------------------------------------------------------------------------------------------------------
+
+ODD = [-1, 0, 1, 2**40, 10**30, 1e-300, 0.5, 1e300, "", "auto", "x", [], {}, True, [1], ["a"], [[3]], {"a": 1}, [None]]
+
+
+@pytest.mark.parametrize("path, body", [(CHATS, CHAT), (COMPLETIONS, PLAIN)])
+def test_no_value_of_a_field_makes_the_server_fail(path, body):
+    """Each field with many odd values, by itself and in a sampled answer."""
+    form = ChatRequest if path == CHATS else CompletionRequest
+    fields = sorted({*form.model_fields, *REFUSED} - {"model"})
+    pair = Pair.of(*(AutoModelForCausalLM.from_pretrained(MINI / name) for name in ("base", "nudging")))
+
+    async def ask(client, more):
+        response = await client.post(path, json={**body, "max_tokens": 2, **more})
+        assert response.status_code in (200, 400), (more, response.text)
+        return response.status_code
+
+    async def ask_all():
+        engine = InProcessEngine(pair)
+        async with client_of(engine) as client:
+            tried = [{name: value, **way} for name in fields for value in ODD for way in ({}, {"temperature": 0.7})]
+            return [await ask(client, more) for more in tried]
+
+    statuses = asyncio.run(ask_all())
+    assert statuses.count(200) > 100 and statuses.count(400) > 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ class PromptEncoder:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._nudging_tokenizer = copy.deepcopy(nudging_tokenizer)
         self._base_template = base_template
+        # A client may set variables of the template, but not give a template, which is a program.
+        self._reserved = set(inspect.signature(self._nudging_tokenizer.apply_chat_template).parameters)
 
     def prompts(self, request: ChatRequest | CompletionRequest) -> list[Prompt]:
         """The prompts of a request.
@@ -48,6 +51,11 @@ class PromptEncoder:
         return [self._chat(request)] if isinstance(request, ChatRequest) else self._completion(request)
 
     def _chat(self, request: ChatRequest) -> Prompt:
+        if reserved := sorted(self._reserved & set(request.chat_template_kwargs or {})):
+            raise FieldError(
+                "chat_template_kwargs",
+                f"`chat_template_kwargs` sets variables of the chat template, and `{reserved[0]}` is none of them.",
+            )
         try:
             inputs = chat_inputs(
                 request.chat,

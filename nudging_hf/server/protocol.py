@@ -17,6 +17,8 @@ from ..core.config import NudgingConfig
 MAX_TOP_LOGPROBS = 20
 _MAX_ANSWERS = 128
 _MAX_STOP_STRINGS = 16
+_MOST = 2**31  # Of token ids and limits.
+_LEAST_TEMPERATURE = 0.001  # Scores divided by less would not be finite.
 _BAN = -100  # Of `logit_bias`, by OpenAI's documentation.
 
 
@@ -77,7 +79,7 @@ class RequestFields(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=_MOST)
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
@@ -89,7 +91,7 @@ class RequestFields(BaseModel):
 
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     min_tokens: int | None = Field(None, ge=0)
 
     nudge_threshold: float | str | None = None
@@ -122,6 +124,14 @@ class RequestFields(BaseModel):
         if len(stop) > _MAX_STOP_STRINGS:
             raise refusal("stop", f"`stop` may have {_MAX_STOP_STRINGS} strings, got {len(stop)}.")
         return stop
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_almost_greedy(cls, temperature: float | None) -> float | None:
+        if temperature is not None and 0 < temperature < _LEAST_TEMPERATURE:
+            least = f"`temperature` must be 0, which is greedy, or at least {_LEAST_TEMPERATURE}"
+            raise refusal("temperature", f"{least}, got {temperature}.")
+        return temperature
 
     @field_validator("logit_bias")
     @classmethod
@@ -202,7 +212,7 @@ class ChatRequest(RequestFields):
     """The body of `/v1/chat/completions`."""
 
     messages: list[Any]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=_MOST)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template_kwargs: dict[str, Any] | None = None
@@ -335,7 +345,9 @@ def _lists_of_ids(given: Any) -> list[list[int]]:
     if not isinstance(given, list) or not given:
         return []
     lists = given if isinstance(given[0], list) else [given]
-    are_ids = all(isinstance(each, list) and each and all(type(i) is int for i in each) for each in lists)
+    are_ids = all(
+        isinstance(each, list) and each and all(type(i) is int and 0 <= i < _MOST for i in each) for each in lists
+    )
     return lists if are_ids else []
 
 
