@@ -145,7 +145,7 @@ class FakeEngine:
             logits = self.model(torch.tensor([[*row.answer.prompt, *ids]]), use_cache=False).logits[0, -number:]
             [said] = predictions(logits.float(), [predicting.Reading(row, ids, number)])
             passes[row] = EnginePass(draft, said)
-        for row, ids in self.decoder.decide(passes).items():
+        for row, ids in self.decoder.decide(passes, self.draw.choice([None, 0.1])).items():
             assert len(ids) <= len(passes[row].draft) + 1 and (ids or row.error is not None)
             self.texts[row] += ids
         ended = [row for row in chosen if not row.is_open and not self.decoder.pending(row)]
@@ -157,13 +157,14 @@ class FakeEngine:
         return ended
 
 
-@pytest.mark.parametrize("drafts", [0, 1, 4, 16])
+@pytest.mark.parametrize(("drafts", "length"), [(0, 0), (1, 4), (4, 4), (16, 16), (16, "adaptive")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_engine_writes_what_a_single_run_writes(kind, drafts):
+def test_an_engine_writes_what_a_single_run_writes(kind, drafts, length):
+    """Drafts of up to `drafts` tokens, of which the nudging model writes `length`."""
     pair, asked = questions("llama", kind, 9)
-    draw = random.Random(f"{kind} {drafts}")
+    draw = random.Random(f"{kind} {drafts} {length}")
     nudging = cached_lm(pair.nudging_model, 0)
-    engine = FakeEngine(pair.base, EngineDecoder(nudging, guess_length=draw.choice([0, 4])), drafts, draw)
+    engine = FakeEngine(pair.base, EngineDecoder(nudging, Drafter(length, DraftLength(), list)), drafts, draw)
     waiting, running, finished = list(asked), {}, 0
     while waiting or engine.texts:
         while waiting and len(engine.texts) < 5 and draw.random() < 0.5:
@@ -186,7 +187,12 @@ def test_an_engine_writes_what_a_single_run_writes(kind, drafts):
 
 def test_an_engine_keeps_on_after_an_error_in_one_row():
     pair, asked = questions("llama", "shared", 3)
-    engine = FakeEngine(pair.base, EngineDecoder(cached_lm(pair.nudging_model, 0)), 4, random.Random(0))
+    engine = FakeEngine(
+        pair.base,
+        EngineDecoder(cached_lm(pair.nudging_model, 0), Drafter(4, DraftLength(), list)),
+        4,
+        random.Random(0),
+    )
     rows = [question.row() for question in asked]
 
     def refuse(token, nudged):

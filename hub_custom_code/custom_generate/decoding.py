@@ -26,16 +26,13 @@ from typing import NamedTuple
 import torch
 
 from . import predicting
-from .advance import advance, begin, check_logits, draft, end, max_draft, may_write_on, must_read, must_write
+from .advance import advance, begin, check_logits, draft, draft_progress, end, must_read, must_write
 from .cached_lm import CachedLM, Reading, SeparateRows
-from .draft_policy import MAX_DRAFT_TOKENS, DraftProgress
 from .drafting import Drafter
 from .predicting import predictions
 from .row import Row
 from .sampling import joined
 from .writing import write
-
-_MAX_USUAL_WIDTH = MAX_DRAFT_TOKENS + 16  # Tokens per row of a pass that reads no prompt, at most.
 
 
 class _Write(NamedTuple):
@@ -118,7 +115,7 @@ class NudgedDecoder:
         if work is None:
             return False
         if isinstance(work, _Write):
-            self._write(work)
+            write(self.nudging, work.rows, self.drafter, len(self._open_rows()), work.is_forced)
         else:
             self._read(work)
         self._take_in(self._open_rows())
@@ -136,7 +133,7 @@ class NudgedDecoder:
             self.drafter.verified(drafts, self._answer_tokens())
         draft_length = 0
         if rows:
-            progress = [_progress(row) for row in rows]
+            progress = [draft_progress(row) for row in rows]
             plan = self.drafter.plan(progress, steps_are_free=bool(forced), reread=lambda: self._reread(rows))
             draft_length = plan.read
             unfinished = [
@@ -190,19 +187,7 @@ class NudgedDecoder:
             if row.is_open:
                 end(row, "error")
 
-    # Run: a pass of the nudging model.
-
-    def _write(self, work: _Write) -> None:
-        began = time.perf_counter()
-        written = write(self.nudging, work.rows, self.drafter.guess_length(len(self._open_rows())))
-        has_ended = any(row.ahead.end is not None for row in work.rows)
-        guesses = [(each.accepted, each.guessed) for each in written]
-        self.drafter.wrote(guesses, [each.least_top1 for each in written], has_ended)
-        if (fed := _usual_size(self.nudging)) is not None:
-            tokens = sum(each.accepted + 1 for each in written) / len(work.rows)
-            self.drafter.time_step(fed, time.perf_counter() - began, tokens, work.is_forced)
-
-    # Run: a pass of the base.
+    # Run: a pass of one model.
 
     def _read(self, work: _Read) -> None:
         """Lets the base read each row's answer and draft, and predict at every position that it has not read."""
@@ -219,8 +204,7 @@ class NudgedDecoder:
         said = predictions(
             raw, [predicting.Reading(row, row.predictions.read, readings[row.number].keep) for row in rows]
         )
-        if (fed := _usual_size(self.base)) is not None:
-            self.drafter.time_pass(fed, time.perf_counter() - began, reads_prompts)
+        self.drafter.time_pass(self.base.last_shape, time.perf_counter() - began, reads_prompts)
         for row, own in zip(rows, said, strict=True):
             for prediction in own:
                 row.predictions.add(prediction)
@@ -233,11 +217,6 @@ def _advance(row: Row) -> None:
     if row.is_open and row.question is None:
         begin(row)
     advance(row)
-
-
-def _progress(row: Row) -> DraftProgress:
-    written = row.ahead.top1_probs
-    return DraftProgress(written, max_draft(row) if may_write_on(row) else len(written))
 
 
 def _is_recorded(row: Row) -> bool:
@@ -262,13 +241,3 @@ def _base_reading(row: Row) -> Reading:
 def _check_recorded(row: Row) -> None:
     for place in range(len(row.answer.ids)):
         check_logits(row, place)
-
-
-def _usual_size(lm: CachedLM | SeparateRows) -> int | None:
-    """The tokens of its last pass, padding included, if others like it will follow.
-
-    `None` for a pass that read a prompt or was compiled first.
-    """
-    if lm.last_shape is None or lm.last_shape[1] > _MAX_USUAL_WIDTH:
-        return None
-    return lm.last_shape[0] * lm.last_shape[1]

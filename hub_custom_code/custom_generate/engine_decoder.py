@@ -11,11 +11,14 @@ rest of the word is *pending*: it comes first in the next draft, and is accepted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .advance import advance, begin, draft, end, may_write_on, must_write
+from .advance import advance, begin, draft, draft_progress, end, must_write
 from .cached_lm import CachedLM, SeparateRows, common_prefix
+from .draft_policy import DraftProgress
+from .drafting import Drafter
 from .row import Prediction, Row
 from .writing import write
 
@@ -32,29 +35,32 @@ class EnginePass(NamedTuple):
     predictions: Sequence[Prediction]
 
 
+class _Draft(NamedTuple):
+    """The last draft of a row: how many pending tokens it begins with, and the top-1 probabilities of the others."""
+
+    pending: int
+    top1_probs: Sequence[float]
+
+
 class EngineDecoder:
     """Decides for an engine how the texts of its requests grow, and drafts what the base reads next.
 
     An error in one row ends that row alone, with its `error`. Its answer then keeps what it has.
 
     Args:
-        nudging: the nudging model.
-        guess_length: how many tokens the nudging model guesses ahead in its own text.
-
-    Attributes:
-        nudging_passes (`int`): the number of forward passes of the nudging model.
+        nudging: the nudging model, without rows.
+        drafter: plans the drafts.
     """
 
-    def __init__(self, nudging: CachedLM | SeparateRows, guess_length: int = 0):
+    def __init__(self, nudging: CachedLM | SeparateRows, drafter: Drafter):
         self.nudging = nudging
-        self._guess_length = guess_length
+        self._drafter = drafter
         self._told: dict[Row, int] = {}  # How many tokens of each answer the engine was told.
         self._writing: set[Row] = set()  # The rows that the nudging model has in its cache.
+        self._drafts: dict[Row, _Draft] = {}
+        self._outcomes: list[tuple[Sequence[float], int]] = []  # Of the drafts of the last pass.
         self._next_number = 0
-
-    @property
-    def nudging_passes(self) -> int:
-        return self.nudging.forward_passes
+        self._tokens = 0  # By which the engine's texts have grown.
 
     @property
     def rows(self) -> list[Row]:
@@ -75,30 +81,45 @@ class EngineDecoder:
         if row.is_open:
             end(row, "cancelled")
         self._stop_writing(row)
+        self._drafts.pop(row, None)
         del self._told[row]
+
+    def told(self, row: Row) -> int:
+        """How many tokens of the answer the engine was told."""
+        return self._told[row]
 
     def pending(self, row: Row) -> list[int]:
         """The tokens that the answer has accepted and the engine was not told."""
         return row.answer.ids[self._told[row] :]
 
-    def decide(self, passes: Mapping[Row, EnginePass]) -> dict[Row, list[int]]:
+    def decide(self, passes: Mapping[Row, EnginePass], seconds: float | None = None) -> dict[Row, list[int]]:
         """Takes in what the engine's pass predicts.
 
         Args:
             passes: for each row that the engine has run, with all its prompt read.
+            seconds: what the pass took, if it read no prompts. The draft length is chosen by it.
 
         Returns:
             The ids by which each row's text grows in the engine: between one and `len(draft) + 1`. It is empty only
             where the answer has ended and the engine has been told all of it.
         """
+        self._drafter.read(self._tokens)
+        if seconds is not None and passes:
+            fed = sum(len(each.draft) + 1 for each in passes.values())
+            self._drafter.time_pass((len(passes), math.ceil(fed / len(passes))), seconds, reads_prompts=False)
         for row, (read, said) in passes.items():
             row.predictions.read_by_engine(row.answer.ids, self._told[row], read, said)
         self._advance(passes)
-        grown = {}
+        grown, self._outcomes = {}, []
         for row, (read, _) in passes.items():
             pending = self.pending(row)
-            grown[row] = pending[: common_prefix(pending, list(read)) + 1]
+            accepted = common_prefix(pending, list(read))
+            grown[row] = pending[: accepted + 1]
             self._told[row] += len(grown[row])
+            self._tokens += len(grown[row])
+            if (last := self._drafts.pop(row, None)) is not None:
+                top1_probs = last.top1_probs[: max(0, len(read) - last.pending)]
+                self._outcomes.append((top1_probs, min(len(top1_probs), max(0, accepted - last.pending))))
         return grown
 
     def drafts(self, rows: Sequence[Row], length: int) -> dict[Row, list[int]]:
@@ -109,21 +130,34 @@ class EngineDecoder:
             length: how many ids a draft has at most. Pending tokens come first, and what the nudging model writes
                 after them follows.
         """
-        wanted = {row: length - len(self.pending(row)) for row in rows if row.is_open}
-        while short := [
-            row
-            for row, most in wanted.items()
-            if row.is_open and row.error is None and len(row.ahead.ids) < most and may_write_on(row)
-        ]:
-            self._write(short)
+        if self._drafter.awaits_verification:
+            self._drafter.verified(self._outcomes, self._tokens)
+        read = self._write_drafts([row for row in rows if row.is_open], length)
         drafts = {}
         for row in rows:
-            pending = self.pending(row)
-            more = draft(row, wanted[row]) if wanted.get(row, 0) > 0 and row.is_open else []
-            drafts[row] = [*pending, *more][:length]
+            pending = self.pending(row)[:length]
+            more = draft(row, min(read, length - len(pending))) if row.is_open else []
+            top1_probs = row.answer.draft_top1_probs(more, row.ahead.ids, row.ahead.top1_probs)
+            self._drafts[row] = _Draft(len(pending), top1_probs)
+            drafts[row] = [*pending, *more]
         return drafts
 
-    def _advance(self, rows: Sequence[Row] | Mapping[Row, EnginePass]) -> None:
+    def _write_drafts(self, rows: Sequence[Row], length: int) -> int:
+        """Lets the nudging model write as far as the drafter plans, and returns how much of it the base reads."""
+        while rows:
+            progress = [self._progress(row, length) for row in rows]
+            plan = self._drafter.plan(progress, steps_are_free=False, reread=lambda: None)
+            short = [row for row, each in zip(rows, progress, strict=True) if each.is_shorter_than(plan.write)]
+            if not short:
+                return plan.read
+            self._write(short, is_forced=False)
+        return 0
+
+    def _progress(self, row: Row, length: int) -> DraftProgress:
+        written, limit = draft_progress(row)
+        return DraftProgress(written, min(limit, max(0, length - len(self.pending(row)))))
+
+    def _advance(self, rows: Iterable[Row]) -> None:
         """Runs the algorithm of rows until each waits for the base, with as few nudging passes as it takes."""
         short = list(rows)
         while short:
@@ -133,10 +167,10 @@ class EngineDecoder:
                     self._stop_writing(row)
             short = [row for row in short if row.is_open and must_write(row)]
             if short:
-                self._write(short)
+                self._write(short, is_forced=True)
 
-    def _write(self, rows: Sequence[Row]) -> None:
-        write(self.nudging, rows, self._guess_length)
+    def _write(self, rows: Sequence[Row], is_forced: bool) -> None:
+        write(self.nudging, rows, self._drafter, len(self._writing), is_forced)
 
     def _guarded(self, row: Row, action: Callable[[Row], None]) -> None:
         try:

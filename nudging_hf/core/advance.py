@@ -11,6 +11,7 @@ import math
 import torch
 
 from .answer import TwoVocabularies
+from .draft_policy import DraftProgress
 from .rounds import Accept, Lookahead, Question, Reply, Step, Verdict
 from .row import Row, WritingEnd
 from .vocabulary import to_text
@@ -61,13 +62,16 @@ def must_read(row: Row) -> bool:
     return row.question is Question.VERDICT and len(row.predictions) <= len(row.answer.ids)
 
 
-def may_write_on(row: Row) -> bool:
-    """Whether the nudging model may write a draft beyond what it has written."""
-    ahead = row.ahead
-    return ahead.end is None and len(ahead.all_ids) < row.nudging.room and not _lookahead_depends_on_count(row)
+def draft_progress(row: Row) -> DraftProgress:
+    """What the nudging model has written of the row's draft, and how long the draft can become."""
+    written = row.ahead.top1_probs
+    may_write_on = (
+        row.ahead.end is None and len(row.ahead.all_ids) < row.nudging.room and not _lookahead_depends_on_count(row)
+    )
+    return DraftProgress(written, _max_draft(row) if may_write_on else len(written))
 
 
-def max_draft(row: Row) -> float:
+def _max_draft(row: Row) -> float:
     """How many draft tokens the base can read after the answer, within its limits."""
     return max(0.0, row.room - 1)
 
@@ -75,7 +79,7 @@ def max_draft(row: Row) -> float:
 def draft(row: Row, length: int) -> list[int]:
     """What the nudging model has written after the answer, as up to so many tokens that the base may read."""
     answer, rules = row.answer, row.request.rules
-    ids = answer.draft(row.ahead.ids[:length], int(min(length, max_draft(row))))
+    ids = answer.draft(row.ahead.ids[:length], int(min(length, _max_draft(row))))
     if not rules.one_vocabulary:
         ids = ids[: rules.num_allowed(row.constraint, answer.ids, ids)]
     return ids

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .config import ADAPTIVE
-from .draft_policy import DraftLength, DraftProgress, Plan
+from .draft_policy import MAX_DRAFT_TOKENS, DraftLength, DraftProgress, Plan
+
+_MAX_USUAL_WIDTH = MAX_DRAFT_TOKENS + 16  # Tokens per row of a pass that reads no prompt, at most.
+Shape = tuple[int, int]  # Rows and tokens per row of a forward pass, padding included.
 
 
 class Drafter:
@@ -69,13 +72,23 @@ class Drafter:
         if has_ended or any(map(self._policy.acceptance.is_below_average, least_top1)):
             self._plan = None  # Less was written than the plan expected.
 
-    def time_step(self, tokens: int, seconds: float, written: float, is_forced: bool) -> None:
-        """Learns what a pass of the nudging model took; see [`DraftLength.observe_step`]."""
-        self._policy.observe_step(tokens, seconds, written, drafts=not is_forced)
+    def time_step(self, shape: Shape | None, seconds: float, written: float, is_forced: bool) -> None:
+        """Learns what a pass of the nudging model took; see [`DraftLength.observe_step`].
 
-    def time_pass(self, tokens: int, seconds: float, reads_prompts: bool) -> None:
-        """Learns what a base pass took; see [`DraftLength.observe_pass`]."""
-        self._policy.observe_pass(tokens, seconds, reads_prompts)
+        Args:
+            shape: of the pass, or `None` if its time says nothing about later ones.
+        """
+        if shape is not None and shape[1] <= _MAX_USUAL_WIDTH:
+            self._policy.observe_step(shape[0] * shape[1], seconds, written, drafts=not is_forced)
+
+    def time_pass(self, shape: Shape | None, seconds: float, reads_prompts: bool) -> None:
+        """Learns what a base pass took; see [`DraftLength.observe_pass`].
+
+        Args:
+            shape: as in `time_step`.
+        """
+        if shape is not None and shape[1] <= _MAX_USUAL_WIDTH:
+            self._policy.observe_pass(shape[0] * shape[1], seconds, reads_prompts)
 
     def read(self, answer_tokens: int) -> None:
         """Takes note that the base reads, at so many tokens of all answers.

@@ -7,15 +7,16 @@ more token.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from itertools import accumulate, chain, islice
-from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 from .cached_lm import CachedLM, Reading, SeparateRows
+from .drafting import Drafter
 from .gate import top1_probabilities
 from .predicting import numbers
 from .prompt_lookup import guess
@@ -25,27 +26,20 @@ from .sampling import Positions, choose, fold_in, joined, processed_scores
 logger = logging.get_logger(__name__)
 
 
-class Written(NamedTuple):
-    """What one pass has brought to a row.
-
-    Args:
-        accepted, guessed: how many tokens were guessed right, and how many were guessed.
-        least_top1: the least top-1 probability among the tokens that were written.
-    """
-
-    accepted: int
-    guessed: int
-    least_top1: float
-
-
-def write(nudging: CachedLM | SeparateRows, rows: Sequence[Row], guess_length: int) -> list[Written]:
+def write(
+    nudging: CachedLM | SeparateRows, rows: Sequence[Row], drafter: Drafter, num_open: int, is_forced: bool
+) -> None:
     """Lets the nudging model write a token in each row, and before it whatever was guessed right.
 
     Args:
         nudging: the nudging model.
         rows: the answers, of which what was written ahead is aligned to the answer.
-        guess_length: how many tokens are guessed at most.
+        drafter: says how many tokens are guessed, and learns from the outcome and from the time.
+        num_open: how many rows are open.
+        is_forced: whether some row must write, so that the others draft for free.
     """
+    began = time.perf_counter()
+    guess_length = drafter.guess_length(num_open)
     # While a token count forbids it to end the answer, it writes one token at a time.
     may_end = [not _may_not_end(row) for row in rows]
     guesses, readings = [], {}
@@ -60,12 +54,15 @@ def write(nudging: CachedLM | SeparateRows, rows: Sequence[Row], guess_length: i
         scores, [key for row, guessed in zip(rows, guesses, strict=True) for key in _keys(row, guessed)]
     )
     said = zip(*numbers(tokens, top1_probabilities(raw), best), strict=True)
-    written = []
+    outcomes, least_top1 = [], []
     for row, guessed in zip(rows, guesses, strict=True):
         own_said = list(islice(said, len(guessed) + 1))
         accepted = _accept_guesses(row, guessed, own_said)
-        written.append(Written(accepted, len(guessed), min(top1 for _, top1, _ in own_said[: accepted + 1])))
-    return written
+        outcomes.append((accepted, len(guessed)))
+        least_top1.append(min(top1 for _, top1, _ in own_said[: accepted + 1]))
+    drafter.wrote(outcomes, least_top1, has_ended=any(row.ahead.end is not None for row in rows))
+    written = sum(accepted + 1 for accepted, _ in outcomes) / len(rows)
+    drafter.time_step(nudging.last_shape, time.perf_counter() - began, written, is_forced)
 
 
 def _may_not_end(row: Row) -> bool:
