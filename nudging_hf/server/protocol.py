@@ -325,7 +325,7 @@ def first_error(errors: list[Any]) -> FieldError:
     if error["type"] == "json_invalid":
         return FieldError(None, f"The body is not valid JSON: {error.get('ctx', {}).get('error', error['msg'])}.")
     if param is None:
-        return FieldError(None, f"The body must be a JSON object: {error['msg']}.")
+        return FieldError(None, "The body must be a JSON object, sent as `Content-Type: application/json`.")
     name = ".".join(place)
     if error["type"] == "extra_forbidden":
         return FieldError(name, f"There is no field `{name}`. docs/server.md lists the fields.")
