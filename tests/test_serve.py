@@ -232,7 +232,7 @@ def test_a_client_that_leaves_makes_room(client, url):
     stream.close()
     wait_until(lambda: metrics_of(url)["nudging_hf_answers_running"] == 0 and metrics_of(url)[counted] == 1)
     with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=0.3).chat.completions.create(model="mini", messages=CHAT, **ENDLESS)
+        client.with_options(timeout=2).chat.completions.create(model="mini", messages=CHAT, **ENDLESS)
     wait_until(lambda: metrics_of(url)["nudging_hf_answers_running"] == 0 and metrics_of(url)[counted] == 2)
 
 
