@@ -18,15 +18,8 @@ INSTRUCTION_TEMPLATE = "{system}\nInstruction: {user}\n"
 Message = Mapping[str, Any]
 
 # `chat_inputs` sets these arguments of a chat template itself, or they would change how it encodes the prompts.
-_RESERVED_TEMPLATE_KWARGS = (
-    "add_generation_prompt",
-    "continue_final_message",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-)
+_RESERVED_TEMPLATE_KWARGS = "add_generation_prompt continue_final_message padding return_assistant_tokens_mask".split()
+_RESERVED_TEMPLATE_KWARGS += ["return_dict", "return_tensors", "tokenize"]
 _CHAT_FORM = 'A chat must be a list of messages {"role": ..., "content": ...}'
 
 
@@ -82,7 +75,7 @@ def chat_inputs(
     plain = [plain_prompt(chat, base_template) for chat in many]
     rows = [tokenizer(text)["input_ids"] for text in plain]
     if nudging_tokenizer.chat_template:
-        nudging_rows = [_chat_ids(nudging_tokenizer, chat, chat_template_kwargs) for chat in many]
+        nudging_rows = [chat_ids(nudging_tokenizer, chat, chat_template_kwargs) for chat in many]
     else:
         if not _has_system(base_template) and any((checked_messages(chat)[0] or "").strip() for chat in many):
             raise ValueError(
@@ -93,12 +86,8 @@ def chat_inputs(
         nudging_rows = [nudging_tokenizer(text)["input_ids"] for text in plain]
     ids, mask = padded(rows, tokenizer)
     nudging_ids, nudging_mask = padded(nudging_rows, nudging_tokenizer)
-    return BatchEncoding({
-        "input_ids": ids,
-        "attention_mask": mask,
-        "nudging_input_ids": nudging_ids,
-        "nudging_attention_mask": nudging_mask,
-    })  # fmt: skip
+    own = {"input_ids": ids, "attention_mask": mask}
+    return BatchEncoding({**own, "nudging_input_ids": nudging_ids, "nudging_attention_mask": nudging_mask})
 
 
 def plain_prompt(messages: Sequence[Message], template: str = REASONING_TEMPLATE) -> str:
@@ -179,14 +168,9 @@ def checked_messages(messages: Sequence[Message]) -> tuple[str | None, list[str]
 
 
 def validate_no_surrogates(text: str, what: str) -> None:
-    """Checks that a text has no surrogate code point, because no tokenizer and no file can encode one.
+    """Raises a `ValueError` for a text with a surrogate code point, because no tokenizer and no file can encode one.
 
-    Args:
-        text: any string. Python turns bytes that it cannot decode into surrogates.
-        what: what the text is, as the subject of a sentence.
-
-    Raises:
-        ValueError: if the text has a surrogate.
+    Python turns bytes that it cannot decode into surrogates. `what` is the text, as the subject of a sentence.
     """
     try:
         text.encode("utf-8")
@@ -257,16 +241,22 @@ def _quote(value: Any) -> str:
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
-def _chat_ids(tokenizer: Any, messages: Sequence[Message], kwargs: Mapping[str, Any] | None) -> list[int]:
-    """The nudging model's prompt for a chat, made by its chat template."""
+def chat_ids(
+    tokenizer: Any, messages: Sequence[Message], chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """The nudging model's prompt for a chat, made by its chat template, as in [`chat_inputs`].
+
+    Raises:
+        ValueError: if the chat is malformed, or the template leaves out a message.
+    """
     system, turns = checked_messages(messages)
     chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     if system is not None:
         try:
-            return templated_ids(tokenizer, [{"role": "system", "content": system}, *chat], kwargs)
+            return templated_ids(tokenizer, [{"role": "system", "content": system}, *chat], chat_template_kwargs)
         except TemplateRefusal:  # Gemma's template refuses a system message, and one of Phi-3's leaves it out.
             chat[0]["content"] = f"{system}\n\n{chat[0]['content']}"
-    return templated_ids(tokenizer, chat, kwargs)
+    return templated_ids(tokenizer, chat, chat_template_kwargs)
 
 
 def padded(rows: Sequence[list[int]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,12 +44,10 @@ _ENVIRONMENT = jinja2.Environment(
 
 
 def render(template: str, **values: Any) -> str:
-    """A page. All values are escaped.
+    """A page. All values are escaped, except the page's `style` (CSS).
 
-    Args:
-        template: in Jinja; it extends "page", whose blocks are "header", "main" and "policy" (the end of the content
-            security policy).
-        values: what the template shows, and `title` and `style` (CSS, which is not escaped) of the page.
+    The Jinja template extends "page", which shows `title` too, and whose blocks are "header", "main" and "policy" (the
+    end of the content security policy).
     """
     html = _ENVIRONMENT.from_string(template).render(values)
     return html.replace("\r", "&#13;")  # A parser turns a carriage return into a line feed unless it is spelt out.

@@ -9,16 +9,18 @@ import os
 import shutil
 import string
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from .chats import REASONING_TEMPLATE, turn_template
 from .core.config import NudgingConfig
 from .hub_readme import refresh_lists
+from .pair import is_folder, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +30,10 @@ REQUIREMENTS = ("torch>=2.4", "transformers>=5.12")
 
 _CORE = Path(__file__).parent / "core"
 _NOT_KEPT = ("_from_model_config", "transformers_version")
-# Fields that act on sampling alone, and fields that act on beams alone, each with the value that changes nothing.
-_SAMPLING_FIELDS = {
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-_BEAM_FIELDS = {"early_stopping": False, "length_penalty": 1.0}
+# Fields that act on sampling alone, and fields that act on beams alone.
+_SAMPLING_FIELDS = "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
+_BEAM_FIELDS = ["early_stopping", "length_penalty"]
 _NOT_UPLOADED = ("*.pyc", "*.DS_Store", *DEFAULT_IGNORE_PATTERNS)
-
-
-# Code ----------------------------------------------------------------------------------------------------------------
 
 
 def carried_modules() -> list[Path]:
@@ -69,9 +59,6 @@ def write_code(folder: str | os.PathLike[str]) -> Path:
     (code / "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS), encoding="utf-8")
     refresh_lists(Path(folder, "README.md"))
     return code
-
-
-# Models --------------------------------------------------------------------------------------------------------------
 
 
 def export(
@@ -119,7 +106,7 @@ def export(
             )
         if not (out / "config.json").is_file():
             raise ValueError(f"{out} is no model folder, and stays: only a model folder is overwritten.")
-    copied = _is_folder(nudging_model, "nudging model")
+    copied = is_folder(nudging_model, "The nudging model")
     if not copied:
         validate_repo_id(nudging_model)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,12 +114,9 @@ def export(
         made = Path(scratch, out.name)
         made.mkdir()
         named = f"./{NUDGING_MODEL}" if copied else nudging_model
-        _save_base(base, made, base_template, parameters | {"nudging_model_name_or_path": named})
+        _save(base, "base", made, base_template, parameters | {"nudging_model_name_or_path": named})
         if copied:
-            model, tokenizer = _load(nudging_model, "nudging model")
-            model.generation_config = _savable(model.generation_config, nudging_model, "nudging model")
-            model.save_pretrained(made / NUDGING_MODEL)
-            tokenizer.save_pretrained(made / NUDGING_MODEL)
+            _save(nudging_model, "nudging model", made / NUDGING_MODEL)
         write_code(made)
         hub_names = [name for name in (base, nudging_model) if not Path(name).is_dir()]
         (made / "README.md").write_text(_model_card(out.name, hub_names, named, parameters), encoding="utf-8")
@@ -142,14 +126,26 @@ def export(
     return out
 
 
-def _save_base(name: str, folder: Path, base_template: str, fields: dict[str, Any]) -> None:
-    """Saves the base and its tokenizer. On return nothing holds its weights any more."""
-    model, tokenizer = _load(name, "base")
-    # A fresh config is made: one that is marked as made from the model's loses fields of nudging when it is loaded.
-    own = model.generation_config.to_dict()
-    own = {key: value for key, value in own.items() if key not in _NOT_KEPT and value is not None}
-    model.generation_config = _savable(GenerationConfig(**own | fields), name, "base")
-    tokenizer.chat_template = plain_chat_template(base_template, _opening(tokenizer))
+def _save(
+    name: str, whose: str, folder: Path, base_template: str | None = None, fields: dict[str, Any] | None = None
+) -> None:
+    """Saves a model with its weights as they were, and its tokenizer. On return nothing holds the weights any more.
+
+    The chat template is made of `base_template`, or stays. The generation config gets the given fields.
+    """
+    _refuse_broken_generation_config(name, whose)
+    model, tokenizer = load_model(name, f"The {whose}", dtype="auto", use_safetensors=True, trust_remote_code=False)
+    # transformers did without their own code here, so it must not ask for that code when the folder is trusted.
+    vars(model.config).pop("auto_map", None)
+    tokenizer.init_kwargs.pop("auto_map", None)
+    if fields is not None:
+        # A fresh config: one that is marked as made from the model's loses fields of nudging when it is loaded.
+        own = model.generation_config.to_dict()
+        own = {key: value for key, value in own.items() if key not in _NOT_KEPT and value is not None}
+        model.generation_config = GenerationConfig(**own | fields)
+    model.generation_config = _savable(model.generation_config, name, whose)
+    if base_template is not None:
+        tokenizer.chat_template = plain_chat_template(base_template, _opening(tokenizer))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -177,22 +173,20 @@ def _savable(config: GenerationConfig, name: str, whose: str) -> GenerationConfi
     """
     if _why_not_saved(config) is None:
         return config
-    idle: dict[str, Any] = {} if config.do_sample is True else dict(_SAMPLING_FIELDS)
+    idle = [] if config.do_sample is True else [*_SAMPLING_FIELDS]
     if config.num_beams in (None, 1):
-        idle |= _BEAM_FIELDS
+        idle += _BEAM_FIELDS
     if config.use_cache is False:
-        idle["cache_implementation"] = None
+        idle.append("cache_implementation")
     if config.return_dict_in_generate is not True:
-        idle |= dict.fromkeys(GenerationConfig.extra_output_flags, False)
+        idle += GenerationConfig.extra_output_flags
     if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:  # No token has a negative id.
-        idle["pad_token_id"] = None
+        idle.append("pad_token_id")
+    given = {field: getattr(config, field, None) for field in idle}
+    dropped = {field: value for field, value in given.items() if value is not None and value is not False}
     mended = copy.deepcopy(config)
-    dropped = {}
-    for field, neutral in idle.items():
-        value = getattr(config, field, None)
-        if value is not None and value != neutral:
-            dropped[field] = value
-            setattr(mended, field, None)
+    for field in dropped:
+        setattr(mended, field, None)
     if (why := _why_not_saved(mended)) is not None:
         raise ValueError(
             f"The generation config of the {whose} {name!r} is one that transformers does not save: {why} Mend it in "
@@ -215,33 +209,6 @@ def _why_not_saved(config: GenerationConfig) -> str | None:
     except (ValueError, TypeError) as error:  # It compares numbers with values of any type.
         return " ".join(str(error).split())
     return None
-
-
-def _is_folder(name: str, whose: str) -> bool:
-    """Whether a model is a folder; otherwise it is on the Hub."""
-    if Path(name).is_dir():
-        return True
-    if name.startswith((".", "/", "~")):
-        raise ValueError(f"The {whose}: there is no folder {name}.")
-    return False
-
-
-def _load(name: str, whose: str) -> tuple[Any, Any]:
-    """A model with its weights as they were saved, and its tokenizer, neither of which needs code of its own."""
-    _is_folder(name, whose)
-    _refuse_broken_generation_config(name, whose)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The {whose} {name!r} cannot be loaded. It must be a causal language model that transformers knows, with "
-            f"its tokenizer and its weights as safetensors, as `save_pretrained` writes them: {error}"
-        ) from error
-    # transformers did without their own code here, so it must not ask for that code when the folder is trusted.
-    vars(model.config).pop("auto_map", None)
-    tokenizer.init_kwargs.pop("auto_map", None)
-    return model, tokenizer
 
 
 # Chats ---------------------------------------------------------------------------------------------------------------
@@ -315,6 +282,10 @@ _CHAT_TEMPLATE = string.Template("""\
 """)
 
 
+# Makes a string of Jinja. Its escapes are Python's, and JSON's would split a character beyond 16 bits in two.
+_quoted = partial(json.dumps, ensure_ascii=False)
+
+
 def _jinja_of(template: str) -> str:
     """A Jinja expression whose value is `template.format(user=user, system=system)`."""
     parts = []
@@ -324,11 +295,6 @@ def _jinja_of(template: str) -> str:
         if field is not None:
             parts.append(field)
     return " ~ ".join(parts)
-
-
-def _quoted(text: str) -> str:
-    """A string of Jinja. Its escapes are Python's, and JSON's would split a character beyond 16 bits in two."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _opening(tokenizer: Any) -> str:

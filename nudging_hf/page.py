@@ -13,12 +13,9 @@ from .provenance import Piece, count_nudged_words
 
 @dataclass(frozen=True)
 class MarkedAnswer:
-    """One answer of a page.
+    """One answer of a page, as [`~provenance.pieces_of`] returns it. A piece with `top1` shows it when pointed at.
 
-    Args:
-        prompt: what was asked.
-        pieces: the answer, as [`~provenance.pieces_of`] returns it. A piece with `top1` shows it when pointed at.
-        figures: what else the page says about the answer, by name, such as `{"finished": "eos"}`.
+    `figures` is what else the page says about the answer, by name, such as `{"finished": "eos"}`.
     """
 
     prompt: str

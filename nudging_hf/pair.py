@@ -1,12 +1,14 @@
-"""A base and a nudging model with their tokenizers, and how they are called. It knows chats, never how to decode."""
+"""Loads and calls a base and a nudging model, each with its tokenizer. It knows chats, never how to decode."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import BatchEncoding
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 from .chats import REASONING_TEMPLATE, Message, chat_inputs
 from .core.config import NudgingConfig
@@ -17,12 +19,7 @@ from .core.transformers_private import input_device
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models in their places, and their tokenizers.
-
-    Args:
-        base, nudging_model: causal language models of transformers.
-        tokenizer, nudging_tokenizer: the tokenizer of each.
-    """
+    """Two causal language models of transformers, each with its tokenizer."""
 
     base: Any
     tokenizer: Any
@@ -31,13 +28,10 @@ class Pair:
 
     @classmethod
     def of(cls, base: Any, nudging_model: Any, tokenizer: Any = None, nudging_tokenizer: Any = None) -> Pair:
-        """A pair of a base and a nudging model, or the name of one.
+        """The pair of a base and a nudging model, or the folder or Hub name of one.
 
-        Args:
-            base: a model.
-            nudging_model: a model, or the folder or Hub name that it is loaded from, to the base's device and in its
-                dtype.
-            tokenizer, nudging_tokenizer: each is loaded from its model's `name_or_path` if it is left out.
+        A named nudging model is loaded to the base's device and in its dtype, and a tokenizer that is left out from
+        its model's `name_or_path`.
 
         Raises:
             ValueError: if a model or a tokenizer cannot be loaded.
@@ -66,12 +60,7 @@ class Pair:
         return prompts.to(input_device(self.base))
 
     def generate(self, inputs: Mapping[str, Any], **kwargs: Any) -> Any:
-        """What [`nudging_hf.generate`] returns for this pair.
-
-        Args:
-            inputs: the prompts of both models, as [`Pair.inputs`] makes them.
-            kwargs: everything else that `generate` takes.
-        """
+        """What [`nudging_hf.generate`] returns for this pair and the prompts that [`Pair.inputs`] makes."""
         return generate(self.base, **{**self.arguments, **inputs, **kwargs})
 
     def nudging_config(self, given: Mapping[str, Any]) -> NudgingConfig:
@@ -82,3 +71,37 @@ class Pair:
 def nudging_model_named_in(base: Any) -> str | None:
     """The nudging model that the base's generation config names, if it names one."""
     return getattr(base.generation_config, "nudging_model_name_or_path", None)
+
+
+def is_folder(name: str, whose: str) -> bool:
+    """Whether a model is a folder; otherwise it is on the Hub. `whose` is what an error calls the model.
+
+    Raises:
+        ValueError: for the path of a folder that does not exist.
+    """
+    if not Path(name).is_dir() and name.startswith((".", "/", "~")):
+        raise ValueError(f"{whose}: there is no folder {name}.")
+    return Path(name).is_dir()
+
+
+def load_model(name: str | os.PathLike[str], whose: str, **options: Any) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: a folder, or a name on the Hugging Face Hub.
+        whose: what an error calls the model, such as "The base" or an option of the command line.
+        options: keywords of `from_pretrained` for the model. `trust_remote_code` is for the tokenizer too.
+
+    Raises:
+        ValueError: if one of them cannot be loaded.
+    """
+    name = os.fspath(name)
+    is_folder(name, whose)  # It refuses the path of a folder that does not exist.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.get("trust_remote_code"))
+        return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{whose}: cannot load {name}: {str(error).strip()} It must be a causal language model that transformers "
+            "knows, with its tokenizer, and best with its weights as safetensors, as `save_pretrained` writes them."
+        ) from error

@@ -28,15 +28,8 @@ _REFUSED = {
     "tools": "the base reads no chat template; write them into a message",
 }
 # They say how a string is encoded. The two prompts of a chat are made by `base_template` and the chat template.
-_OF_STRINGS = (
-    "add_special_tokens",
-    "handle_long_generation",
-    "nudging_attention_mask",
-    "nudging_input_ids",
-    "padding",
-    "tokenizer_encode_kwargs",
-    "truncation",
-)
+_OF_STRINGS = "add_special_tokens handle_long_generation nudging_attention_mask nudging_input_ids padding".split()
+_OF_STRINGS += ["tokenizer_encode_kwargs", "truncation"]
 
 
 class NudgedTextGenerationPipeline(TextGenerationPipeline):
@@ -168,19 +161,19 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
 
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> dict[str, Any]:
         prompts = {name: model_inputs[name] for name in _PROMPTS if name in model_inputs}
+        arguments = arguments_of_pipeline(self, generate_kwargs, return_dict_in_generate=True)
         # `self.model.generate` may be another: a model class, or a folder with code of its own, may override it.
-        arguments = {
-            "tokenizer": self.tokenizer,
-            **prompts,
-            **arguments_of_pipeline(self, generate_kwargs, return_dict_in_generate=True),
-        }
-        output: Any = generate(self.model, **arguments)
-        batch = len(prompts["input_ids"])
+        output: Any = generate(self.model, **{"tokenizer": self.tokenizer, **prompts, **arguments})
+
+        def by_prompt(rows: torch.Tensor) -> torch.Tensor:
+            """Rows of shape (prompts * copies, length) as (prompts, copies, length)."""
+            return rows.reshape(len(prompts["input_ids"]), -1, rows.shape[-1])
+
         return {
-            "generated_sequence": _by_prompt(output.sequences, batch),
+            "generated_sequence": by_prompt(output.sequences),
             "input_ids": prompts["input_ids"],
             "prompt_text": model_inputs["prompt_text"],
-            "nudged_mask": _by_prompt(output.nudged_mask, batch),
+            "nudged_mask": by_prompt(output.nudged_mask),
         }
 
     def postprocess(
@@ -204,11 +197,6 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
                 found = _spans_as_decoded(ids, nudged, lambda ids: self.tokenizer.decode(ids, **decoding))
                 record["nudged_spans"] = [asdict(span) for span in found]
         return records
-
-
-def _by_prompt(rows: torch.Tensor, prompts: int) -> torch.Tensor:
-    """Rows of shape (prompts * copies, length) as (prompts, copies, length)."""
-    return rows.reshape(prompts, -1, rows.shape[-1])
 
 
 def _spans_as_decoded(ids: list[int], nudged: list[bool], decode: Callable[[list[int]], str]) -> list[Span]:

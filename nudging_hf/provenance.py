@@ -12,12 +12,9 @@ from .core.vocabulary import Vocabulary
 
 
 class Piece(NamedTuple):
-    """A piece of an answer's text.
+    """Some characters of an answer, at least one, and whether the nudging model wrote them.
 
-    Args:
-        text: some characters; never empty.
-        nudged: whether the nudging model wrote them.
-        top1: the base's top-1 probability at the (last) token of the piece, if it is known.
+    `top1` is the base's top-1 probability at the (last) token of the piece, if it is known.
     """
 
     text: str
@@ -27,13 +24,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of an answer by one author.
-
-    Args:
-        text: its characters.
-        nudged: whether the nudging model wrote it.
-        start, end: its place in the answer's text, in characters.
-    """
+    """A stretch of an answer by one author, the nudging model or the base, from `start` to `end` in characters."""
 
     text: str
     nudged: bool
@@ -75,14 +66,9 @@ class PieceReader:
 
 
 def pieces_of(output: Any, tokenizer: Any) -> list[list[Piece]]:
-    """The pieces of each answer of a nudged `generate`.
+    """The pieces of each answer of a nudged `generate`, without the end mark and padding.
 
-    Args:
-        output ([`NudgingOutput`]): what `generate` returned with `return_dict_in_generate=True`.
-        tokenizer: the base's.
-
-    Returns:
-        One list of pieces for each row, without the end mark and padding.
+    The arguments are those of [`spans_of`].
     """
     reader = PieceReader(tokenizer)
     answers = []
@@ -127,13 +113,9 @@ def spans_of(output: Any, tokenizer: Any) -> list[list[Span]]:
 
 
 def count_nudged_words(pieces: Iterable[Piece]) -> tuple[int, int]:
-    """Counts the words of an answer that the nudging model wrote, wholly or in part. White space separates words.
+    """Counts the words of which the nudging model wrote at least one character, and all words.
 
-    Args:
-        pieces: the answer, cut anywhere.
-
-    Returns:
-        The number of words of which the nudging model wrote at least one character, and the number of all words.
+    White space separates words. The pieces of the answer may be cut anywhere.
     """
     characters = ((character, piece.nudged) for piece in pieces for character in piece.text)
     words = [

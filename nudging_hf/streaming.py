@@ -13,10 +13,9 @@ from .terminal import TerminalWriter
 
 
 class MarkingStreamer(BaseStreamer):
-    """Streams an answer piece by piece, with the author of each piece.
+    """Streams an answer piece by piece, with the author of each piece, as [`~provenance.PieceReader`] cuts it.
 
-    The pieces, joined, are the answer's text without control tokens. A character that is split over tokens comes whole
-    and belongs to the author of its last token. In a plain `generate` the base is the author of all pieces.
+    In a plain `generate` the base is the author of all pieces.
 
     Args:
         tokenizer: the base's.

@@ -23,11 +23,6 @@ class TerminalWriter:
     neither, as for a pipe, the answer is written as it is.
 
     As a context manager it resets the terminal and begins a new line at the end, also after an interrupt.
-
-    Args:
-        out: the stream to write to.
-        coloured: whether nudged words are written in colour.
-        marked: whether nudged words are written between marks.
     """
 
     def __init__(self, out: TextIO, coloured: bool, marked: bool):

@@ -280,9 +280,9 @@ def test_accepted_tokens_are_seldom_read_again_with_a_recurrent_state():
     assert passes <= 59 * 1.1
 
 
-def join_and_leave(model, lm, draw: random.Random, places: int, steps: int, next_row: int = 0) -> None:
+def join_and_leave(model, lm, draw: random.Random, places: int, steps: int) -> None:
     """Rows join and leave between readings. Each row's logits must be those of its text alone."""
-    texts = {}
+    texts, next_row = {}, 0
     for _ in range(steps):
         while len(texts) < places and draw.random() < 0.6:
             lm.admit(next_row)
@@ -311,12 +311,11 @@ def join_and_leave(model, lm, draw: random.Random, places: int, steps: int, next
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "olmo2"])
 def test_rows_join_and_leave(arch, cache):
     model = pair(arch, 0, "shared").base
-    static = StaticCacheSettings(max_new_tokens=60, generation_config=GenerationConfig())
-    first = 5 if cache == "static" else 0  # A static cache has a fixed number of places.
-    lm = CachedLM(model, first, use_cache=cache is not None, static=static if cache == "static" else None)
-    for row in range(first):
-        lm.release(row)
-    join_and_leave(model, lm, random.Random(f"{arch} {cache}"), places=5, steps=40, next_row=first)
+    static = None
+    if cache == "static":
+        static = StaticCacheSettings(max_new_tokens=60, generation_config=GenerationConfig(), places=5)
+    lm = CachedLM(model, 0, use_cache=cache is not None, static=static)
+    join_and_leave(model, lm, random.Random(f"{arch} {cache}"), places=5, steps=40)
     if cache != "static":
         assert lm._slots is None and not lm._rows and not lm._cached_ids
 

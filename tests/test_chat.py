@@ -79,7 +79,7 @@ def test_each_line_is_a_turn_and_each_answer_is_what_generate_writes(chat, folde
     messages, out = saved(chat, tmp_path / "chat.json", *lines, options=["--system", "Be brief."])
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     args = cli._parser().parse_args(["chat", "--base", f"{folder}/base", "--nudging-model", f"{folder}/nudging"])
-    pair = load_pair(args, progress=False)
+    pair = load_pair(args)
     for i in (2, 4):
         before = [{"role": message["role"], "content": message["content"]} for message in messages[:i]]
         inputs = pair.inputs(before, nudging_hf.INSTRUCTION_TEMPLATE)

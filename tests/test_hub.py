@@ -393,7 +393,7 @@ def test_an_export_overwrites_only_a_model_folder_and_only_on_request(pair, tmp_
 def test_a_failed_export_keeps_the_old_folder(pair, tmp_path):
     out = hub.export(pair.base, pair.nudging, tmp_path / "out", nudge_threshold=0.1)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"nudging model .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"The nudging model: cannot load "):
         hub.export(pair.base, tmp_path / "empty", out, overwrite=True)
     assert GenerationConfig.from_pretrained(out).nudge_threshold == 0.1
     assert {path.name for path in tmp_path.iterdir()} == {"out", "empty"}
@@ -428,10 +428,7 @@ def test_pickled_weights_are_refused(pair, tmp_path):
     pickled = copy_of(pair.base, tmp_path / "pickled")
     torch.save(AutoModelForCausalLM.from_pretrained(pickled).state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    with pytest.raises(
-        ValueError,
-        match=r"The base .* cannot be loaded\. .* its weights as safetensors",
-    ):
+    with pytest.raises(ValueError, match=r"The base: cannot load .* its weights as safetensors"):
         hub.export(pickled, pair.nudging, tmp_path / "out")
 
 

@@ -8,18 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import analyze, calibrate, chat, compare, demo, eval, generate, hub, serve
+from . import analyze, calibrate, chat, compare, demo, eval, generate, hub, serve, vllm
 from .arguments import first_line
 from .streams import escaping_output, open_closed_streams, refuse_undecoded_arguments
 
-_USER_ERROR, _INTERRUPTED = 2, 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `nudging-hf`.
-
-    Args:
-        argv: the arguments; if they are left out, those of the process.
+    """Runs `nudging-hf` with the given arguments, or those of the process.
 
     Returns:
         The exit code: 0, or 2 for an error that the user can fix, or 130 after an interrupt.
@@ -32,18 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_undecoded_arguments(given)
         with escaping_output():
-            args = _parser().parse_args(given)
+            parser = _parser()
+            args, more = parser.parse_known_args(given)
+            if more and not getattr(args, "takes_more", False):
+                parser.error(f"unrecognized arguments: {' '.join(more)}")
+            args.more = more
             args.run(args)
             sys.stdout.flush()
     except KeyboardInterrupt:
         print("nudging-hf: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return 130
     except BrokenPipeError:  # The program that reads the output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"nudging-hf: error: {first_line(error)}", file=sys.stderr)
-        return _USER_ERROR
+        return 2
     return 0
 
 
@@ -54,6 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nudging-hf {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, serve, demo, eval, hub, calibrate, analyze, compare):
+    for command in (generate, chat, serve, demo, eval, hub, calibrate, analyze, compare, vllm):
         command.add_command(commands)
     return parser

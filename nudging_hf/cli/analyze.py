@@ -20,21 +20,12 @@ from ..core.config import NudgingConfig
 from ..study import analysis, demo, report
 from ..study.journal import Journal, digest
 from ..study.prompts import Prompt, built_in_prompts, read_prompts, spread
-from .arguments import add_models, add_study, load_reader, load_readers, positive
+from .arguments import add_models, add_study, command_parser, load_reader, positive
 from .files import versions
-
-_DESCRIPTION = (
-    "Makes the paper's observations on a base, a nudging model and, if there is one, a large aligned model: how sure "
-    "the base is, where it and the aligned model disagree, what a threshold catches of that, whether the small model "
-    "can stand in for the large one, and how good the answers are at each threshold. Writes a page, its plots and its "
-    "tables into a folder. If models and prompts are left out, it takes those of examples/mini."
-)
 
 
 def add_command(commands: Any) -> None:
-    """Adds `analyze` to the commands of `nudging-hf`."""
-    parser = commands.add_parser("analyze", help="look into a pair of models", description=_DESCRIPTION)
-    parser.set_defaults(run=run)
+    parser = command_parser(commands, "analyze", "look into a pair of models", run)
     models = add_models(parser, required=False)
     models.add_argument(
         "--large-aligned",
@@ -75,7 +66,10 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf analyze`."""
+    """Makes the paper's observations on a base, a nudging model and, if there is one, a large aligned model: how sure
+    the base is, where it and the aligned model disagree, what a threshold catches of that, whether the small model can
+    stand in for the large one, and how good the answers are at each threshold. Writes a page, its plots and its tables
+    into a folder. If models and prompts are left out, it takes those of examples/mini."""
     turn_template(args.base_template)
     thresholds = sorted(set(args.thresholds))
     for threshold in (*thresholds, args.threshold):
@@ -113,12 +107,10 @@ def _measure(
     args: argparse.Namespace, prompts: Sequence[Prompt], thresholds: Sequence[float], journal: Journal
 ) -> dict[analysis.Unit, list[dict[str, Any]]]:
     """The rows of all units. Those that the journal holds are not measured again."""
-    shown = sys.stderr.isatty()
-    base, nudging = load_readers(args, progress=shown)
     work = analysis.Analysis(
-        base=base,
-        nudging=nudging,
-        large=load_reader(args, "large_aligned", chat=True, progress=shown),
+        base=load_reader(args, "base", chat=False),
+        nudging=load_reader(args, "nudging_model"),
+        large=load_reader(args, "large_aligned"),
         prompts=prompts,
         threshold=args.threshold,
         thresholds=thresholds,
@@ -135,15 +127,10 @@ def _measure(
 
 
 def _settings(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    options = ("base", "nudging_model", "large_aligned", "dtype", "base_template", "max_new_tokens", "batch_size")
     return {
-        "base": args.base,
-        "nudging_model": args.nudging_model,
-        "large_aligned": args.large_aligned,
-        "dtype": args.dtype,
+        **{option: getattr(args, option) for option in options},
         "prompts": digest([asdict(prompt) for prompt in prompts]),
-        "base_template": args.base_template,
-        "max_new_tokens": args.max_new_tokens,
-        "batch_size": args.batch_size,
         "versions": versions(),
     }
 

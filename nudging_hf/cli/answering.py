@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.output import NudgingOutput
 from ..pair import Pair
-from ..provenance import Piece, count_nudged_words, pieces_of, text_of
+from ..provenance import Piece, count_nudged_words, pieces_of
 from ..streaming import MarkingStreamer
 from ..terminal import CLOSING, OPENING, TerminalWriter, is_coloured
 from .arguments import add_color
@@ -29,24 +29,8 @@ class StreamedAnswer:
         self.output: NudgingOutput | None = None
         self._seconds = 0.0
 
-    @property
-    def text(self) -> str:
-        return text_of(self.pieces)
-
-    def write(
-        self,
-        pair: Pair,
-        messages: Sequence[dict[str, Any]],
-        base_template: str,
-        decoding: dict[str, Any],
-        ink: TerminalWriter,
-    ) -> None:
-        """Lets a pair answer a chat, and shows the answer piece by piece.
-
-        Raises:
-            ValueError: for a chat, a template or a call that nudging refuses.
-        """
-        inputs = pair.inputs(list(messages), base_template)
+    def write(self, pair: Pair, inputs: Mapping[str, Any], decoding: dict[str, Any], ink: TerminalWriter) -> None:
+        """Lets a pair answer the prompts of [`Pair.inputs`], and shows the answer piece by piece."""
         began = time.monotonic()
         with ink:
 

@@ -6,18 +6,27 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..chats import REASONING_TEMPLATE
 from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
-from ..pair import Pair
+from ..pair import Pair, load_model
 from ..study.reader import Reader
+
+
+def command_parser(
+    commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    """Adds a command, which is described by the docstring of the function that runs it, and returns its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=run.__doc__)
+    parser.set_defaults(run=run)
+    return parser
 
 
 def first_line(error: BaseException) -> str:
@@ -25,20 +34,14 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    return _integer(text, least=1)
-
-
-def count(text: str) -> int:
-    """A whole number of at least 0."""
-    return _integer(text, least=0)
-
-
-def _integer(text: str, least: int) -> int:
+def count(text: str, least: int = 0) -> int:
+    """A whole number of at least `least`."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return int(text)
+
+
+positive = partial(count, least=1)
 
 
 def drafts(text: str) -> int | str:
@@ -54,8 +57,13 @@ def threshold_or_auto(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"expected a number such as 0.4, or {AUTO}, got {text!r}") from None
 
 
+def add_number(parser: Any, option: str, default: int, what: str, least: int = 1) -> None:
+    """Adds an option for a whole number."""
+    kind = partial(count, least=least)
+    parser.add_argument(option, type=kind, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+
+
 def add_color(parser: Any) -> None:
-    """Adds `--color`."""
     parser.add_argument(
         "--color",
         choices=("auto", "always", "never"),
@@ -65,7 +73,6 @@ def add_color(parser: Any) -> None:
 
 
 def add_threshold(parser: Any) -> None:
-    """Adds `--threshold`, a number for the paper's gate."""
     parser.add_argument(
         "--threshold",
         type=float,
@@ -105,7 +112,7 @@ def add_gate(parser: Any) -> None:
 
 
 def add_models(parser: argparse.ArgumentParser, required: bool = True) -> Any:
-    """Adds the arguments of `load_pair` and returns their group; `required` says whether both models must be named."""
+    """Adds the arguments of `load_pair` and returns their group. `required` says whether the models must be named."""
     models = parser.add_argument_group("models")
     name: dict[str, Any] = {"required": required, "metavar": "NAME"}
     models.add_argument("--base", **name, help="the large base model: a folder, or a name on the Hugging Face Hub")
@@ -121,53 +128,32 @@ def add_models(parser: argparse.ArgumentParser, required: bool = True) -> Any:
     return models
 
 
-def load_pair(args: argparse.Namespace, progress: bool) -> Pair:
+def load_pair(args: argparse.Namespace) -> Pair:
     """The models that `--base` and `--nudging-model` name.
 
     Raises:
         ValueError: if one cannot be loaded or moved to its device, naming the option.
     """
-    if args.device is not None and args.device_map is not None:
-        raise ValueError("--device and --device-map both say where the models run: give one of them.")
-    with loading_bars(progress):
-        base = _load_model("--base", args.base, args)
-        nudging = _load_model("--nudging-model", args.nudging_model, args)
-    return Pair(*base, *nudging)
+    return Pair(*_load(args, "base"), *_load(args, "nudging_model"))
 
 
-def load_readers(args: argparse.Namespace, progress: bool) -> tuple[Reader, Reader]:
-    """The pair of `load_pair`, each model as one that reads prompts with `--base-template`."""
-    pair = load_pair(args, progress)
-    base = Reader(pair.base, pair.tokenizer, False, args.base_template)
-    return base, Reader(pair.nudging_model, pair.nudging_tokenizer, True, args.base_template)
-
-
-def load_reader(args: argparse.Namespace, name: str, chat: bool, progress: bool) -> Reader | None:
-    """The model that another option names, if it was given.
-
-    Args:
-        name: the option's name in `args`, such as "large_aligned".
-        chat: whether the model is asked by its chat template.
+def load_reader(args: argparse.Namespace, name: str, chat: bool = True) -> Any:
+    """The [`Reader`] of the model that an option names, such as "large_aligned"; `None` if it was not given.
 
     Raises:
         ValueError: if it cannot be loaded or moved to its device, naming the option.
     """
-    given = getattr(args, name)
-    if given is None:
+    if getattr(args, name) is None:
         return None
-    with loading_bars(progress):
-        model, tokenizer = _load_model("--" + name.replace("_", "-"), given, args)
-    return Reader(model, tokenizer, chat, args.base_template)
+    return Reader(*_load(args, name), chat, args.base_template)
 
 
-def _load_model(option: str, name: str, args: argparse.Namespace) -> tuple[Any, Any]:
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ValueError(f"{option}: there is no folder {name}.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, device_map=args.device_map)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option}: cannot load {name}: {first_line(error)}") from error
+def _load(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
+    if args.device is not None and args.device_map is not None:
+        raise ValueError("--device and --device-map both say where the models run: give one of them.")
+    with loading_bars(sys.stderr.isatty() and not getattr(args, "quiet", False)):
+        option = "--" + name.replace("_", "-")
+        model, tokenizer = load_model(getattr(args, name), option, dtype=args.dtype, device_map=args.device_map)
     if args.device is not None:
         try:
             model = model.to(args.device)
@@ -205,7 +191,6 @@ def answer_bar(total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 def add_prompts(parser: argparse.ArgumentParser, base_template: str) -> None:
-    """Adds `--system` and `--base-template`; `base_template` is the default of the latter."""
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--system",
@@ -216,39 +201,27 @@ def add_prompts(parser: argparse.ArgumentParser, base_template: str) -> None:
 
 
 def add_base_template(parser: Any, base_template: str) -> None:
-    """Adds `--base-template`; `base_template` is the default."""
+    shown = base_template.replace("\n", "\\n").replace("%", "%%")
     parser.add_argument(
         "--base-template",
         type=lambda text: text.replace("\\n", "\n"),
         metavar="TEXT",
         default=base_template,
-        help="the base's prompt, with the fields {user} and {system}; \\n is a line break (default: "
-        + base_template.replace("\n", "\\n").replace("%", "%%")
-        + ")",
+        help=f"the base's prompt, with the fields {{user}} and {{system}}; \\n is a line break (default: {shown})",
     )
 
 
 def add_study(parser: argparse.ArgumentParser, title: str, prompts: str, required: bool = False) -> Any:
-    """Adds what a study asks and how it is answered, and returns the group.
-
-    Args:
-        title: the title of the group.
-        prompts: the help of `--prompts`.
-        required: whether `--prompts` must be given.
-    """
+    """Adds what a study asks and how it is answered, and returns the group. `prompts` is the help of `--prompts`."""
     asked = parser.add_argument_group(title)
     asked.add_argument("--prompts", type=Path, required=required, metavar="FILE", help=prompts)
     add_base_template(asked, REASONING_TEMPLATE)
-    for option, default, what in (
-        ("--max-new-tokens", 256, "the limit on an answer, in tokens"),
-        ("--batch-size", 16, "how many prompts are answered at once"),
-    ):
-        asked.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+    add_number(asked, "--max-new-tokens", 256, "the limit on an answer, in tokens")
+    add_number(asked, "--batch-size", 16, "how many prompts are answered at once")
     return asked
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `decoding_of`."""
     nudging = parser.add_argument_group("nudging")
     add_gate(nudging)
     nudging.add_argument(

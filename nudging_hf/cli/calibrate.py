@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+from typing import Any
 
 from ..chats import turn_template
 from ..core.config import NudgingConfig
@@ -12,20 +12,12 @@ from ..core.gate import GATES
 from ..study import calibration, report
 from ..study.prompts import built_in_prompts, read_prompts
 from ..study.tables import markdown_table, percent
-from .arguments import add_models, add_study, answer_bar, load_pair
+from .arguments import add_models, add_study, answer_bar, command_parser, load_pair
 from .files import refuse_missing_folders, versions, write_json
 
-_DESCRIPTION = (
-    "Finds the threshold for a pair of models: by default the one at which a tenth of the words are nudged, and with "
-    "--by-score the one at which most answers are right. The pair answers some prompts once for each threshold that "
-    "is tried."
-)
 
-
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `calibrate` to the commands of `nudging-hf`."""
-    parser = commands.add_parser("calibrate", help="find the threshold for a pair", description=_DESCRIPTION)
-    parser.set_defaults(run=run)
+def add_command(commands: Any) -> None:
+    parser = command_parser(commands, "calibrate", "find the threshold for a pair", run)
     add_models(parser)
     add_study(
         parser,
@@ -74,10 +66,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf calibrate`."""
-    _refuse_early(args)
+    """Finds the threshold for a pair of models: by default the one at which a tenth of the words are nudged, and with
+    --by-score the one at which most answers are right. The pair answers some prompts once for each threshold that is
+    tried."""
+    turn_template(args.base_template)
+    if args.thresholds and not args.by_score:
+        raise ValueError("--thresholds is for --by-score: a target nudge rate is found by bisection.")
+    refuse_missing_folders({"--resume": args.resume, "--json": args.json, "--plot": args.plot})
+    if args.plot is not None:
+        report.require_matplotlib()
+    if args.save_to is not None:
+        calibration.check_model_folder(args.save_to)
     prompts = read_prompts(args.prompts) if args.prompts else built_in_prompts()
-    pair = load_pair(args, progress=sys.stderr.isatty())
+    pair = load_pair(args)
     with answer_bar(len(prompts)) as show:
         found = calibration.calibrate(
             pair.base,
@@ -101,18 +102,6 @@ def run(args: argparse.Namespace) -> None:
     if not found.warnings:  # These have been logged, to standard error.
         print(found.verdict)
     _write(found, len(prompts), args)
-
-
-def _refuse_early(args: argparse.Namespace) -> None:
-    """Refuses wrong arguments before the models answer."""
-    turn_template(args.base_template)
-    if args.thresholds and not args.by_score:
-        raise ValueError("--thresholds is for --by-score: a target nudge rate is found by bisection.")
-    refuse_missing_folders({"--resume": args.resume, "--json": args.json, "--plot": args.plot})
-    if args.plot is not None:
-        report.require_matplotlib()
-    if args.save_to is not None:
-        calibration.check_model_folder(args.save_to)
 
 
 def table(found: calibration.Calibration) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..chats import INSTRUCTION_TEMPLATE, turn_template
 from ..pair import Pair
-from ..provenance import spans
+from ..provenance import spans, text_of
 from ..terminal import TerminalWriter
 from .answering import StreamedAnswer, add_output, ink_of
 from .arguments import (
@@ -20,6 +20,7 @@ from .arguments import (
     add_models,
     add_prompts,
     apply_seed,
+    command_parser,
     decoding_of,
     first_line,
     load_pair,
@@ -28,16 +29,9 @@ from .arguments import (
 from .files import write_json
 from .streams import keep_undecoded_bytes_of_typed_lines, refuse_undecoded, standard_input
 
-_DESCRIPTION = (
-    "A chat with a nudged base model. Each line is a turn, also where the lines come from a file or another program; "
-    "/help lists the commands. The words of the nudging model are in colour."
-)
-
 
 def add_command(commands: Any) -> None:
-    """Adds `chat` to the commands of `nudging-hf`."""
-    parser = commands.add_parser("chat", help="chat with a pair of models", description=_DESCRIPTION)
-    parser.set_defaults(run=run)
+    parser = command_parser(commands, "chat", "chat with a pair of models", run)
     add_models(parser)
     add_prompts(parser, base_template=INSTRUCTION_TEMPLATE)
     add_decoding(parser)
@@ -45,11 +39,12 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf chat`."""
+    """A chat with a nudged base model. Each line is a turn, also where the lines come from a file or another program;
+    /help lists the commands. The words of the nudging model are in colour."""
     turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
     decoding = decoding_of(args)
     apply_seed(args)
-    pair = load_pair(args, progress=sys.stderr.isatty() and not args.quiet)
+    pair = load_pair(args)
     decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
     chat = Chat(args, pair, decoding, ink_of(args))
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -104,28 +99,11 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
-class _Command:
-    argument: str
-    help: str
-    run: Callable[[Chat, str], None]
-
-
 class Chat:
-    """The turns so far, and the settings of the next answer.
-
-    Args:
-        args: the arguments of the command line.
-        pair: the models that answer.
-        decoding: how they decode, as [`decoding_of`] returns it.
-        ink: writes the answers.
-    """
+    """The turns so far, and how the next one is answered: `decoding` is what [`decoding_of`] returns."""
 
     def __init__(self, args: argparse.Namespace, pair: Pair, decoding: dict[str, Any], ink: TerminalWriter):
-        self._args = args
-        self._pair = pair
-        self._decoding = decoding
-        self._ink = ink
+        self._args, self._pair, self._decoding, self._ink = args, pair, decoding, ink
         self._system: str | None = args.system
         self._turns: list[dict[str, Any]] = []
         self._saved_to: Path | None = None
@@ -143,7 +121,8 @@ class Chat:
                 return False
             if name not in _COMMANDS:
                 raise ValueError(f"There is no command {name}; /help lists them.")
-            _COMMANDS[name].run(self, argument.strip())
+            run, _, _ = _COMMANDS[name]
+            run(self, argument.strip())
         elif line:
             self._answer(line)
         return True
@@ -155,8 +134,9 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         turn, answer = {"role": "user", "content": text}, StreamedAnswer()
+        inputs = self._pair.inputs([*self._messages, turn], self._args.base_template)
         try:
-            answer.write(self._pair, [*self._messages, turn], self._args.base_template, self._decoding, self._ink)
+            answer.write(self._pair, inputs, self._decoding, self._ink)
         except KeyboardInterrupt:
             if answer.pieces:
                 self._keep(turn, answer)
@@ -164,21 +144,16 @@ class Chat:
         self._keep(turn, answer)
 
     def _keep(self, turn: dict[str, Any], answer: StreamedAnswer) -> None:
-        nudged = [[span.start, span.end] for span in spans(answer.pieces) if span.nudged]
-        self._turns += [
-            turn,
-            {
-                "role": "assistant",
-                "content": answer.text,
-                "nudged_spans": nudged,
-                "nudge_threshold": self._decoding["nudging_config"].nudge_threshold,
-                "finish_reason": answer.finish_reason,
-            },
-        ]
+        said = {
+            "role": "assistant",
+            "content": text_of(answer.pieces),
+            "nudged_spans": [[span.start, span.end] for span in spans(answer.pieces) if span.nudged],
+            "nudge_threshold": self._decoding["nudging_config"].nudge_threshold,
+            "finish_reason": answer.finish_reason,
+        }
+        self._turns += [turn, said]
         if not self._args.quiet:
             answer.show_figures()
-
-    # The commands -----------------------------------------------------------------------------------------------
 
     def _new(self, _: str) -> None:
         self._turns, self._saved_to = [], None
@@ -219,16 +194,18 @@ class Chat:
         _say(f"Saved to {path}.")
 
     def _help(self, _: str) -> None:
-        width = max(len(f"{name} {command.argument}") for name, command in _COMMANDS.items())
-        for name, command in _COMMANDS.items():
-            _say(f"{f'{name} {command.argument}':{width}}  {command.help}")
-        _say(f"{'/quit':{width}}  end the chat, as Ctrl-D does; Ctrl-C stops an answer and keeps what was written")
+        told = {f"{name} {argument}": what for name, (_, argument, what) in _COMMANDS.items()}
+        told["/quit"] = "end the chat, as Ctrl-D does; Ctrl-C stops an answer and keeps what was written"
+        width = max(map(len, told))
+        for command, what in told.items():
+            _say(f"{command:{width}}  {what}")
 
 
-_COMMANDS = {
-    "/new": _Command("", "start over", Chat._new),
-    "/system": _Command("TEXT", "set the system message from now on; without TEXT there is none", Chat._set_system),
-    "/threshold": _Command("T", "set the threshold from now on; without T it is shown", Chat._set_threshold),
-    "/save": _Command("FILE", "write the chat to FILE as JSON; without FILE, to the same as before", Chat._save),
-    "/help": _Command("", "list the commands", Chat._help),
+# Each command with what carries it out, its argument, and its help.
+_COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str, str]] = {
+    "/new": (Chat._new, "", "start over"),
+    "/system": (Chat._set_system, "TEXT", "set the system message from now on; without TEXT there is none"),
+    "/threshold": (Chat._set_threshold, "T", "set the threshold from now on; without T it is shown"),
+    "/save": (Chat._save, "FILE", "write the chat to FILE as JSON; without FILE, to the same as before"),
+    "/help": (Chat._help, "", "list the commands"),
 }

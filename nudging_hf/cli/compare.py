@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,22 +16,12 @@ from ..core.gate import GATES
 from ..study import comparison
 from ..study.journal import Journal, digest, model_setup
 from ..study.prompts import Prompt, first_of_each_task, read_labelled_prompts
-from .arguments import add_models, add_study, answer_bar, load_reader, load_readers, positive, threshold_or_auto
+from .arguments import add_models, add_study, answer_bar, command_parser, load_reader, positive, threshold_or_auto
 from .files import versions, write_json
-
-_DESCRIPTION = (
-    "Tells whether nudging helps a pair of models, and against what: on questions with known answers, the base alone, "
-    "the nudging model alone, the base nudged, an ensemble, proxy tuning, in-context alignment, and the large aligned "
-    "model if there is one. Writes one table, and says in plain words what it shows."
-)
 
 
 def add_command(commands: Any) -> None:
-    """Adds `compare` to the commands of `nudging-hf`."""
-    parser = commands.add_parser(
-        "compare", help="see whether nudging helps a pair, and against what", description=_DESCRIPTION
-    )
-    parser.set_defaults(run=run)
+    parser = command_parser(commands, "compare", "see whether nudging helps a pair, and against what", run)
     models = add_models(parser)
     models.add_argument(
         "--shared-nudging-model",
@@ -80,7 +69,9 @@ def _gate_and_threshold(text: str) -> tuple[str, float | str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf compare`."""
+    """Tells whether nudging helps a pair of models, and against what: on questions with known answers, the base
+    alone, the nudging model alone, the base nudged, an ensemble, proxy tuning, in-context alignment, and the large
+    aligned model if there is one. Writes one table, and says in plain words what it shows."""
     turn_template(args.base_template)
     gates = [{"nudge_gate": gate, "nudge_threshold": threshold} for gate, threshold in dict.fromkeys(args.threshold)]
     for each in gates:
@@ -89,7 +80,13 @@ def run(args: argparse.Namespace) -> None:
     if args.limit is not None:
         questions = first_of_each_task(questions, args.limit)
     args.out.mkdir(parents=True, exist_ok=True)
-    models = _load(args)
+    models = comparison.Models(
+        base=load_reader(args, "base", chat=False),
+        nudging=load_reader(args, "nudging_model"),
+        shared=load_reader(args, "shared_nudging_model"),
+        unaligned=load_reader(args, "unaligned", chat=False),
+        large_aligned=load_reader(args, "large_aligned"),
+    )
     stored = models.base.model.generation_config.to_dict()
     configs = [NudgingConfig.resolve([each, stored]) for each in gates]
     contestants, left_out = comparison.contestants_of(models, configs)
@@ -105,19 +102,6 @@ def run(args: argparse.Namespace) -> None:
             progress=show,
         )
     _tell(args.out, results, left_out, setup)
-
-
-def _load(args: argparse.Namespace) -> comparison.Models:
-    """The models that the arguments name."""
-    shown = sys.stderr.isatty()
-    base, nudging = load_readers(args, progress=shown)
-    return comparison.Models(
-        base=base,
-        nudging=nudging,
-        shared=load_reader(args, "shared_nudging_model", chat=True, progress=shown),
-        unaligned=load_reader(args, "unaligned", chat=False, progress=shown),
-        large_aligned=load_reader(args, "large_aligned", chat=True, progress=shown),
-    )
 
 
 def _setup(
@@ -145,8 +129,8 @@ def _tell(folder: Path, results: Sequence[comparison.Result], left_out: dict[str
     print(table, comparison.LEGEND, "\n".join(said), sep="\n\n", end="\n\n")
     figures = [result.as_dict(base=results[0]) for result in results]
     write_json(folder / "results.json", {"setup": setup, "contestants": figures, "left_out": left_out, "says": said})
-    listed = [f"- {sentence}" for sentence in said]
-    settings = [f"- {name}: `{json.dumps(value, ensure_ascii=False)}`" for name, value in setup.items()]
-    page = ["# Does nudging help here?", table, comparison.LEGEND, "\n".join(listed), "## Setup", "\n".join(settings)]
+    listed = "\n".join(f"- {sentence}" for sentence in said)
+    settings = "\n".join(f"- {name}: `{json.dumps(value, ensure_ascii=False)}`" for name, value in setup.items())
+    page = ["# Does nudging help here?", table, comparison.LEGEND, listed, "## Setup", settings]
     (folder / "table.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(f"The table: {folder / 'table.md'}; its figures: {folder / 'results.json'}")

@@ -10,50 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import NudgingConfig
+from ..streaming import MarkingStreamer
 from ..study import comparison, demo
 from ..study.comparison import Models, Result
 from ..study.journal import Journal
 from ..study.prompts import Prompt, first_of_each_task
+from ..study.reader import nudged_answers
 from ..terminal import TerminalWriter
-from .arguments import add_color, add_threshold, answer_bar, count, loading_bars, positive
+from .arguments import add_color, add_number, add_threshold, answer_bar, command_parser, loading_bars
 from .files import refuse_missing_folders, versions, write_json
-
-_DESCRIPTION = (
-    "Shows what nudging does with a pair of models: some answers, with the words of the nudging model in colour, and "
-    "then, on questions with known answers, how often each model alone and both together are right."
-)
 
 
 def add_command(commands: Any) -> None:
-    """Adds `demo` to the commands of `nudging-hf`."""
-    parser = commands.add_parser("demo", help="see a pair of models at work, and measured", description=_DESCRIPTION)
-    parser.set_defaults(run=run)
+    parser = command_parser(commands, "demo", "see a pair of models at work, and measured", run)
     parser.add_argument(
         "--pair",
         type=Path,
         metavar="FOLDER",
         help="the models and their questions (default: examples/mini, here or where the package lies)",
     )
-    parser.add_argument(
-        "--questions", type=count, default=50, metavar="N", help="measured a task; 0: none (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--examples", type=count, default=1, metavar="N", help="answers shown a task (default: %(default)s)"
-    )
+    add_number(parser, "--questions", 50, "measured a task; 0: none", least=0)
+    add_number(parser, "--examples", 1, "answers shown a task", least=0)
     add_threshold(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=50,
-        metavar="N",
-        help="questions answered at once (default: %(default)s)",
-    )
+    add_number(parser, "--batch-size", 50, "questions answered at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and answers to this file")
     add_color(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf demo`."""
+    """Shows what nudging does with a pair of models: some answers, with the words of the nudging model in colour, and
+    then, on questions with known answers, how often each model alone and both together are right."""
     began = time.monotonic()
     NudgingConfig(nudge_threshold=args.threshold)  # It is refused now, not after the models have answered alone.
     refuse_missing_folders({"--json": args.json})
@@ -83,12 +69,14 @@ def _show_examples(models: Models, questions: Sequence[Prompt], args: argparse.N
             ink.write("In the answers below ", False)
             ink.write("words like these", True)
             ink.write(" are the nudging model's, and all others the base's.\n", False)
+    config = NudgingConfig(nudge_threshold=args.threshold)
     for question in questions:
         print(f"\n[{question.task}] {question.question}", flush=True)
         with TerminalWriter.of_stdout(args.color) as ink:
-            text = demo.stream_answer(models, question, args.threshold, ink.write).text
-        given = question.answer_in(text)
-        verdict = "right" if question.is_right(text) else f"wrong, it is {question.answer}"
+            streamer = MarkingStreamer(models.base.tokenizer, ink.write)
+            [answer] = nudged_answers(models.base, models.nudging, config, [question], demo.MAX_NEW_TOKENS, streamer)
+        given = question.answer_in(answer.text)
+        verdict = "right" if question.is_right(answer.text) else f"wrong, it is {question.answer}"
         print(f"-> {'no answer' if given is None else given}: {verdict}")
 
 

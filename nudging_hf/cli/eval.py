@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from ..tasks import FOLDER
 
 
 def add_command(commands: Any) -> None:
-    """Adds `eval` to the commands of `nudging-hf`."""
     # No option is ours, not even --help: every argument goes on to the harness.
     parser = commands.add_parser(
         "eval",
@@ -25,11 +23,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf eval`.
-
-    Raises:
-        ImportError: where the harness is not installed.
-    """
+    """Runs the harness. Raises an `ImportError` where it is not installed."""
     from ..integrations.lm_eval import register
 
     register()
@@ -41,16 +35,7 @@ def run(args: argparse.Namespace) -> None:
             users = include_path if isinstance(include_path, (list, tuple)) else [include_path]
             super().__init__(*args, include_path=[FOLDER, *filter(None, users)], **kwargs)
 
-    with _set(lm_eval.tasks, "TaskManager", TaskManager), _set(sys, "argv", ["lm-eval", *args.arguments]):
+    # The harness's command line takes neither as an argument.
+    argv = ["lm-eval", *args.arguments]
+    with patch.object(lm_eval.tasks, "TaskManager", TaskManager), patch.object(sys, "argv", argv):
         cli_evaluate()
-
-
-@contextmanager
-def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Lets `owner.name` be `value` for a while: the harness's command line takes neither as an argument."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -14,14 +14,7 @@ from .. import __version__
 
 
 def refuse_missing_folders(files: Mapping[str, Path | None]) -> None:
-    """Refuses files that cannot be written because their folder does not exist, before the models have answered.
-
-    Args:
-        files: the file that each option names, if it was given.
-
-    Raises:
-        ValueError: if a folder is missing, naming the option.
-    """
+    """Raises a `ValueError` for an option whose file cannot be written, because its folder does not exist."""
     for option, path in files.items():
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{option}: there is no folder {path.parent}.")

@@ -10,20 +10,13 @@ from typing import Any
 from .. import page
 from ..chats import messages_of, turn_template
 from .answering import StreamedAnswer, add_output, ink_of
-from .arguments import add_decoding, add_models, add_prompts, apply_seed, decoding_of, load_pair
+from .arguments import add_decoding, add_models, add_prompts, apply_seed, command_parser, decoding_of, load_pair
 from .files import refuse_missing_folders
 from .streams import refuse_undecoded, standard_input
 
-_DESCRIPTION = (
-    "Answers a prompt with a nudged base model. The answer goes to standard output as it is written, with the words "
-    "of the nudging model in colour; a line of figures goes to standard error."
-)
-
 
 def add_command(commands: Any) -> None:
-    """Adds `generate` to the commands of `nudging-hf`."""
-    parser = commands.add_parser("generate", help="answer a prompt", description=_DESCRIPTION)
-    parser.set_defaults(run=run)
+    parser = command_parser(commands, "generate", "answer a prompt", run)
     parser.add_argument(
         "prompt",
         nargs="?",
@@ -42,17 +35,18 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf generate`."""
+    """Answers a prompt with a nudged base model. The answer goes to standard output as it is written, with the words
+    of the nudging model in colour; a line of figures goes to standard error."""
     prompt = _read_prompt(args.prompt)
     messages = messages_of(prompt, args.system)
     turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
     refuse_missing_folders({"--html": args.html})
     decoding = decoding_of(args)
     apply_seed(args)
-    pair = load_pair(args, progress=sys.stderr.isatty() and not args.quiet)
+    pair = load_pair(args)
     config = decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
     answer = StreamedAnswer()
-    answer.write(pair, messages, args.base_template, decoding, ink_of(args))
+    answer.write(pair, pair.inputs(messages, args.base_template), decoding, ink_of(args))
     if not args.quiet:
         answer.show_figures()
     if args.html is not None:

@@ -11,26 +11,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..chats import REASONING_TEMPLATE
 from ..hub import export, files_to_push, push, write_code
-from .arguments import add_base_template, add_gate, drafts, loading_bars, parameters_of, positive
+from .arguments import add_base_template, add_gate, command_parser, drafts, loading_bars, parameters_of, positive
 
 
 def add_command(commands: Any) -> None:
-    """Adds `hub` to the commands of `nudging-hf`."""
-    parser = commands.add_parser("hub", help="models and code for the Hugging Face Hub")
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    _add_export(actions)
-    _add_code(actions)
-    _add_push(actions)
-
-
-def _add_export(actions: Any) -> None:
-    parser = actions.add_parser(
-        "export",
-        help="write a model folder that nudges by itself",
-        description="Writes a model folder that nudges by itself if it is loaded with trust_remote_code=True: the "
-        "base, the nudging model (or its name on the Hub), the code, and a model card.",
-    )
-    parser.set_defaults(run=_run_export)
+    hub = commands.add_parser("hub", help="models and code for the Hugging Face Hub")
+    actions = hub.add_subparsers(title="actions", required=True, metavar="ACTION")
+    parser = command_parser(actions, "export", "write a model folder that nudges by itself", _export)
     parser.add_argument("out", metavar="OUT", help="the folder to be written")
     name: dict[str, Any] = {"required": True, "metavar": "NAME"}
     parser.add_argument("--base", **name, help="the large base model: a folder, or a name on the Hugging Face Hub")
@@ -47,8 +34,20 @@ def _add_export(actions: Any) -> None:
     nudging.add_argument("--takeover-on-agreement", action=argparse.BooleanOptionalAction)
     nudging.add_argument("--num-draft-tokens", type=drafts, metavar="N")
 
+    parser = command_parser(actions, "code", "put the code into a folder", _code)
+    parser.add_argument("folder", metavar="FOLDER")
 
-def _run_export(args: argparse.Namespace) -> None:
+    parser = command_parser(actions, "push", "upload a folder", _push)
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="such as owner/name")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: the main one)")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Writes a model folder that nudges by itself if it is loaded with trust_remote_code=True: the base, the nudging
+    model (or its name on the Hub), the code, and a model card."""
     with loading_bars(sys.stderr.isatty()):
         out = export(
             args.base,
@@ -61,38 +60,16 @@ def _run_export(args: argparse.Namespace) -> None:
     _print_files(out)
 
 
-def _add_code(actions: Any) -> None:
-    parser = actions.add_parser(
-        "code",
-        help="put the code into a folder",
-        description="Writes FOLDER/custom_generate, so that FOLDER, or the repository that it is pushed to, can be "
-        "given as custom_generate=. Python files there are replaced, and marked lists in FOLDER/README.md are "
-        "brought up to date; nothing else is touched.",
-    )
-    parser.set_defaults(run=_run_code)
-    parser.add_argument("folder", metavar="FOLDER")
-
-
-def _run_code(args: argparse.Namespace) -> None:
+def _code(args: argparse.Namespace) -> None:
+    """Writes FOLDER/custom_generate, so that FOLDER, or the repository that it is pushed to, can be given as
+    custom_generate=. Python files there are replaced, and marked lists in FOLDER/README.md are brought up to date;
+    nothing else is touched."""
     print(write_code(args.folder))
 
 
-def _add_push(actions: Any) -> None:
-    parser = actions.add_parser(
-        "push",
-        help="upload a folder",
-        description="Uploads a folder to a model repository on the Hub, which is created if there is none. It uses "
-        "the token that `hf auth login` stores.",
-    )
-    parser.set_defaults(run=_run_push)
-    parser.add_argument("folder", metavar="FOLDER")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="such as owner/name")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
-    parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: the main one)")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
-
-
-def _run_push(args: argparse.Namespace) -> None:
+def _push(args: argparse.Namespace) -> None:
+    """Uploads a folder to a model repository on the Hub, which is created if there is none. It uses the token that
+    `hf auth login` stores."""
     if args.dry_run:
         validate_repo_id(args.repo_id)
         _print_files(args.folder)
@@ -109,10 +86,7 @@ def _print_files(folder: str | Path) -> None:
 
 def _size(count: float) -> str:
     """A number of bytes, such as "8.0 MB"."""
-    if count < 1000:
-        return f"{count} B"
-    for unit in ("kB", "MB"):
-        count /= 1000
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} GB"
+    for unit, power in (("GB", 3), ("MB", 2), ("kB", 1)):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.1f} {unit}"
+    return f"{count} B"

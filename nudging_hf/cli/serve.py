@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Any
 
 from ..chats import INSTRUCTION_TEMPLATE, turn_template
@@ -13,6 +12,8 @@ from .arguments import (
     add_base_template,
     add_gate,
     add_models,
+    add_number,
+    command_parser,
     count,
     drafts,
     load_pair,
@@ -21,16 +22,10 @@ from .arguments import (
 )
 
 KEY_VARIABLE = "NUDGING_HF_API_KEY"
-_DESCRIPTION = (
-    "Serves a nudged base to clients of OpenAI's API: chat completions and completions, streamed or not. Many "
-    "requests are answered at once. It needs the extra [serve]; docs/server.md describes the fields of a request."
-)
 
 
 def add_command(commands: Any) -> None:
-    """Adds `serve` to the commands of `nudging-hf`."""
-    parser = commands.add_parser("serve", help="serve a pair to clients of OpenAI's API", description=_DESCRIPTION)
-    parser.set_defaults(run=run)
+    parser = command_parser(commands, "serve", "serve a pair to clients of OpenAI's API", run)
     add_models(parser)
     served = parser.add_argument_group("server")
     served.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
@@ -42,13 +37,12 @@ def add_command(commands: Any) -> None:
         help=f"what clients must send; better in the environment variable {KEY_VARIABLE}, which other users of the "
         "machine cannot see",
     )
-    for option, kind, default, what in (
-        ("--max-requests", positive, 8, "how many answers are written at once"),
-        ("--max-queue", count, 64, "how many more may wait for a place; further ones are told to come back later"),
-        ("--max-new-tokens", positive, 1024, "the limit on an answer, in tokens, where a request names none"),
-        ("--grace", count, 30, "how many seconds running answers have to finish when the server ends"),
-    ):
-        served.add_argument(option, type=kind, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+    add_number(served, "--max-requests", 8, "how many answers are written at once")
+    add_number(
+        served, "--max-queue", 64, "how many more may wait for a place; further ones are told to come back later", 0
+    )
+    add_number(served, "--max-new-tokens", 1024, "the limit on an answer, in tokens, where a request names none")
+    add_number(served, "--grace", 30, "how many seconds running answers have to finish when the server ends", 0)
     served.add_argument(
         "--max-context",
         type=positive,
@@ -68,12 +62,8 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `nudging-hf serve`.
-
-    Raises:
-        ImportError: without the packages of the extra [serve], naming it.
-        ValueError: for values out of range and models that cannot be loaded.
-    """
+    """Serves a nudged base to clients of OpenAI's API: chat completions and completions, streamed or not. Many
+    requests are answered at once. It needs the extra [serve]; docs/server.md describes the fields of a request."""
     from ..server.app import ServerSettings, create_app
     from ..server.in_process import InProcessEngine
     from ..server.serving import GracefulServer
@@ -82,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     parameters = parameters_of(args)
     NudgingConfig(**parameters)
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
-    pair = load_pair(args, progress=sys.stderr.isatty())
+    pair = load_pair(args)
     engine = InProcessEngine(pair, args.max_requests, args.max_queue, parameters, args.max_context)
     settings = ServerSettings(
         served_name=args.served_model_name or args.base,

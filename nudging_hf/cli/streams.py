@@ -21,15 +21,10 @@ def open_closed_streams() -> None:
 
 
 def refuse_undecoded(text: str, what: str, encoding: str) -> None:
-    """Refuses a text with bytes that could not be decoded. Python represents them by surrogate code points.
+    """Raises a `ValueError` for a text with bytes that could not be decoded, which says what comes before them.
 
-    Args:
-        text: a text that was decoded with the error handler "surrogateescape".
-        what: names the text, as the subject of the error's sentence.
-        encoding: the encoding that the text was decoded with.
-
-    Raises:
-        ValueError: if there is such a byte. The error says what comes before it.
+    The text was decoded from `encoding` with the error handler "surrogateescape", so that a surrogate code point
+    stands for each such byte. `what` names the text, as the subject of the error's sentence.
     """
     try:
         text.encode("utf-8")
@@ -44,10 +39,7 @@ def refuse_undecoded(text: str, what: str, encoding: str) -> None:
 
 
 def refuse_undecoded_arguments(arguments: Sequence[str]) -> None:
-    """Refuses arguments of the command line with bytes that could not be decoded.
-
-    Paths are refused too, because reports name them and are UTF-8.
-    """
+    """Refuses undecoded bytes in arguments. Paths are refused too, because reports name them and are UTF-8."""
     for number, argument in enumerate(arguments, start=1):
         refuse_undecoded(argument, f"Argument {number}", sys.getfilesystemencoding())
 

@@ -74,10 +74,12 @@ class StaticCacheSettings(NamedTuple):
     Args:
         max_new_tokens: about how many tokens are written at most.
         generation_config: says whether and how passes are compiled, as in `generate`.
+        places: how many rows there can be at once, if that is more than there are at first.
     """
 
     max_new_tokens: int
     generation_config: GenerationConfig
+    places: int = 0
 
 
 class CachedLM:
@@ -120,7 +122,9 @@ class CachedLM:
         self._active_rows = set(range(rows))  # Those not released. A static cache keeps the others too.
         # In the order of the cache's batch dimension. A dynamic cache has a row from its first reading on.
         self._rows = list(range(rows)) if static is not None or prompts is not None else []
-        self._cached_ids: dict[int, list[int]] = {row: [] for row in range(rows)}
+        if static is not None:  # Negative numbers stand for free places.
+            self._rows += range(rows - static.places, 0)
+        self._cached_ids: dict[int, list[int]] = {row: [] for row in {*self._rows, *range(rows)}}
         self._allows_holes = prompts is None and uses_position_ids_only(model)
         self._copies_cache = self.use_cache and not supports_row_rollback(model)
         self.has_recurrent_state = self._copies_cache or (self.use_cache and has_recurrent_state(model))
@@ -150,7 +154,7 @@ class CachedLM:
     def admit(self, row: int) -> None:
         """Lets a new row join the others. The number of a row that was released is not used again.
 
-        A static cache has as many places as there were rows at first, and the new row takes a free one.
+        A static cache has a fixed number of places, and the new row takes a free one.
         """
         assert self._prompts is None and not self._num_permanent, "multimodal prompts are read in one pass"
         if self._static is not None and self.use_cache:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 try:
     import anyio.to_thread
@@ -16,7 +15,7 @@ except ImportError as error:
 
 from ..chats import REASONING_TEMPLATE, turn_template
 from ..core.config import NudgingConfig
-from ..pair import Pair, nudging_model_named_in
+from ..pair import Pair, load_model, nudging_model_named_in
 from ..provenance import count_nudged_words, pieces_of, text_of
 
 # The limit holds for all models together, because they share torch's random numbers, which a seed sets.
@@ -43,8 +42,7 @@ class NudgingAPI(inspect.ModelAPI):
         turn_template(template)
         self.prompting = {"base_template": template, "chat_template_kwargs": args.pop("chat_template_kwargs", None)}
         named = args.pop("nudging_model", None)
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-        base = AutoModelForCausalLM.from_pretrained(model_name, **{"device_map": "auto", **args})
+        base, tokenizer = load_model(model_name, "The base", **{"device_map": "auto", **args})
         named = named or nudging_model_named_in(base)
         if named is None:
             raise ValueError("There is no nudging model: name one by `-M nudging_model=...`.")

@@ -15,12 +15,7 @@ from transformers import AutoTokenizer
 try:
     from lm_eval.api.registry import model_registry
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import (
-        Collator,
-        handle_stop_sequences,
-        normalize_gen_kwargs,
-        postprocess_generated_text,
-    )
+    from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 except ImportError as error:
     raise ImportError("This needs lm-evaluation-harness: pip install 'nudging-hf[lm-eval]'.") from error
 
@@ -130,6 +125,12 @@ class NudgingLM(HFLM):
 
     def _inputs(self, contexts: Sequence[str], max_new_tokens: int) -> dict[str, Any]:
         """The prompts of both models."""
+        room = self.max_length - max_new_tokens  # How many tokens the base's prompt may have.
+        if room <= 0:
+            raise ValueError(
+                f"The base reads at most {self.max_length} tokens, and the answer alone may have "
+                f"{max_new_tokens}: lower `max_gen_toks`, or raise `max_length`."
+            )
         chats, texts = [], []
         for context in contexts:
             if isinstance(context, Conversation):
@@ -142,19 +143,9 @@ class NudgingLM(HFLM):
         inputs = dict(self.pair.inputs(chats, self.base_template, self.chat_template_args))
         # HFLM encodes the base's prompts, so that `add_bos_token`, `truncation` and `max_length` apply.
         inputs["input_ids"], inputs["attention_mask"] = self.tok_batch_encode(
-            texts, left_truncate_len=self._prompt_length(max_new_tokens), truncation=self.truncation
+            texts, left_truncate_len=room, truncation=self.truncation
         )
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
-
-    def _prompt_length(self, max_new_tokens: int) -> int:
-        """The longest prompt that the base may have, in tokens."""
-        room = self.max_length - max_new_tokens
-        if room <= 0:
-            raise ValueError(
-                f"The base reads at most {self.max_length} tokens, and the answer alone may have "
-                f"{max_new_tokens}: lower `max_gen_toks`, or raise `max_length`."
-            )
-        return room
 
     # Answers --------------------------------------------------------------------------------------------------------
 
@@ -223,8 +214,6 @@ class NudgingLM(HFLM):
             "nudge_rate": self._words["nudged"] / words if words else None,
             "finish_reasons": dict(self._finish_reasons),
         }
-
-    # There are no scores --------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         """Raises a `ValueError`: a nudged model has no probabilities."""

@@ -75,40 +75,29 @@ class Unit:
     threshold: float | None = None
 
 
+@dataclass
 class Analysis:
-    """The measurements, in units.
+    """The measurements of a pair on one or more prompts, in units of `batch_size` prompts.
 
     Args:
-        base, nudging: the pair.
         large: the large aligned model. If it is `None`, positions are those of the nudged answers.
-        prompts: one or more prompts.
         threshold: γ of the nudged answers that positions are taken from if there is no large aligned model.
         thresholds: the thresholds at which nudged answers are measured.
-        batch_size: how many prompts a unit has.
         max_new_tokens: the limit on an answer, in tokens of the model that writes it, or of the base.
     """
 
-    def __init__(
-        self,
-        base: Reader,
-        nudging: Reader,
-        large: Reader | None,
-        prompts: Sequence[Prompt],
-        threshold: float,
-        thresholds: Sequence[float],
-        batch_size: int,
-        max_new_tokens: int,
-    ):
-        self._base, self._nudging, self._large = base, nudging, large
-        self._prompts = prompts
-        self._batch_size = batch_size
-        self._max_new_tokens = max_new_tokens
-        self._kinds: list[tuple[str, float | None]] = [("along", threshold if large is None else None)]
-        self._kinds += [("nudged", gamma) for gamma in thresholds]
-        if are_labelled(prompts):
-            self._kinds += [("base", None), ("nudging model", None)]
-        readers = [reader for reader in (base, nudging, large) if reader is not None]
-        writer = large or base
+    base: Reader
+    nudging: Reader
+    large: Reader | None
+    prompts: Sequence[Prompt]
+    threshold: float
+    thresholds: Sequence[float]
+    batch_size: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        readers = [reader for reader in (self.base, self.nudging, self.large) if reader is not None]
+        writer = self.large or self.base
         self._reads = {reader: answer_class(writer.vocabulary, reader.vocabulary) for reader in readers}
         self._one_vocabulary = {  # Either of two models may have control tokens of its own.
             (one, other): share_vocabulary(one, other) or share_vocabulary(other, one)
@@ -117,8 +106,12 @@ class Analysis:
 
     def units(self) -> list[Unit]:
         """All units, each independent of the others."""
-        starts = range(0, len(self._prompts), self._batch_size)
-        return [Unit(kind, start, threshold) for kind, threshold in self._kinds for start in starts]
+        kinds: list[tuple[str, float | None]] = [("along", self.threshold if self.large is None else None)]
+        kinds += [("nudged", gamma) for gamma in self.thresholds]
+        if are_labelled(self.prompts):
+            kinds += [("base", None), ("nudging model", None)]
+        starts = range(0, len(self.prompts), self.batch_size)
+        return [Unit(kind, start, threshold) for kind, threshold in kinds for start in starts]
 
     def measure(self, unit: Unit) -> list[dict[str, Any]]:
         """The result of a unit, as JSON: one row for each prompt, with an [`Answer`] and, along it, [`Positions`].
@@ -126,16 +119,13 @@ class Analysis:
         Raises:
             ValueError: for prompts that a chat template or nudging refuses.
         """
-        prompts = self._prompts[unit.start : unit.start + self._batch_size]
-        if unit.threshold is not None:
-            writer = self._base
-            config = {"nudge_threshold": unit.threshold}
-            answers = nudged_answers(self._base, self._nudging, config, prompts, self._max_new_tokens)
+        prompts = self.prompts[unit.start : unit.start + self.batch_size]
+        writer = {"along": self.large or self.base, "nudging model": self.nudging}.get(unit.kind, self.base)
+        if unit.threshold is None:
+            answers = writer.answers(prompts, self.max_new_tokens)
         else:
-            alone = {"along": self._large, "base": self._base, "nudging model": self._nudging}[unit.kind]
-            assert alone is not None
-            writer = alone
-            answers = writer.answers(prompts, self._max_new_tokens)
+            config = {"nudge_threshold": unit.threshold}
+            answers = nudged_answers(self.base, self.nudging, config, prompts, self.max_new_tokens)
         rows = [{"answer": asdict(answer)} for answer in answers]
         if unit.kind == "along":
             for row, prompt, answer in zip(rows, prompts, answers, strict=True):
@@ -158,7 +148,7 @@ class Analysis:
                 return None
             return agree(predicted[one][place], predicted[other][place], self._one_vocabulary[one, other])
 
-        base, small, large = self._base, self._nudging, self._large
+        base, small, large = self.base, self.nudging, self.large
         differs: list[bool | None] = []
         small_agrees: list[bool | None] = []
         for place in predicted[base]:
@@ -194,38 +184,32 @@ def tables(prompts: Sequence[Prompt], measured: Mapping[Unit, list[dict[str, Any
         rows = measured[unit]
         answers.setdefault((unit.kind, unit.threshold), []).extend(Answer(**row["answer"]) for row in rows)
         along += [Positions(**row["positions"]) for row in rows if "positions" in row]
-    top1 = [p for row in along for p in row.top1]
-    differs = [mark for row in along for mark in row.differs]
-    small_agrees = [mark for row in along for mark in row.small_agrees]
+    columns = [(each.top1, each.differs, each.small_agrees) for each in along]
+    positions = [position for each in columns for position in zip(*each, strict=True)]
+    counted = _counted(positions)
     (threshold,) = [gamma for kind, gamma in answers if kind == "along"]
     large = threshold is None
 
     def accuracy(kind: str, gamma: float | None = None) -> float | None:
         if (kind, gamma) not in answers or not are_labelled(prompts):
             return None
-        return _mean(
-            prompt.is_right(answer.text) for prompt, answer in zip(prompts, answers[kind, gamma], strict=True)
-        )
+        pairs = zip(prompts, answers[kind, gamma], strict=True)
+        return _mean(prompt.is_right(answer.text) for prompt, answer in pairs)
 
     return {
         "prompts": len(prompts),
         "along": {
             "writer": "large aligned" if large else "nudged",
             "threshold": threshold,
-            "positions": len(top1),
-            "compared": sum(mark is not None for mark in differs),
-            "alignment_related": sum(mark is True for mark in differs),
-            "disagreement": _mean(differs),
+            **{name: counted[name] for name in ("positions", "compared", "alignment_related", "disagreement")},
             "unfinished": sum(not answer.finished for answer in answers["along", threshold]),
         },
-        "bins": _bins(top1, differs, small_agrees),
-        "thresholds": [_caught(gamma, top1, differs, small_agrees) for gamma in THRESHOLDS],
+        "bins": [_bin(low, high, positions) for low, high in pairwise(BINS)],
+        "thresholds": [_caught(gamma, positions) for gamma in THRESHOLDS],
         "agreement": {
-            "alignment_related": _mean([a for a, d in zip(small_agrees, differs, strict=True) if d]),
-            "elsewhere": _mean([a for a, d in zip(small_agrees, differs, strict=True) if d is False]),
-            "alignment_related_compared": sum(
-                a is not None and d is True for a, d in zip(small_agrees, differs, strict=True)
-            ),
+            "alignment_related": counted["small_agreement"],
+            "elsewhere": _mean(agrees for _, differs, agrees in positions if differs is False),
+            "alignment_related_compared": counted["small_compared"],
         },
         "curve": [
             {
@@ -246,37 +230,39 @@ def tables(prompts: Sequence[Prompt], measured: Mapping[Unit, list[dict[str, Any
     }
 
 
-def _bins(
-    top1: Sequence[float], differs: Sequence[bool | None], small_agrees: Sequence[bool | None]
-) -> list[dict[str, Any]]:
-    rows = []
-    for low, high in pairwise(BINS):
-        inside = [i for i, p in enumerate(top1) if low <= p and (p < high or high == BINS[-1])]
-        small = [small_agrees[i] for i in inside if differs[i]]
-        rows.append({
-            "from": low,
-            "to": high,
-            "positions": len(inside),
-            "share": share_of(len(inside), len(top1)),
-            "compared": sum(differs[i] is not None for i in inside),
-            "disagreement": _mean([differs[i] for i in inside]),
-            "small_compared": sum(agrees is not None for agrees in small),
-            "small_agreement": _mean(small),
-        })  # fmt: skip
-    return rows
+# A position: the base's top-1 probability, and two marks, each as [`Positions`] has it.
+_Position = tuple[float, "bool | None", "bool | None"]
 
 
-def _caught(
-    gamma: float, top1: Sequence[float], differs: Sequence[bool | None], small_agrees: Sequence[bool | None]
-) -> dict[str, Any]:
+def _counted(rows: Sequence[_Position]) -> dict[str, Any]:
+    """What some positions have in common. The figures of the small model are those at alignment-related positions."""
+    differs = [differs for _, differs, _ in rows]
+    small = [agrees for _, differs, agrees in rows if differs]
+    return {
+        "positions": len(rows),
+        "compared": sum(mark is not None for mark in differs),
+        "alignment_related": sum(mark is True for mark in differs),
+        "disagreement": _mean(differs),
+        "small_compared": sum(mark is not None for mark in small),
+        "small_agreement": _mean(small),
+    }
+
+
+def _bin(low: float, high: float, rows: Sequence[_Position]) -> dict[str, Any]:
+    counted = _counted([row for row in rows if low <= row[0] and (row[0] < high or high == BINS[-1])])
+    del counted["alignment_related"]
+    return {"from": low, "to": high, "share": share_of(counted["positions"], len(rows)), **counted}
+
+
+def _caught(gamma: float, rows: Sequence[_Position]) -> dict[str, Any]:
     """The share of positions that a nudge wherever p < γ would fall on."""
-    below = [i for i, p in enumerate(top1) if p < gamma]
+    below, everywhere = _counted([row for row in rows if row[0] < gamma]), _counted(rows)
     return {
         "threshold": gamma,
-        "positions": share_of(len(below), len(top1)),
-        "caught": share_of(sum(differs[i] is True for i in below), sum(mark is True for mark in differs)),
-        "disagreement": _mean([differs[i] for i in below]),
-        "small_agreement": _mean([small_agrees[i] for i in below if differs[i]]),
+        "positions": share_of(below["positions"], everywhere["positions"]),
+        "caught": share_of(below["alignment_related"], everywhere["alignment_related"]),
+        "disagreement": below["disagreement"],
+        "small_agreement": below["small_agreement"],
     }
 
 

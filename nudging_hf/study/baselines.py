@@ -248,29 +248,20 @@ class _SmallModel(NamedTuple):
     vocabulary: Vocabulary
     prompts: list[list[int]] | None
 
-
-class _Mixture(NamedTuple):
-    """What is handed past transformers to the decoding loop."""
-
-    vocabulary: Vocabulary
-    small_models: list[_SmallModel]
-    mix: Mix
-    streamer: Any
+    def prompts_of(self, base_prompts: list[list[int]], base: Vocabulary) -> list[list[int]]:
+        """The model's prompts, one for each of the base's."""
+        if self.prompts is not None:
+            return self.prompts
+        if self.name == "nudging":
+            return nudging_prompts(base_prompts, base.tokenizer, self.vocabulary.tokenizer, one_vocabulary=True)
+        return base_prompts
 
 
 class _MixedLogits(LogitsProcessor):
-    """Replaces the base's logits by those of the mixture.
-
-    Args:
-        readers: the small models, each with its prompts, one for each row.
-        prompt_length: the length of the base's padded prompts.
-        mix: the function that mixes the logits.
-    """
+    """Replaces the base's logits by those of the mixture. Each reader has its own prompts, one for each row."""
 
     def __init__(self, readers: list[tuple[CachedLM | SeparateRows, list[list[int]]]], prompt_length: int, mix: Mix):
-        self.readers = readers
-        self.prompt_length = prompt_length
-        self.mix = mix
+        self.readers, self.prompt_length, self.mix = readers, prompt_length, mix
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         answers = input_ids[:, self.prompt_length :].tolist()
@@ -311,48 +302,29 @@ def _generate_mixed(
     validate_causal_lm(model, "base", "model")
     validate_weights(model, "base")
     vocabulary = loaded_vocabulary(tokenizer, model, "tokenizer", "base")
-    rows, use_cache = len(input_ids), bool(config.use_cache)
-    small_models = [_checked(name, given, model, vocabulary, rows, use_cache) for name, given in small.items()]
+    use_cache = bool(config.use_cache)
+    small_models = [
+        _checked(name, given, model, vocabulary, len(input_ids), use_cache) for name, given in small.items()
+    ]
     ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
     arguments["eos_token_id"] = list(dict.fromkeys([*ends, *_eos_of(small_models[0], model)])) or None
     if config.stop_strings is not None:
         take_over_stop_strings(arguments, model, config.stop_strings, vocabulary.tokenizer)
-    mixture = _Mixture(vocabulary, small_models, mix, arguments.get("streamer"))
-    return GenerationMixin.generate(model, input_ids, **arguments, custom_generate=_decode, mixture=mixture)
+    streamer = arguments.get("streamer")  # transformers keeps it from a `custom_generate` function.
 
+    def decode(model: Any, input_ids: torch.Tensor, logits_processor: Any, **prepared: Any) -> Any:
+        """The decoding loop, as transformers calls it: everything is prepared, and no token has been read."""
+        base_prompts = unpad(input_ids, prepared.get("attention_mask"))
+        readers = []
+        for each in small_models:
+            prompts = each.prompts_of(base_prompts, vocabulary)
+            copies = len(input_ids) // len(prompts)  # `num_return_sequences` rows in succession share one prompt.
+            lm = cached_lm(each.model, len(input_ids), bool(prepared["generation_config"].use_cache))
+            readers.append((lm, [prompt for prompt in prompts for _ in range(copies)]))
+        mixed = LogitsProcessorList([_MixedLogits(readers, input_ids.shape[1], mix), *logits_processor])
+        return token_by_token(model, input_ids, logits_processor=mixed, streamer=streamer, **prepared)
 
-def _decode(
-    model: Any,
-    input_ids: torch.Tensor,
-    mixture: _Mixture,
-    logits_processor: LogitsProcessorList,
-    generation_config: Any,
-    **prepared: Any,
-) -> Any:
-    """The decoding loop, as transformers calls it: everything is prepared, and no token has been read."""
-    rows = len(input_ids)
-    base_prompts = unpad(input_ids, prepared.get("attention_mask"))
-    readers = []
-    for small in mixture.small_models:
-        prompts = small.prompts
-        if prompts is None and small.name == "nudging":
-            tokenizers = mixture.vocabulary.tokenizer, small.vocabulary.tokenizer
-            prompts = nudging_prompts(base_prompts, *tokenizers, one_vocabulary=True)
-        elif prompts is None:
-            prompts = base_prompts
-        copies = rows // len(prompts)  # `num_return_sequences` rows in succession share one prompt.
-        lm = cached_lm(small.model, rows, bool(generation_config.use_cache))
-        readers.append((lm, [prompt for prompt in prompts for _ in range(copies)]))
-    return token_by_token(
-        model,
-        input_ids,
-        logits_processor=LogitsProcessorList(
-            [_MixedLogits(readers, input_ids.shape[1], mixture.mix), *logits_processor]
-        ),
-        generation_config=generation_config,
-        streamer=mixture.streamer,
-        **prepared,
-    )
+    return GenerationMixin.generate(model, input_ids, **arguments, custom_generate=decode)
 
 
 def _take_prompts(inputs: torch.Tensor | None, arguments: dict[str, Any]) -> torch.Tensor:
@@ -367,16 +339,10 @@ def _take_prompts(inputs: torch.Tensor | None, arguments: dict[str, Any]) -> tor
 
 
 def _checked(name: str, given: _Given, base: Any, vocabulary: Vocabulary, rows: int, use_cache: bool) -> _SmallModel:
-    """Checks a small model and completes it with its vocabulary and its prompts.
-
-    Args:
-        name: what the names of its arguments begin with.
-        vocabulary: the base's.
-        rows: how many prompts the base was given.
+    """Checks a small model, and completes it with its vocabulary and prompts. `vocabulary` is the base's.
 
     Raises:
-        ValueError: if it is no causal language model, has another vocabulary than the base, or has more or fewer
-            prompts than the base.
+        ValueError: if it is no causal language model, has another vocabulary than the base, or not `rows` prompts.
     """
     model, tokenizer, input_ids, attention_mask = given
     model, tokenizer = resolved_model(base, model, tokenizer)

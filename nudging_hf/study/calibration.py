@@ -33,13 +33,9 @@ _CLOSE = 0.01
 
 @dataclass(frozen=True)
 class Point:
-    """The answers at one threshold, counted.
+    """How many answers there are at one threshold, and words in them, and how many of each are nudged or right.
 
-    Args:
-        threshold: γ.
-        nudged_words, words: how many words of all answers are nudged, and how many words they have.
-        answers: how many answers there are.
-        right: how many of them are right; `None` if that is not known.
+    `right` is `None` if that is not known.
     """
 
     threshold: float
@@ -61,13 +57,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The threshold for a pair, and the thresholds that it was chosen from.
+    """The threshold for a pair, and all that were tried, in ascending order.
 
-    Args:
-        threshold: γ.
-        curve: all thresholds that were tried, in ascending order.
-        target_nudge_rate: the nudge rate that was aimed at; `None` if the score decided.
-        nudge_gate: the gate that the threshold belongs to.
+    `target_nudge_rate` is the nudge rate that was aimed at; it is `None` if the score decided.
     """
 
     threshold: float
@@ -82,7 +74,7 @@ class Calibration:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What speaks against the pair or against the threshold; empty if nothing does."""
+        """What speaks against the pair or against the threshold."""
         rate, target = self.chosen.nudge_rate, self.target_nudge_rate
         found = []
         if target is not None and abs(rate - target) > 2 * _CLOSE:
@@ -117,7 +109,6 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, in values that JSON has."""
-        curve = [asdict(point) | {"nudge_rate": point.nudge_rate, "score": point.score} for point in self.curve]
         return {
             "nudge_gate": self.nudge_gate,
             "threshold": self.threshold,
@@ -126,7 +117,7 @@ class Calibration:
             "score": self.chosen.score,
             "verdict": self.verdict,
             "warnings": list(self.warnings),
-            "curve": curve,
+            "curve": [{**vars(point), "nudge_rate": point.nudge_rate, "score": point.score} for point in self.curve],
         }
 
 
@@ -251,9 +242,7 @@ def calibrate(
         "base": model_setup(base),
         "nudging_model": model_setup(nudging_model),
         "prompts": digest([texts, *(asdict(prompt) for prompt in prompts)]),
-        "nudge_gate": gate,
-        "num_nudging_tokens": config.num_nudging_tokens,
-        "takeover_on_agreement": config.takeover_on_agreement,
+        **{name: getattr(config, name) for name in ("nudge_gate", "num_nudging_tokens", "takeover_on_agreement")},
         "max_new_tokens": max_new_tokens,
     }
     journal = Journal(resume, setup)
@@ -313,11 +302,7 @@ def save(calibration: Calibration, folder: str | Path) -> Path:
 
 
 def check_model_folder(folder: str | Path) -> Path:
-    """Returns the folder if it holds a model.
-
-    Raises:
-        ValueError: if it holds none.
-    """
+    """Returns the folder. Raises a `ValueError` if it holds no model."""
     if not Path(folder, "config.json").is_file():
         raise ValueError(f"{folder} is no model's folder: it has no config.json.")
     return Path(folder)

@@ -24,15 +24,8 @@ from .prompts import Prompt, tasks_of
 from .reader import Answer, Reader, inputs_of_both, nudged_answers, pair_of, share_vocabulary
 from .tables import markdown_table, percent, share_of
 
-BASE, NUDGING, NUDGED, ENSEMBLE, PROXY, IN_CONTEXT, ALIGNED = (
-    "base alone",
-    "nudging model alone",
-    "nudged",
-    "ensemble",
-    "proxy tuning",
-    "in-context",
-    "large aligned",
-)
+BASE, NUDGING, NUDGED = "base alone", "nudging model alone", "nudged"
+ENSEMBLE, PROXY, IN_CONTEXT, ALIGNED = "ensemble", "proxy tuning", "in-context", "large aligned"
 _SHARED = " (shared)"  # Follows the name of a contestant that uses the second nudging model.
 _CLEAR = 2  # A difference of fewer standard errors may be chance.
 
@@ -47,11 +40,8 @@ Write = Callable[[Sequence[Prompt], int], list[Answer]]
 class Contestant:
     """Who answers: one model alone, or several together.
 
-    Args:
-        name: its name in tables.
-        write: how it answers.
-        large, small: its models of the base's size and of the nudging model's, whose forward passes are counted.
-        nudged: whether it has a nudge rate.
+    `large` and `small` are its models of the base's size and of the nudging model's, whose forward passes are
+    counted. `nudged` says whether it has a nudge rate.
     """
 
     name: str
@@ -63,17 +53,13 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Models:
-    """The models that contestants are made of.
+    """The models that contestants are made of: a pair, and perhaps others.
 
     Args:
-        base, nudging: the pair.
-        shared: a second nudging model, which has the base's vocabulary. If it is given, the base is nudged by it too,
-            and it takes the place of `nudging` in the ensemble and in proxy tuning.
+        shared: a second nudging model, which has the base's vocabulary, or a `ValueError` says so. The base is nudged
+            by it too, and it takes the place of `nudging` in the ensemble and in proxy tuning.
         unaligned: the model that is mixed in, before its alignment.
         large_aligned: the model that alignment makes of the base.
-
-    Raises:
-        ValueError: for a `shared` that has another vocabulary.
     """
 
     base: Reader
@@ -83,23 +69,18 @@ class Models:
     large_aligned: Reader | None = None
 
     def __post_init__(self) -> None:
-        if self.shared is not None and not share_vocabulary(self.base, self.shared):
-            raise ValueError(
-                f"The shared nudging model needs the base's vocabulary: {_vocabularies(self.base, self.shared)}."
-            )
+        if self.shared is not None and (why := _other_vocabulary(self.base, self.shared)):
+            raise ValueError(f"The shared nudging model needs the base's vocabulary: {why}.")
 
 
 def contestants_of(
     models: Models, configs: Sequence[NudgingConfig], with_rivals: bool = True
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """The contestants that some models make.
+    """The contestants that some models make, in the order of the table, and why others are not among them, by name.
 
     Args:
         configs: parameters of nudging that differ in gate and threshold; the base is nudged with each.
         with_rivals: whether the ensemble, proxy tuning and in-context alignment take part.
-
-    Returns:
-        The contestants in the order of the table, and the reasons why others are not among them, by name.
     """
     base, nudging, shared, large_aligned = models.base, models.nudging, models.shared, models.large_aligned
     found = [Contestant(BASE, base.answers, large=base), Contestant(NUDGING, nudging.answers, small=(nudging,))]
@@ -107,7 +88,8 @@ def contestants_of(
     for small, mark in ((nudging, ""), (shared, _SHARED)):
         if small is not None:
             for config in configs:
-                name = f"{NUDGED}{mark}, {_gate_of(config)}"
+                gate = "γ =" if config.nudge_gate == NudgingConfig.nudge_gate else config.nudge_gate
+                name = f"{NUDGED}{mark}, {gate} {config.nudge_threshold}"
                 write = partial(nudged_answers, base, small, config)
                 found.append(Contestant(name, write, base, (small,), nudged=True))
     if with_rivals:
@@ -126,15 +108,14 @@ def _rivals_of(models: Models) -> tuple[list[Contestant], dict[str, str]]:
     small, mark = (models.nudging, "") if models.shared is None else (models.shared, _SHARED)
     found: list[Contestant] = []
     left_out: dict[str, str] = {}
-    if not share_vocabulary(base, small):
-        why = f"it needs one vocabulary: {_vocabularies(base, small)}"
-        left_out |= {ENSEMBLE: why, PROXY: why}
+    if why := _other_vocabulary(base, small):
+        left_out |= dict.fromkeys((ENSEMBLE, PROXY), f"it needs one vocabulary: {why}")
     else:
         found.append(Contestant(ENSEMBLE + mark, partial(_mixed_answers, base, small, ensemble), base, (small,)))
         if unaligned is None:
             left_out[PROXY] = "the nudging model before its alignment was not given"
-        elif not share_vocabulary(base, unaligned):
-            left_out[PROXY] = f"it needs one vocabulary: {_vocabularies(base, unaligned, 'unaligned')}"
+        elif why := _other_vocabulary(base, unaligned, "unaligned"):
+            left_out[PROXY] = f"it needs one vocabulary: {why}"
         else:
             mix = partial(proxy_tuning, unaligned_model=unaligned.model, unaligned_tokenizer=unaligned.tokenizer)
             write = partial(_mixed_answers, base, small, mix)
@@ -143,17 +124,12 @@ def _rivals_of(models: Models) -> tuple[list[Contestant], dict[str, str]]:
     return found, left_out
 
 
-def _vocabularies(base: Reader, small: Reader, which: str = "nudging") -> str:
-    return (
-        f"the base has {len(base.tokenizer)} tokens, and the {which} model {len(small.tokenizer)}, with other ids or "
-        "spellings"
-    )
-
-
-def _gate_of(config: NudgingConfig) -> str:
-    if config.nudge_gate == NudgingConfig.nudge_gate:
-        return f"γ = {config.nudge_threshold}"
-    return f"{config.nudge_gate} {config.nudge_threshold}"
+def _other_vocabulary(base: Reader, small: Reader, which: str = "nudging") -> str:
+    """How the vocabularies of two models differ; "" if they have one."""
+    if share_vocabulary(base, small):
+        return ""
+    sizes = len(base.tokenizer), len(small.tokenizer)
+    return f"the base has {sizes[0]} tokens, and the {which} model {sizes[1]}, with other ids or spellings"
 
 
 def _mixed_answers(
@@ -168,13 +144,11 @@ def _mixed_answers(
 def _in_context_answers(base: Reader, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
     inputs = base.inputs(prompts, max_new_tokens)
     sequences = in_context(base.model, **inputs, tokenizer=base.tokenizer)
-    answers = base.answers_of(sequences[:, inputs["input_ids"].shape[1] :], base.eos)
-    return [
-        Answer.of_one_model(
-            answer.text.partition(STOP_STRING)[0], answer.ids, answer.finished or STOP_STRING in answer.text
-        )
-        for answer in answers
-    ]
+    answers = []
+    for answer in base.answers_of(sequences[:, inputs["input_ids"].shape[1] :], base.eos):
+        text, stop, _ = answer.text.partition(STOP_STRING)
+        answers.append(Answer.of_one_model(text, answer.ids, answer.finished or bool(stop)))
+    return answers
 
 
 # How they take turns ------------------------------------------------------------------------------------------------
@@ -182,13 +156,9 @@ def _in_context_answers(base: Reader, prompts: Sequence[Prompt], max_new_tokens:
 
 @dataclass(frozen=True)
 class Turn:
-    """A contestant's answers to a batch of questions, and what they took.
+    """A contestant's answers to a batch of questions, which of them are right, and what they took.
 
-    Args:
-        seconds: how long it took by the wall clock.
-        large_passes, small_passes: forward passes of models of either size.
-        answers: one for each question, in their order.
-        right: whether each answer is right.
+    That is seconds by the wall clock, and forward passes of models of either size.
     """
 
     seconds: float
@@ -233,35 +203,29 @@ def compare(
     batch_size: int = 16,
     progress: Callable[[str, int], None] = lambda contestant, answered: None,
 ) -> list[Result]:
-    """Lets all contestants answer all questions.
+    """Lets all contestants answer all questions, `batch_size` at once, and returns one result for each contestant.
 
     Args:
-        contestants: who answers, such as those of [`contestants_of`].
         questions: one or more prompts whose right answers are known.
         journal: keeps every turn that is finished; a turn that it holds is not taken again.
         max_new_tokens: the limit on an answer, in tokens of the model that writes it.
-        batch_size: how many questions are answered at once.
         progress: is called with a contestant's name and the number of questions after each of its turns.
-
-    Returns:
-        One result for each contestant, in their order.
     """
-    starts = range(0, len(questions), batch_size)
     turns: dict[str, list[Turn]] = {contestant.name: [] for contestant in contestants}
     warm = set()
 
-    def take(contestant: Contestant, start: int) -> dict[str, Any]:
-        batch = questions[start : start + batch_size]
+    def take(contestant: Contestant, batch: Sequence[Prompt]) -> dict[str, Any]:
         if contestant.name not in warm:  # Some work is done only in a model's first pass on a device: it is not timed.
             contestant.write(batch, 2)
             warm.add(contestant.name)
         return asdict(take_turn(contestant, batch, max_new_tokens))
 
-    for start in starts:
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
         for contestant in contestants:
             key = {"contestant": contestant.name, "start": start}
-            turns[contestant.name].append(Turn.from_row(journal.once(key, partial(take, contestant, start))))
-            progress(contestant.name, len(questions[start : start + batch_size]))
+            turns[contestant.name].append(Turn.from_row(journal.once(key, partial(take, contestant, batch))))
+            progress(contestant.name, len(batch))
     return [Result(contestant, tuple(questions), tuple(turns[contestant.name])) for contestant in contestants]
 
 
@@ -298,7 +262,7 @@ class Result:
 
     @property
     def nudged_words(self) -> tuple[int, int]:
-        """The words of all answers of which the nudging model wrote at least a character, and all their words."""
+        """How many words of all answers the nudging model wrote at least a character of, and how many there are."""
         return sum(answer.nudged_words for answer in self.answers), sum(answer.words for answer in self.answers)
 
     @property

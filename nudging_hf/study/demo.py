@@ -10,25 +10,18 @@ if they are there: `models/nudging-shared`, a nudging model with the base's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..core.config import NudgingConfig
-from ..streaming import MarkingStreamer
 from .comparison import Models, Result
 from .prompts import Prompt, read_labelled_prompts
-from .reader import Answer, Reader, nudged_answers
+from .reader import Reader
 
 MAX_NEW_TOKENS = 220  # One and a half times the length of the longest right answer of examples/mini, in tokens.
 
 
 def find_folder() -> Path:
-    """`examples/mini` of the current folder or, if it is not there, of the checkout that the package lies in.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-    """
+    """`examples/mini` here or in the package's checkout. Raises a `FileNotFoundError` if there is neither."""
     for start in (Path(), Path(__file__).parents[2]):
         if (start / "examples" / "mini" / "heldout.jsonl").exists():
             return start / "examples" / "mini"
@@ -47,22 +40,12 @@ def load(folder: Path) -> tuple[Models, list[Prompt]]:
         if not needed.exists():
             raise FileNotFoundError(f"{needed} is missing: name the folder of another pair by --pair.")
     questions = read_labelled_prompts(folder / "heldout.jsonl")
-    shared, large = models / "nudging-shared", models / "large-aligned"
-    loaded = Models(
-        base=Reader.load(models / "base", chat=False),
-        nudging=Reader.load(models / "nudging"),
-        shared=Reader.load(shared) if shared.exists() else None,
-        large_aligned=Reader.load(large) if large.exists() else None,
+    shared, large = (
+        Reader.load(models / name) if (models / name).exists() else None
+        for name in ("nudging-shared", "large-aligned")
     )
-    return loaded, questions
-
-
-def stream_answer(models: Models, question: Prompt, threshold: float, write: Callable[[str, bool], None]) -> Answer:
-    """The nudged answer to one question. Each piece is passed to `write(text, nudged)` as soon as it is written."""
-    config = NudgingConfig(nudge_threshold=threshold)
-    streamer = MarkingStreamer(models.base.tokenizer, write)
-    [answer] = nudged_answers(models.base, models.nudging, config, [question], MAX_NEW_TOKENS, streamer)
-    return answer
+    base, nudging = Reader.load(models / "base", chat=False), Reader.load(models / "nudging")
+    return Models(base, nudging, shared, large_aligned=large), questions
 
 
 def as_dict(result: Result, base: Result) -> dict[str, Any]:

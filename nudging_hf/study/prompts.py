@@ -154,11 +154,7 @@ def read_labelled_prompts(path: str | Path) -> list[Prompt]:
 
 
 def _lines_of(path: str | Path) -> list[str]:
-    """The lines of a text file. Only line breaks end them, not the other separators that Unicode has.
-
-    Raises:
-        ValueError: for a file that is not UTF-8, naming the line.
-    """
+    """The lines of a UTF-8 file. Only line breaks end them, not the other separators that Unicode has."""
     data = Path(path).read_bytes()
     try:
         text = data.decode("utf-8-sig")  # Some editors begin a file with the mark of UTF-8, which is no text.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..chats import REASONING_TEMPLATE, chat_inputs, padded, plain_prompt
 from ..core.answer import OneVocabulary, answer_class
@@ -16,7 +15,7 @@ from ..core.config import NudgingConfig
 from ..core.gate import top1_probabilities
 from ..core.transformers_private import end_tokens, input_device, plain_generate
 from ..core.vocabulary import Vocabulary
-from ..pair import Pair
+from ..pair import Pair, load_model
 from ..provenance import Piece, count_nudged_words, pieces_of, spans, text_of
 from .prompts import Prompt
 
@@ -62,14 +61,7 @@ class Answer:
 
 
 class Prediction(NamedTuple):
-    """What a model would write next at one place of an answer.
-
-    Args:
-        token: its greedy token.
-        text: the bytes that the token adds.
-        ends: whether the token is an EOS of the model.
-        top1: the probability of the token.
-    """
+    """A model's greedy token at one place of an answer: its bytes, whether it is an EOS, and its probability."""
 
     token: int
     text: bytes
@@ -97,8 +89,7 @@ class Reader:
     @classmethod
     def load(cls, folder: str | Path, chat: bool = True) -> Reader:
         """The model of a folder, in float32."""
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, chat)
+        return cls(*load_model(folder, "The model", dtype=torch.float32), chat)
 
     @property
     def pad_token_id(self) -> int:
@@ -129,13 +120,8 @@ class Reader:
     def inputs(self, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
         """The arguments of `generate` with which the model answers greedily."""
         ids, mask = self.padded_prompts(prompts)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "max_new_tokens": max_new_tokens,
-            "do_sample": False,
-            "pad_token_id": self.pad_token_id,
-        }
+        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": self.pad_token_id}
+        return {"input_ids": ids, "attention_mask": mask, **settings}
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
@@ -145,7 +131,7 @@ class Reader:
         return self.answers_of(sequences[:, inputs["input_ids"].shape[1] :], self.eos)
 
     def answers_of(self, new: torch.Tensor, ends: set[int]) -> list[Answer]:
-        """Ids of new tokens, of shape (batch, length), as answers, each up to the first token of `ends`."""
+        """New tokens of shape (batch, length) as answers, each up to the first token of `ends`."""
         answers = []
         for row in new.tolist():
             end = next((i for i, token in enumerate(row) if token in ends), None)
@@ -195,11 +181,7 @@ def share_vocabulary(base: Reader, other: Reader) -> bool:
 def inputs_of_both(base: Reader, nudging: Reader, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
     """The arguments of `generate` with which a pair answers greedily, without the models and tokenizers."""
     ids, mask = nudging.padded_prompts(prompts)
-    return {
-        **base.inputs(prompts, max_new_tokens),
-        "nudging_input_ids": ids,
-        "nudging_attention_mask": mask,
-    }
+    return {**base.inputs(prompts, max_new_tokens), "nudging_input_ids": ids, "nudging_attention_mask": mask}
 
 
 def nudged_answers(
@@ -210,11 +192,7 @@ def nudged_answers(
     max_new_tokens: int,
     streamer: Any = None,
 ) -> list[Answer]:
-    """The greedy answers of the base, nudged.
-
-    Args:
-        config: the parameters of nudging. What a mapping leaves out is taken from the base's generation config.
-    """
+    """The greedy answers of the base, nudged. What `config` leaves out is taken from the base's generation config."""
     inputs = inputs_of_both(base, nudging, prompts, max_new_tokens)
     out = pair_of(base, nudging).generate(
         inputs, nudging_config=config, streamer=streamer, return_dict_in_generate=True

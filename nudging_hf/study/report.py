@@ -10,17 +10,12 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import html_page
 from .tables import percent as plain_percent
 
 SOURCE = "Fei, Razeghi and Singh, Nudging: Inference-time Alignment of LLMs via Guided Decoding, arXiv 2410.09300"
-
-_WITHOUT_LARGE = (
-    " They are those of a large aligned model, and here there is none. So the nudging model's lack of skill counts as "
-    "disagreement too, and where the base is sure of itself, it may be the one that is right."
-)
 
 # These are Okabe and Ito's colours, which people with colour blindness can tell apart too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
@@ -35,10 +30,7 @@ def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> 
         about: further facts that the page states about the analysis, by name, such as `{"base": "gemma-2-27b"}`.
 
     Returns:
-        The path of the page.
-
-    Raises:
-        ImportError: without matplotlib, naming the extra to install.
+        The path of the page. Without matplotlib, an `ImportError` names the extra to install.
     """
     images = plots(tables)
     for name, image in images.items():
@@ -52,25 +44,24 @@ def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> 
 
 def paper_comparison(tables: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The figures that the paper reports too: what each is, the paper's value, and the value here."""
-    lowest = tables["bins"][0]
     half = next(row for row in tables["thresholds"] if row["threshold"] == 0.5)
-    return [
+    compared = (
         (
-            "disagreement of base and aligned model at positions with p\u00a0<\u00a00.1",
-            "90\u00a0%",
-            percent(lowest["disagreement"]),
+            "disagreement of base and aligned model at positions with p < 0.1",
+            "90 %",
+            tables["bins"][0]["disagreement"],
         ),
-        (
-            "share of alignment-related positions that have p\u00a0<\u00a00.5",
-            "over 80\u00a0%",
-            percent(half["caught"]),
-        ),
-        ("share of all positions that have p\u00a0<\u00a00.5", "11\u00a0%", percent(half["positions"])),
+        ("share of alignment-related positions that have p < 0.5", "over 80 %", half["caught"]),
+        ("share of all positions that have p < 0.5", "11 %", half["positions"]),
         (
             "agreement of small and large aligned model at alignment-related positions",
-            "65 to 83\u00a0% (Llama-2), 58 to 88\u00a0% (Gemma-2)",
-            percent(tables["agreement"]["alignment_related"]),
+            "65 to 83 % (Llama-2), 58 to 88 % (Gemma-2)",
+            tables["agreement"]["alignment_related"],
         ),
+    )
+    return [
+        (what.replace("p < ", "p\u00a0<\u00a0"), paper.replace(" %", "\u00a0%"), percent(here))
+        for what, paper, here in compared
     ]
 
 
@@ -83,38 +74,22 @@ def percent(share: float | None) -> str:
 
 
 def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
-    """All plots by name, as PNG files.
-
-    Raises:
-        ImportError: without matplotlib, naming the extra to install.
-    """
-    drawn = {
-        "positions": _draw(_positions, tables),
-        "disagreement": _draw(_disagreement, tables),
-        "caught": _draw(_caught, tables),
-    }
+    """All plots by name, as PNG files. Without matplotlib it raises the error of [`require_matplotlib`]."""
+    wanted = {"positions": _positions, "disagreement": _disagreement, "caught": _caught}
     if tables["agreement"]["alignment_related"] is not None:
-        drawn["agreement"] = _draw(_agreement, tables)
+        wanted["agreement"] = _agreement
     if tables["curve"]:
-        drawn["thresholds"] = _draw(_curve, tables)
-    return drawn
+        wanted["thresholds"] = _curve
+    return {name: _draw(plot, tables) for name, plot in wanted.items()}
 
 
 def plot_calibration(found: Any) -> bytes:
-    """A plot of a [`~calibration.Calibration`] as a PNG file: the nudge rate, and any score, against the threshold.
-
-    Raises:
-        ImportError: without matplotlib, naming the extra to install.
-    """
+    """A PNG file of a [`~calibration.Calibration`]: nudge rate and any score by threshold. It needs matplotlib."""
     return _draw(_calibration, found)
 
 
 def require_matplotlib() -> None:
-    """Checks that plots can be drawn, so that a long run fails at its start.
-
-    Raises:
-        ImportError: without matplotlib, naming the extra to install.
-    """
+    """Raises an `ImportError` that names the extra to install if plots cannot be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -150,18 +125,19 @@ def _calibration(axes: Any, found: Any) -> None:
 
 
 def _positions(axes: Any, tables: Mapping[str, Any]) -> None:
-    _bars(axes, tables, "share", [percent(row["share"]) for row in tables["bins"]], _BLUE)
+    _bars(axes, tables["bins"], "share", _BLUE, [percent(row["share"]) for row in tables["bins"]])
     _finish(axes, "of all positions (%)")
 
 
 def _disagreement(axes: Any, tables: Mapping[str, Any]) -> None:
-    _bars(axes, tables, "disagreement", _labels(tables, "disagreement", of="compared"), _ORANGE)
+    _bars(axes, tables["bins"], "disagreement", _ORANGE, _labels(tables["bins"], "disagreement", of="compared"))
     _mean_line(axes, tables["along"]["disagreement"], "all positions")
     _finish(axes, "base and aligned disagree (%)", whole=True)
 
 
 def _agreement(axes: Any, tables: Mapping[str, Any]) -> None:
-    _bars(axes, tables, "small_agreement", _labels(tables, "small_agreement", of="small_compared"), _GREEN)
+    labels = _labels(tables["bins"], "small_agreement", of="small_compared")
+    _bars(axes, tables["bins"], "small_agreement", _GREEN, labels)
     _mean_line(axes, tables["agreement"]["alignment_related"], "all alignment-related positions")
     _finish(axes, "small and large aligned agree (%)", whole=True)
 
@@ -180,8 +156,7 @@ def _curve(axes: Any, tables: Mapping[str, Any]) -> None:
     at = [row["threshold"] for row in rows]
     if rows[0]["accuracy"] is not None:
         axes.plot(at, _percents(rows, "accuracy"), color=_ORANGE, marker="o", label="accuracy, nudged")
-        styles = {"base": ":", "nudging model": "--", "large aligned": "-."}
-        for name, style in styles.items():
+        for name, style in (("base", ":"), ("nudging model", "--"), ("large aligned", "-.")):
             if (alone := tables["alone"][name]) is not None:
                 axes.axhline(100 * alone, color=_GREY, linestyle=style, linewidth=1.2, label=f"accuracy, {name} alone")
     axes.plot(at, _percents(rows, "nudged_words"), color=_BLUE, marker="s", label="nudged words")
@@ -193,16 +168,15 @@ def _percents(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [float("nan") if row[name] is None else 100 * row[name] for row in rows]
 
 
-def _bars(axes: Any, tables: Mapping[str, Any], name: str, labels: Sequence[str], color: str) -> None:
+def _bars(axes: Any, bins: Sequence[Mapping[str, Any]], name: str, color: str, labels: Sequence[str]) -> None:
     """Draws a bar for each bin, with a label above it."""
-    centres = [(row["from"] + row["to"]) / 2 for row in tables["bins"]]
-    bars = axes.bar(centres, _percents(tables["bins"], name), width=0.09, color=color)
+    bars = axes.bar([(row["from"] + row["to"]) / 2 for row in bins], _percents(bins, name), width=0.09, color=color)
     axes.bar_label(bars, labels, fontsize=7, padding=2)
 
 
-def _labels(tables: Mapping[str, Any], name: str, of: str) -> list[str]:
+def _labels(bins: Sequence[Mapping[str, Any]], name: str, of: str) -> list[str]:
     """Each bar's share, and how many positions it is a share of, which the bin counts under `of`."""
-    return ["" if row[name] is None else f"{percent(row[name])}\nof {row[of]:,}" for row in tables["bins"]]
+    return ["" if row[name] is None else f"{percent(row[name])}\nof {row[of]:,}" for row in bins]
 
 
 def _mean_line(axes: Any, mean: float | None, whose: str) -> None:
@@ -213,171 +187,126 @@ def _mean_line(axes: Any, mean: float | None, whose: str) -> None:
 
 def _finish(axes: Any, y: str, x: str = "the base's top-1 probability p", whole: bool = False) -> None:
     """Sets the labels and ranges of the axes. If `whole` is true, y goes up to 100 %."""
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_xlim(0, 1.02)
-    axes.set_xticks([i / 10 for i in range(11)])
-    if whole:
-        axes.set_ylim(0, 116)  # This leaves room for the labels of bars.
-        axes.set_yticks(range(0, 101, 20))
+    axes.set(xlabel=x, ylabel=y, xlim=(0, 1.02), xticks=[i / 10 for i in range(11)])
+    if whole:  # There is room for the labels of bars above 100 %.
+        axes.set(ylim=(0, 116), yticks=range(0, 101, 20))
 
 
 # The page -----------------------------------------------------------------------------------------------------------
 
 
-class _Section(NamedTuple):
-    """A section of the page.
-
-    Args:
-        title, text: the heading, and the paragraph under it.
-        image: the name of a plot and its alternative text, if there is a plot.
-        head, rows: the header and the rows of a table, if there is one.
-    """
-
-    title: str
-    text: str
-    image: tuple[str, str] | None = None
-    head: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-
-
 def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[str, bytes]) -> str:
-    """The page as HTML, with all images embedded.
-
-    Args:
-        tables, about: see [`write`].
-        images: the plots, as [`plots`] returns them.
-    """
-    along = tables["along"]
-    large = along["writer"] == "large aligned"
-    whose = "large aligned model's" if large else f"nudged (γ = {along['threshold']:g})"
-    aligned = "large aligned model" if large else "nudging model"
-    sections = [
-        _Section(
-            "Compared with the paper",
-            f"The paper's figures are from {SOURCE}." + ("" if large else _WITHOUT_LARGE),
-            head=("", "paper", "here"),
-            rows=paper_comparison(tables),
-        ),
-        _Section(
-            "How sure the base is",
-            f"{along['positions']:,} positions along the {whose} answers to {tables['prompts']} prompts.",
-            ("positions", "Share of positions by the base's top-1 probability"),
-        ),
-        _Section(
-            "Where base and aligned model disagree",
-            f"A position is alignment-related if the base's greedy token is not the {aligned}'s. The plot shows the "
-            f"share of such positions. {along['compared']:,} positions were compared, and "
-            f"{along['alignment_related']:,} are alignment-related.",
-            ("disagreement", "Disagreement of base and aligned model by the base's top-1 probability"),
-        ),
-        _Section(
-            "What a threshold catches",
-            "If every position with p < γ were nudged, these would be the nudged shares of all positions and of the "
-            "alignment-related ones.",
-            ("caught", "Alignment-related positions caught, and positions nudged, by threshold"),
-        ),
-    ]
-    if "agreement" in images:
-        agreement = tables["agreement"]
-        sections.append(
-            _Section(
-                "Whether the small model can stand in for the large",
-                f"Both can be compared at {agreement['alignment_related_compared']:,} alignment-related positions. "
-                f"They agree on {percent(agreement['alignment_related'])} of them, and on "
-                f"{percent(agreement['elsewhere'])} of the other positions.",
-                ("agreement", "Agreement of small and large aligned model"),
-            )
-        )
-    if "thresholds" in images:
-        sections.append(_thresholds(tables))
+    """The page as HTML, in which the images of [`plots`] are embedded. `tables` and `about` are those of [`write`]."""
+    curve = tables["curve"]
+    scored = bool(curve) and curve[0]["accuracy"] is not None
+    measures = [*(["accuracy"] if scored else []), "nudged_words", "nudged_tokens"]
     shares = ("share", "disagreement", "small_agreement")
-    sections.append(
-        _Section(
-            "By the base's top-1 probability",
-            _how_compared(large),
-            head=("p", "positions", "of all", "disagree", "small and large agree"),
-            rows=[
-                (
-                    f"{row['from']:g} to {row['to']:g}",
-                    f"{row['positions']:,}",
-                    *(percent(row[name]) for name in shares),
-                )
-                for row in tables["bins"]
-            ],
-        )
-    )
     return html_page.render(
         _TEMPLATE,
         title="Nudging: analysis of a pair",
         style=_STYLE,
-        about=list(about.items()),
-        sections=sections,
+        source=SOURCE,
+        about=about,
+        large=tables["along"]["writer"] == "large aligned",
+        compared=paper_comparison(tables),
+        scored=scored,
+        measures=[name.replace("_", " ") for name in measures],
+        at_thresholds=[
+            (f"{row['threshold']:g}", *(percent(row[name]) for name in measures), row["unfinished"]) for row in curve
+        ],
+        in_bins=[
+            (f"{row['from']:g} to {row['to']:g}", f"{row['positions']:,}", *(percent(row[name]) for name in shares))
+            for row in tables["bins"]
+        ],
+        uncertainty=98 / tables["prompts"] ** 0.5,  # 1.96 standard errors of a share of one half, in percent.
+        percent=percent,
         images={name: base64.b64encode(image).decode("ascii") for name, image in images.items()},
-    )
-
-
-def _thresholds(tables: Mapping[str, Any]) -> _Section:
-    rows = tables["curve"]
-    names = {"accuracy": "accuracy", "nudged_words": "nudged words", "nudged_tokens": "nudged tokens"}
-    if rows[0]["accuracy"] is None:
-        del names["accuracy"]
-    text = "An answer is unfinished if the limit on its length ended it."
-    if "accuracy" in names:
-        alone = [f"{name} {percent(share)}" for name, share in tables["alone"].items() if share is not None]
-        points = 98 / tables["prompts"] ** 0.5  # 1.96 standard errors of a share of one half, in percent.
-        text += (
-            f" Accuracy of each model alone: {', '.join(alone)}. An accuracy on {tables['prompts']} questions is "
-            f"uncertain by up to {points:.0f} points either way."
-        )
-    return _Section(
-        "Nudged answers at each threshold",
-        text,
-        ("thresholds", "Accuracy and nudge rate by threshold"),
-        ("γ", *names.values(), "unfinished"),
-        [(f"{row['threshold']:g}", *(percent(row[name]) for name in names), str(row["unfinished"])) for row in rows],
-    )
-
-
-def _how_compared(large: bool) -> str:
-    whose = "large one's" if large else "nudging model's, as no large one was given"
-    return (
-        "Positions are the base's tokens without the end mark; all models read the same answers. The aligned model's "
-        f"token is the {whose}. Two greedy tokens of one vocabulary agree if they are the same. Across vocabularies "
-        "they agree if the text of one is a prefix of the text of the other, and only positions where a token starts "
-        "in both are compared. The last column counts only the alignment-related positions."
+        **tables,
     )
 
 
 _TEMPLATE = """\
 {% extends "page" %}
+{% macro plot(name, shows) %}
+<img src="data:image/png;base64,{{ images[name] }}" alt="{{ shows }}">
+{% endmacro %}
+{% macro table(head, rows) %}
+<table>
+<thead><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+{% endmacro %}
 {% block policy %}; img-src data:{% endblock %}
 {% block header %}
-<dl>{% for name, value in about %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+<dl>{% for name, value in about.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 <p>p is the probability of the base's most probable token. Nudging lets the small model write where p is below a \
 threshold γ. The paper observes three things: the base is mostly sure; where it is not, it and the aligned model \
 disagree; and there the small aligned model says what the large one would.</p>
 {% endblock %}
 {% block main %}
-{% for section in sections %}
 <section>
-<h2>{{ section.title }}</h2>
-<p>{{ section.text }}</p>
-{% if section.image %}
-<img src="data:image/png;base64,{{ images[section.image[0]] }}" alt="{{ section.image[1] }}">
-{% endif %}
-{% if section.rows %}
-<table>
-<thead><tr>{% for cell in section.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in section.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table>
-{% endif %}
+<h2>Compared with the paper</h2>
+<p>The paper's figures are from {{ source }}.
+{%- if not large %} They are those of a large aligned model, and here there is none. So the nudging model's lack of \
+skill counts as disagreement too, and where the base is sure of itself, it may be the one that is right.{% endif %}</p>
+{{ table(["", "paper", "here"], compared) -}}
 </section>
-{% endfor %}
+<section>
+<h2>How sure the base is</h2>
+<p>{{ "{:,}".format(along.positions) }} positions along the \
+{% if large %}large aligned model's{% else %}nudged (γ = {{ "%g" % along.threshold }}){% endif %} answers to \
+{{ prompts }} prompts.</p>
+{{ plot("positions", "Share of positions by the base's top-1 probability") -}}
+</section>
+<section>
+<h2>Where base and aligned model disagree</h2>
+<p>A position is alignment-related if the base's greedy token is not the \
+{{ "large aligned model" if large else "nudging model" }}'s. The plot shows the share of such positions. \
+{{ "{:,}".format(along.compared) }} positions were compared, and {{ "{:,}".format(along.alignment_related) }} are \
+alignment-related.</p>
+{{ plot("disagreement", "Disagreement of base and aligned model by the base's top-1 probability") -}}
+</section>
+<section>
+<h2>What a threshold catches</h2>
+<p>If every position with p &lt; γ were nudged, these would be the nudged shares of all positions and of the \
+alignment-related ones.</p>
+{{ plot("caught", "Alignment-related positions caught, and positions nudged, by threshold") -}}
+</section>
+{% if "agreement" in images %}
+<section>
+<h2>Whether the small model can stand in for the large</h2>
+<p>Both can be compared at {{ "{:,}".format(agreement.alignment_related_compared) }} alignment-related positions. \
+They agree on {{ percent(agreement.alignment_related) }} of them, and on {{ percent(agreement.elsewhere) }} of the \
+other positions.</p>
+{{ plot("agreement", "Agreement of small and large aligned model") -}}
+</section>
+{% endif %}
+{% if "thresholds" in images %}
+<section>
+<h2>Nudged answers at each threshold</h2>
+<p>An answer is unfinished if the limit on its length ended it.
+{%- if scored %} Accuracy of each model alone: \
+{% for name, share in alone.items() if share is not none %}
+{{- name }} {{ percent(share) }}{{ "" if loop.last else ", " }}
+{%- endfor %}. An accuracy on {{ prompts }} questions is uncertain by up to {{ "%.0f" % uncertainty }} points either \
+way.{% endif %}</p>
+{{ plot("thresholds", "Accuracy and nudge rate by threshold") -}}
+{{ table(["γ"] + measures + ["unfinished"], at_thresholds) -}}
+</section>
+{% endif %}
+<section>
+<h2>By the base's top-1 probability</h2>
+<p>Positions are the base's tokens without the end mark; all models read the same answers. The aligned model's token \
+is the {{ "large one's" if large else "nudging model's, as no large one was given" }}. Two greedy tokens of one \
+vocabulary agree if they are the same. Across vocabularies they agree if the text of one is a prefix of the text of \
+the other, and only positions where a token starts in both are compared. The last column counts only the \
+alignment-related positions.</p>
+{{ table(["p", "positions", "of all", "disagree", "small and large agree"], in_bins) -}}
+</section>
 {% endblock %}
 """
 

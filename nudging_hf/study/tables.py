@@ -6,12 +6,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown that is aligned for the eye too: the first column on the left, the others on the right.
-
-    Args:
-        head: the names of the columns.
-        rows: as many cells each.
-    """
+    """A table in Markdown that is aligned for the eye too: the first column on the left, the others on the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
     for row in (head, *rows):

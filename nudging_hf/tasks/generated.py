@@ -26,15 +26,9 @@ NAMES = (
 
 
 def coin_flips(rows: int, seed: int, **_: Any) -> Any:
-    """Rows of coin_flip. Each person flips the coin with probability 1/2.
+    """`rows` rows of coin_flip, as [`as_data_set`] returns them. Each person flips the coin with probability 1/2.
 
-    Args:
-        rows: how many rows to generate.
-        seed: the seed of the generator.
-        _: ignored. The harness passes a task's metadata too.
-
-    Returns:
-        A `datasets.DatasetDict` with the one split "test".
+    The harness passes a task's metadata too, which is ignored.
     """
     rng = random.Random(f"coin_flip {seed}")
     drawn = []
@@ -46,7 +40,7 @@ def coin_flips(rows: int, seed: int, **_: Any) -> Any:
             "inputs": f"Q: A coin is heads up. {said} Is the coin still heads up?",
             "targets": "yes" if heads else "no",
         })  # fmt: skip
-    return _as_data_set(drawn)
+    return as_data_set(drawn)
 
 
 def last_letter_concats(rows: int, seed: int, **_: Any) -> Any:
@@ -59,10 +53,11 @@ def last_letter_concats(rows: int, seed: int, **_: Any) -> Any:
             "question": f'Take the last letters of each words in "{" ".join(names)}" and concatenate them.',
             "answer": "".join(name[-1] for name in names),
         })  # fmt: skip
-    return _as_data_set(drawn)
+    return as_data_set(drawn)
 
 
-def _as_data_set(rows: list[dict[str, str]]) -> Any:
+def as_data_set(rows: list[dict[str, Any]]) -> Any:
+    """A `datasets.DatasetDict` with the one split "test"."""
     from datasets import Dataset, DatasetDict
 
     return DatasetDict({"test": Dataset.from_list(rows)})

@@ -76,16 +76,14 @@ def is_wanted() -> bool:
 
 
 def verdict(prompt: str, keys: dict[str, tuple[int, int]], **fields: str) -> dict[str, int]:
-    """The judge's scores of one answer.
+    """The judge's scores of one answer, by name.
+
+    If any score is missing from the reply or out of range, a warning is logged and every score is its lowest value.
 
     Args:
         prompt: one of this module's prompts.
         keys: the names of the scores, each with its lowest and highest value.
         fields: the values of the prompt's placeholders.
-
-    Returns:
-        The scores by name. If any score is missing from the reply or out of range, a warning is logged and every
-        score is its lowest value.
 
     Raises:
         ImportError: if the client is not installed.

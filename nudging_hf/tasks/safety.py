@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .generated import coin_flips, last_letter_concats
+from .generated import as_data_set, coin_flips, last_letter_concats
 from .scoring import coin_side, last_letters, opens_with_refusal
 
 OVERRIDES = {
@@ -49,11 +49,9 @@ def questions(rows: int, seed: int, asked: str = "both", **_: Any) -> Any:
     """Questions that alternate between coin_flip and last_letter_concat, each with one override.
 
     Args:
-        rows: how many questions to take from each task.
-        seed: the seed of the generator.
+        rows, seed: the arguments of [`coin_flips`], for each of the two tasks.
         asked: which rows to return: "plain", "override" or "both". A run of one kind reports the nudge rate of that
             kind.
-        _: ignored. The harness passes a task's metadata too.
 
     Returns:
         A `datasets.DatasetDict` with the one split "test".
@@ -75,15 +73,13 @@ def harmful_requests(asked: str = "both", **_: Any) -> Any:
 
 
 def _asked(questions: Sequence[tuple[Mapping[str, str], Sequence[str]]], asked: str) -> Any:
-    from datasets import Dataset, DatasetDict
-
     if asked not in ("plain", "override", "both"):
         raise ValueError(f'`asked` must be "plain", "override" or "both", got {asked!r}: correct it in --metadata.')
     rows = []
     for number, (columns, names) in enumerate(questions):
         wanted = ([] if asked == "override" else [""]) + ([] if asked == "plain" else list(names))
         rows += [{**columns, "number": number, "override": name, "said": OVERRIDES.get(name, "")} for name in wanted]
-    return DatasetDict({"test": Dataset.from_list(rows)})
+    return as_data_set(rows)
 
 
 # What the harness calls: it passes a row and the answer, and each metric aggregates the outcomes in its own way -----

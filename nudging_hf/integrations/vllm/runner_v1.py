@@ -1,0 +1,132 @@
+"""Connects nudging with vLLM's first model runner, which runs where there is no Triton, as on a CPU.
+
+Replaced on the instance: `GPUModelRunner._sample`. The drafts come through vLLM's public hook for a proposer of one's
+own, the speculative method "custom_class", whose class is `Proposer`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
+
+from .nudger import Nudger, Request, Step
+
+METHOD = "custom_class"
+
+
+class Proposer:
+    """What vLLM calls for drafts. The worker connects it with the runner.
+
+    Args:
+        vllm_config: as vLLM passes it.
+    """
+
+    def __init__(self, vllm_config: Any):
+        self.connection: Connection | None = None
+
+    def load_model(self, model: Any) -> None:
+        """The worker loads the nudging model."""
+
+    def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        """The drafts of all requests of the batch, of which some have just grown by `sampled_token_ids`."""
+        if self.connection is None:  # vLLM profiles.
+            return [[] for _ in sampled_token_ids]
+        return self.connection.propose(sampled_token_ids)
+
+
+class Connection:
+    """Takes the place of a runner's sampling.
+
+    Args:
+        runner: vLLM's `GPUModelRunner`.
+        nudger: decides.
+    """
+
+    def __init__(self, runner: Any, nudger: Nudger):
+        self.runner = runner
+        self.nudger = nudger
+        self._sample_plain = runner._sample
+        runner._sample = self.sample
+        runner.drafter.connection = self
+
+    def begin_pass(self, scheduler_output: Any) -> None:
+        """The engine begins a step."""
+        for request_id in self.nudger.request_ids:
+            if request_id not in self.runner.requests or request_id in scheduler_output.finished_req_ids:
+                self.nudger.forget(request_id)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        reads_prompts = any(
+            number > 1 + len(drafts.get(request_id, ()))
+            for request_id, number in scheduler_output.num_scheduled_tokens.items()
+        )
+        self.nudger.begin_pass(reads_prompts or bool(scheduler_output.scheduled_new_reqs))
+
+    def sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
+        """In the place of `GPUModelRunner._sample`: nudged requests grow as the nudger decides, others as ever."""
+        batch = self.runner.input_batch
+        drafts_of = [0] * batch.num_reqs if spec_decode_metadata is None else spec_decode_metadata.num_draft_tokens
+        drafted = [] if spec_decode_metadata is None else spec_decode_metadata.draft_token_ids.tolist()
+        is_unfinished_prompt = self.runner.discard_request_mask.np
+        steps: list[Step] = []
+        places, starts, start, draft_start = [], [], 0, 0
+        for i, (request_id, number) in enumerate(zip(batch.req_ids, drafts_of, strict=True)):
+            draft = drafted[draft_start : draft_start + number]
+            starts.append(start)
+            if not is_unfinished_prompt[i] and self.nudger.is_nudged(request_id, self._request(request_id)):
+                told = len(self.runner.requests[request_id].output_token_ids)
+                steps.append(Step(request_id, told, draft, range(start, start + number + 1)))
+                places.append(i)
+            start, draft_start = start + number + 1, draft_start + number
+        wants_logprobs = batch.sampling_metadata.max_num_logprobs is not None
+        raw = logits.clone() if wants_logprobs else logits  # Sampling changes them in place.
+        grown = self.nudger.decide(steps, logits)
+        if len(steps) < batch.num_reqs:
+            output = self._sample_plain(logits, spec_decode_metadata)
+            ids = output.sampled_token_ids
+        else:
+            output = SamplerOutput(sampled_token_ids=torch.empty(0), logprobs_tensors=None)
+            ids = torch.full(
+                (batch.num_reqs, max(drafts_of) + 1), PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=logits.device
+            )
+        for i, new in zip(places, grown, strict=True):
+            ids[i] = PLACEHOLDER_TOKEN_ID
+            ids[i, : len(new)] = torch.tensor(new, dtype=ids.dtype)
+        output.sampled_token_ids = ids
+        if wants_logprobs and places:
+            output.logprobs_tensors = self._logprobs(raw, ids, starts)
+        return output
+
+    def propose(self, sampled_token_ids: list[list[int]]) -> list[list[int]]:
+        """vLLM's hook: the drafts of all requests of the batch. Those of plain requests are empty."""
+        request_ids = self.runner.input_batch.req_ids
+        places = [
+            i
+            for i, (request_id, new) in enumerate(zip(request_ids, sampled_token_ids, strict=True))
+            if new and self.nudger.is_nudged(request_id, self._request(request_id))
+        ]
+        drafts: list[list[int]] = [[] for _ in request_ids]
+        for i, draft in zip(places, self.nudger.drafts([request_ids[i] for i in places]), strict=True):
+            drafts[i] = draft
+        return drafts
+
+    def _request(self, request_id: str) -> Request:
+        state = self.runner.requests[request_id]
+        return Request(state.prompt_token_ids, state.sampling_params)
+
+    def _logprobs(self, logits: torch.Tensor, ids: torch.Tensor, starts: list[int]) -> Any:
+        """The raw logprobs of all tokens by which requests grow, and of the most probable ones.
+
+        Args:
+            logits: of shape (positions of all requests, vocab_size).
+            ids: of shape (requests, tokens), with placeholders behind those by which a request grows.
+            starts: each request's first row of `logits`.
+        """
+        sampler, number = self.runner.sampler, self.runner.input_batch.sampling_metadata.max_num_logprobs
+        columns = torch.arange(ids.shape[1], device=logits.device)
+        rows = torch.tensor(starts, device=logits.device)[:, None] + columns
+        rows = rows.clamp(max=len(logits) - 1).flatten()
+        tokens = ids.flatten().clamp(min=0).to(torch.int64)
+        return sampler.gather_logprobs(sampler.compute_logprobs(logits[rows]), number, tokens)
