@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MINI := examples/mini
 HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py tests/test_laws.py \
-	tests/test_hub.py tests/test_kinds.py tests/test_pipelines.py tests/test_reading_mode.py tests/test_streaming.py
+	tests/test_hub.py tests/test_kinds.py tests/test_pipelines.py tests/test_reading_mode.py tests/test_server_engine.py \
+	tests/test_streaming.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -39,11 +39,11 @@ class PieceReader:
     comes whole and belongs to the author of its last token.
 
     Args:
-        tokenizer: the base's.
+        tokenizer: the base's, or its `Vocabulary`.
     """
 
     def __init__(self, tokenizer: Any):
-        self._vocabulary = Vocabulary(tokenizer)
+        self._vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._last: tuple[bool, float | None] = (False, None)  # The author and the top-1 of the last token with text.
 

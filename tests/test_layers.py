@@ -34,6 +34,8 @@ LAYERS = [
         "integrations.vllm.checks",
         "integrations.vllm.params",
     },
+    {"server", "server.engine", "server.protocol"},
+    {"server.metrics", "server.prompts", "server.text"},
     {"integrations.vllm.nudger", "integrations.vllm.middleware"},
     {"integrations.vllm.runner_v1", "integrations.vllm.runner_v2"},
     {"integrations.vllm.worker"},
@@ -42,7 +44,9 @@ LAYERS = [
     {"study.reader", "hub", "pipelines", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},
     {"study.analysis", "study.calibration", "study.comparison", "registration"},
     {"study.demo", "integrations.vllm.launch"},
+    {"server.in_process", "server.replies", "server.serving"},
     {"__init__"},
+    {"server.app"},
     {"cli.arguments", "cli.files", "cli.streams"},
     {"cli.answering"},
     {
@@ -54,6 +58,7 @@ LAYERS = [
         "cli.generate",
         "cli.hub",
         "cli.chat",
+        "cli.serve",
         "cli.vllm",
     },
     {"cli"},
@@ -105,6 +110,20 @@ def test_what_a_hub_folder_carries_needs_torch_and_transformers_alone(module):
     _, others = imports_of(module)
     roots = {name.split(".")[0] for name in others}
     assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers", "typing_extensions"}
+
+
+@pytest.mark.parametrize("module", sorted(FLOOR))
+def test_only_the_command_line_knows_the_server(module):
+    own, _ = imports_of(module)
+    if module != "cli.serve" and module.split(".")[0] != "server":
+        assert not any(name.split(".")[0] == "server" for name in own)
+
+
+def test_the_routes_of_the_server_know_no_model():
+    _, others = imports_of("server.app")
+    assert not {name.split(".")[0] for name in others} & {"torch", "transformers"}
+    own, _ = imports_of("server.app")
+    assert "server.in_process" not in own and "pair" not in own
 
 
 def test_the_algorithm_knows_no_torch():

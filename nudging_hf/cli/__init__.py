@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import analyze, calibrate, chat, compare, demo, eval, generate, hub, vllm
+from . import analyze, calibrate, chat, compare, demo, eval, generate, hub, serve, vllm
 from .arguments import first_line
 from .streams import escaping_output, open_closed_streams, refuse_undecoded_arguments
 
@@ -53,6 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nudging-hf {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, demo, eval, hub, calibrate, analyze, compare, vllm):
+    for command in (generate, chat, serve, demo, eval, hub, calibrate, analyze, compare, vllm):
         command.add_command(commands)
     return parser

@@ -73,6 +73,10 @@ class Predictions:
         """How many tokens of the last draft the answer has accepted, once it has passed all of them."""
         return len(self.read) - self._draft_start
 
+    def forget_logits(self, place: int) -> None:
+        """Drops the recorded logits and scores of a token. Those of a long answer would fill the memory."""
+        self._said[place] = self._said[place]._replace(logits=None, scores=None)
+
     def start_pass(self, answer: Sequence[int], draft: Sequence[int], draft_top1_probs: Sequence[float]) -> None:
         """The base reads the answer and a draft."""
         self.read = [*answer, *draft]

@@ -1,0 +1,91 @@
+"""`nudging-hf serve`: a pair of models behind OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from ..chats import INSTRUCTION_TEMPLATE, turn_template
+from ..core.config import NudgingConfig
+from .arguments import (
+    add_base_template,
+    add_gate,
+    add_models,
+    add_number,
+    command_parser,
+    count,
+    drafts,
+    load_pair,
+    parameters_of,
+    positive,
+)
+
+KEY_VARIABLE = "NUDGING_HF_API_KEY"
+
+
+def add_command(commands: Any) -> None:
+    parser = command_parser(commands, "serve", "serve a pair to clients of OpenAI's API", run)
+    add_models(parser)
+    served = parser.add_argument_group("server")
+    served.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
+    served.add_argument("--port", type=_port, default=8000, metavar="N", help="default: %(default)s")
+    served.add_argument("--served-model-name", metavar="NAME", help="the model's name (default: that of --base)")
+    served.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"what clients must send; better in the environment variable {KEY_VARIABLE}, which other users of the "
+        "machine cannot see",
+    )
+    add_number(served, "--max-requests", 8, "how many answers are written at once")
+    add_number(
+        served, "--max-queue", 64, "how many more may wait for a place; further ones are told to come back later", 0
+    )
+    add_number(served, "--max-new-tokens", 1024, "the limit on an answer, in tokens, where a request names none")
+    add_number(served, "--grace", 30, "how many seconds running answers have to finish when the server ends", 0)
+    served.add_argument(
+        "--max-context",
+        type=positive,
+        metavar="N",
+        help="how many tokens a prompt and its answer may have (default: what the base was trained on)",
+    )
+    add_base_template(parser.add_argument_group("prompts"), INSTRUCTION_TEMPLATE)
+    nudging = parser.add_argument_group("nudging, where a request does not say")
+    add_gate(nudging)
+    nudging.add_argument(
+        "--num-draft-tokens",
+        type=drafts,
+        metavar="N",
+        help="how many tokens of the nudging model the base verifies in a pass, which changes the speed and never the "
+        f"answer (default: {NudgingConfig.num_draft_tokens})",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves a nudged base to clients of OpenAI's API: chat completions and completions, streamed or not. Many
+    requests are answered at once. It needs the extra [serve]; docs/server.md describes the fields of a request."""
+    from ..server.app import ServerSettings, create_app
+    from ..server.in_process import InProcessEngine
+    from ..server.serving import GracefulServer
+
+    turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
+    parameters = parameters_of(args)
+    NudgingConfig(**parameters)
+    key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    pair = load_pair(args)
+    engine = InProcessEngine(pair, args.max_requests, args.max_queue, parameters, args.max_context)
+    settings = ServerSettings(
+        served_name=args.served_model_name or args.base,
+        base_template=args.base_template,
+        default_max_tokens=args.max_new_tokens,
+        max_answers=args.max_requests + args.max_queue,
+        api_key=key,
+    )
+    GracefulServer(create_app(engine, settings), engine, args.host, args.port, args.grace).run()
+
+
+def _port(text: str) -> int:
+    number = count(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return number
