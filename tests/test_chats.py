@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import nudging_hf
@@ -249,6 +249,7 @@ def test_an_empty_system_message_does_not_move():
 SPOKEN = st.text(alphabet="a\u00e9<>&\"'{}\\\n /", max_size=6)
 
 
+@example("", "", 'a"', "a", ESCAPED)  # The escaped answer stands unescaped across the next message's quotes.
 @given(SPOKEN, SPOKEN, SPOKEN, SPOKEN, st.sampled_from([TRIMMED, ESCAPED, PARTS, SYSTEM_LAST, NO_REASONING, SWITCH]))
 def test_a_template_that_writes_every_message_gets_the_chat_unchanged(system, asked, said, again, template):
     chat = [*messages_of(asked, system), {"role": "assistant", "content": said}, {"role": "user", "content": again}]

@@ -164,18 +164,20 @@ def _missing_messages(messages: Sequence[Mapping[str, str]], text: str, order: t
 
 
 def _find_end(content: str, text: str, start: int) -> int | None:
-    """Where a content ends in `text[start:]`, found as a whole or word by word; `None` if it is not there."""
+    """Where a content ends in `text[start:]`, found as a whole or word by word; `None` if it is not there.
+
+    It is the first of both ends. If the template has escaped the content, the whole may stand in a later message.
+    """
     content = content.strip()
     at = text.find(content, start)
-    if at >= 0:
-        return at + len(content)
+    whole = at + len(content) if at >= 0 else None
     for word in _WORD.findall(content):
         if word not in _TEMPLATE_SWITCHES:
             at = text.find(word, start)
             if at < 0:
-                return None
+                return whole
             start = at + len(word)
-    return start
+    return start if whole is None else min(whole, start)
 
 
 def _find_content_order(
