@@ -143,12 +143,14 @@ class Nudger:
 
     # What a runner calls.
 
+    @torch.inference_mode()
     def is_nudged(self, request_id: str, request: Request) -> bool:
         """Whether a request is nudged. On its first call the request joins."""
         if request_id not in self._rows:
             self._rows[request_id] = self._admitted(request_id, request)
         return self._rows[request_id] is not None
 
+    @torch.inference_mode()  # Tensors that were made in this mode can be changed in it alone.
     def forget(self, request_id: str) -> None:
         """Drops a request that has ended, was aborted, or is not known."""
         row = self._rows.pop(request_id, None)
@@ -164,7 +166,7 @@ class Nudger:
         """The engine begins a pass of the base. Its time decides how much is drafted."""
         self._began = None if reads_prompts else time.perf_counter()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decide(self, steps: Sequence[Step], logits: torch.Tensor) -> list[list[int]]:
         """The tokens by which each request grows; at least one.
 
@@ -174,7 +176,7 @@ class Nudger:
         """
         return self._shared(lambda: self._decide(steps, logits)) if steps else []
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def drafts(self, request_ids: Sequence[str]) -> list[list[int]]:
         """What the base is to read next in each of these nudged requests."""
         return self._shared(lambda: self._drafts(request_ids)) if request_ids else []

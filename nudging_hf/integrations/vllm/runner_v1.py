@@ -75,29 +75,31 @@ class Connection:
         for i, (request_id, number) in enumerate(zip(batch.req_ids, drafts_of, strict=True)):
             draft = drafted[draft_start : draft_start + number]
             starts.append(start)
-            if not is_unfinished_prompt[i] and self.nudger.is_nudged(request_id, self._request(request_id)):
+            is_nudged = self.nudger.is_nudged(request_id, self._request(request_id))
+            if is_nudged:
+                # Its draws are not vLLM's, which on a CPU cannot set back a generator that read a part of a prompt.
+                batch.generators.pop(i, None)
+            if is_nudged and not is_unfinished_prompt[i]:
                 told = len(self.runner.requests[request_id].output_token_ids)
                 steps.append(Step(request_id, told, draft, range(start, start + number + 1)))
                 places.append(i)
             start, draft_start = start + number + 1, draft_start + number
         wants_logprobs = batch.sampling_metadata.max_num_logprobs is not None
-        raw = logits.clone() if wants_logprobs else logits  # Sampling changes them in place.
+        raw = logits.clone() if wants_logprobs else logits  # Sampling may change them in place.
         grown = self.nudger.decide(steps, logits)
+        if not steps:
+            return self._sample_plain(logits, spec_decode_metadata)
+        ids = torch.full(
+            (batch.num_reqs, max(drafts_of) + 1), PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=logits.device
+        )
         if len(steps) < batch.num_reqs:
-            output = self._sample_plain(logits, spec_decode_metadata)
-            ids = output.sampled_token_ids
-        else:
-            output = SamplerOutput(sampled_token_ids=torch.empty(0), logprobs_tensors=None)
-            ids = torch.full(
-                (batch.num_reqs, max(drafts_of) + 1), PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=logits.device
-            )
+            # Plain requests have no drafts, so that each has one position: the last of its own.
+            last = [start + number for start, number in zip(starts, drafts_of, strict=True)]
+            plain = self._sample_plain(logits[torch.tensor(last, device=logits.device)], None)
+            ids[:, :1] = plain.sampled_token_ids
         for i, new in zip(places, grown, strict=True):
-            ids[i] = PLACEHOLDER_TOKEN_ID
             ids[i, : len(new)] = torch.tensor(new, dtype=ids.dtype)
-        output.sampled_token_ids = ids
-        if wants_logprobs and places:
-            output.logprobs_tensors = self._logprobs(raw, ids, starts)
-        return output
+        return SamplerOutput(ids, self._logprobs(raw, ids, starts) if wants_logprobs else None)
 
     def propose(self, sampled_token_ids: list[list[int]]) -> list[list[int]]:
         """vLLM's hook: the drafts of all requests of the batch. Those of plain requests are empty."""
