@@ -140,8 +140,8 @@ def generate(
 def prepare(model: PreTrainedModel, *args: Any, **kwargs: Unpack[GenerateArguments]) -> Preparation:
     """Prepares the answers that [`generate`] would write with the same arguments, for an executor of one's own.
 
-    No forward pass is made of the base, which may therefore be on the meta device. Then the answers are prepared on the
-    device of the prompts, and `nudging_model` must be a model and not its name.
+    No forward pass is made of the base, which may therefore be on the meta device. Then `nudging_model` must be a
+    model and not its name.
 
     Returns:
         Its `rows` are not begun. Each is the row that `generate` would write, and has the same random seed.
