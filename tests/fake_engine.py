@@ -104,7 +104,9 @@ class FakeEngine:
         self.open += 1
         self.most_open = max(self.open, self.most_open)
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+            )
             sent = 0
             async for event in self._events(body):
                 if fault is not None and sent == fault.after:
@@ -183,6 +185,8 @@ class FakeEngine:
         if self.logprobs and tokens:
             entries = [self._entry(token, top, min(count, self.most_logprobs)) for token, top in tokens]
             if self.shape == "llamacpp":
+                for entry in entries if not self.ids else ():
+                    del entry["id"]
                 choice["logprobs"] = {"content": entries}
             else:
                 choice["logprobs"] = {
@@ -197,8 +201,6 @@ class FakeEngine:
     def _entry(self, token, top, count) -> dict[str, Any]:
         entry = {"id": token, "token": "", "logprob": dict(top).get(token, -30.0)}
         entry["top_logprobs"] = [{"id": each, "token": "", "logprob": logprob} for each, logprob in top[:count]]
-        if not self.ids:
-            del entry["id"]
         return entry
 
     def _name(self, token) -> str:
@@ -242,9 +244,13 @@ class _Transport(httpx2.AsyncBaseTransport):
                 await self.app(scope, receive, parts.put)
             except ConnectionResetError:
                 await parts.put(httpx2.RemoteProtocolError("peer closed connection", request=request))
+            except Exception as error:
+                await parts.put(error)
 
         task = asyncio.create_task(run())
         start = await parts.get()
+        if isinstance(start, Exception):
+            raise start
         return httpx2.Response(
             start["status"], headers=start["headers"], stream=_Stream(task, parts, request), request=request
         )
