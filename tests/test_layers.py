@@ -27,6 +27,14 @@ CORE = [
 LAYERS = [
     *({f"core.{module}" for module in floor} for floor in CORE),
     {"core", "study", "provenance", "terminal", "chats", "html_page", "hub_readme", "integrations"},
+    {
+        "integrations.described_base",
+        "integrations.completions",
+        "integrations.vllm_stop",
+        "integrations.shared_writer",
+    },
+    {"integrations.engine_probe"},
+    {"integrations.openai"},
     {"tasks", "tasks.generated", "tasks.judge", "study.journal", "study.tables", "study.prompts"},
     {"pair", "study.baselines", "study.report", "page", "hub", "streaming", "tasks.scoring"},
     {"study.reader", "pipelines", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},

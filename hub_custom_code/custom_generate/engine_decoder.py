@@ -82,7 +82,10 @@ class EngineDecoder:
         return row.answer.ids[self._told[row] :]
 
     def decide(self, passes: Mapping[Row, EnginePass]) -> dict[Row, list[int]]:
-        """Takes in what the engine's pass predicts.
+        """Takes in what the engine's pass predicts, and lets the nudging model write what is then wanted.
+
+        These are [`take_in`], [`write`] and [`tell`] in turn, which an engine whose requests do not run in step calls
+        itself.
 
         Args:
             passes: for each row that the engine has run, with all its prompt read.
@@ -91,14 +94,36 @@ class EngineDecoder:
             The ids by which each row's text grows in the engine: between one and `len(draft) + 1`. It is empty only
             where the answer has ended and the engine has been told all of it.
         """
-        for row, (read, said) in passes.items():
-            row.predictions.read_by_engine(row.answer.ids, self._told[row], read, said)
-        self._advance(passes)
-        grown = {}
-        for row, (read, _) in passes.items():
-            pending = self.pending(row)
-            grown[row] = pending[: common_prefix(pending, list(read)) + 1]
-            self._told[row] += len(grown[row])
+        for row, engine_pass in passes.items():
+            self.take_in(row, engine_pass)
+        short = list(passes)
+        while short := [row for row in short if row.is_open and must_write(row)]:
+            self.write(short)
+        for row in passes:
+            if not row.is_open:
+                self._stop_writing(row)
+        return {row: self.tell(row, read) for row, (read, _) in passes.items()}
+
+    def take_in(self, row: Row, engine_pass: EnginePass) -> None:
+        """Takes in what the engine's pass predicts in one row, and runs its algorithm as far as that carries.
+
+        No forward pass is made, and no other row is touched, so another thread may be in [`write`] for other rows.
+        """
+        read, said = engine_pass
+        row.predictions.read_by_engine(row.answer.ids, self._told[row], read, said)
+        self._guarded(row, advance)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Lets the nudging model write in rows that wait for it, in one pass, and runs their algorithm on."""
+        write(self.nudging, rows, self._guess_length)
+        for row in rows:
+            self._guarded(row, advance)
+
+    def tell(self, row: Row, draft: Sequence[int]) -> list[int]:
+        """The ids by which a row's text grows in the engine after a pass over a draft. They count as told."""
+        pending = self.pending(row)
+        grown = pending[: common_prefix(pending, list(draft)) + 1]
+        self._told[row] += len(grown)
         return grown
 
     def drafts(self, rows: Sequence[Row], length: int) -> dict[Row, list[int]]:
@@ -115,28 +140,13 @@ class EngineDecoder:
             for row, most in wanted.items()
             if row.is_open and row.error is None and len(row.ahead.ids) < most and may_write_on(row)
         ]:
-            self._write(short)
+            write(self.nudging, short, self._guess_length)
         drafts = {}
         for row in rows:
             pending = self.pending(row)
             more = draft(row, wanted[row]) if wanted.get(row, 0) > 0 and row.is_open else []
             drafts[row] = [*pending, *more][:length]
         return drafts
-
-    def _advance(self, rows: Sequence[Row] | Mapping[Row, EnginePass]) -> None:
-        """Runs the algorithm of rows until each waits for the base, with as few nudging passes as it takes."""
-        short = list(rows)
-        while short:
-            for row in short:
-                self._guarded(row, advance)
-                if not row.is_open:
-                    self._stop_writing(row)
-            short = [row for row in short if row.is_open and must_write(row)]
-            if short:
-                self._write(short)
-
-    def _write(self, rows: Sequence[Row]) -> None:
-        write(self.nudging, rows, self._guess_length)
 
     def _guarded(self, row: Row, action: Callable[[Row], None]) -> None:
         try:

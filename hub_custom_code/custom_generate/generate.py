@@ -132,6 +132,7 @@ def generate(
     if is_plain:
         return plain_generate(model)(model, *args, **arguments)
 
+    validate_causal_lm(model, "base", "model")
     return _through_transformers(model, args, arguments, own, hub, loop=_decode)
 
 
@@ -139,7 +140,8 @@ def generate(
 def prepare(model: PreTrainedModel, *args: Any, **kwargs: Unpack[GenerateArguments]) -> Preparation:
     """Prepares the answers that [`generate`] would write with the same arguments, for an executor of one's own.
 
-    No forward pass is made of the base, which may therefore be on the meta device.
+    No forward pass is made of the base, which may therefore be on the meta device. Then `nudging_model` must be a
+    model and not its name.
 
     Returns:
         Its `rows` are not begun. Each is the row that `generate` would write, and has the same random seed.
@@ -149,6 +151,7 @@ def prepare(model: PreTrainedModel, *args: Any, **kwargs: Unpack[GenerateArgumen
     """
     check_version()
     model = without_wrapper(model)
+    validate_causal_lm(model, "base", "model", needs_weights=False)
     own, hub, arguments = _divided(kwargs)
     return _through_transformers(model, args, arguments, own, hub, loop=_prepare)
 
@@ -177,7 +180,6 @@ def _through_transformers(
         hub: how a model that is only named is loaded from the Hub.
         loop: called as [`_decode`] is.
     """
-    validate_causal_lm(model, "base", "model")
     arguments = _by_name(model, args, arguments)
     generation_config = merged_generation_config(
         model, **{name: value for name, value in arguments.items() if name != "tokenizer"}

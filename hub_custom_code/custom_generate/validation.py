@@ -21,12 +21,13 @@ from .transformers_private import (
 )
 
 
-def validate_causal_lm(model: Any, whose: str, argument: str) -> None:
+def validate_causal_lm(model: Any, whose: str, argument: str, needs_weights: bool = True) -> None:
     """Raises a `ValueError` unless a model is a decoder-only language model of transformers that has weights.
 
     Args:
         model: the argument that was given.
         whose, argument: how the error calls the model and the argument.
+        needs_weights: `False` allows a model on the meta device, which is only described.
     """
     name = type(model).__name__
     if not hasattr(model, "generation_config"):
@@ -40,7 +41,7 @@ def validate_causal_lm(model: Any, whose: str, argument: str) -> None:
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"The {whose} is an encoder-decoder model, {name}: give a decoder-only one.")
-    if has_no_weights(model):
+    if needs_weights and has_no_weights(model):
         raise ValueError(
             f"The {whose}, {name}, is on the meta device, where it has no weights: load it with `from_pretrained`, or "
             "call its `to_empty(device=...)` and load the weights."
@@ -51,7 +52,7 @@ def validate_call(model: Any, nudging_model: Any, config: Any, arguments: Mappin
     """Raises a `ValueError` if a call asks for something that nudging cannot do.
 
     Args:
-        model: the base.
+        model: the base. If it has no weights, another program runs it, and how it can be read is not asked.
         nudging_model: the nudging model, or `None` if none was given.
         config: the generation config, as `generate` merges it.
         arguments: the arguments of `generate` as the caller gave them, by their names.
@@ -64,6 +65,8 @@ def validate_call(model: Any, nudging_model: Any, config: Any, arguments: Mappin
     validate_causal_lm(nudging_model, "nudging model", "nudging_model")
     models: dict[str, Any] = {"base": model, "nudging model": nudging_model}
     for whose, lm in models.items():
+        if lm is model and has_no_weights(model):
+            continue
         if not reading_mode(lm).is_causal:
             raise ValueError(
                 f"The {whose}, {type(lm).__name__}, does not read ids strictly from left to right (its output after "
