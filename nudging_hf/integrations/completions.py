@@ -12,7 +12,6 @@ import json
 import math
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from typing import Any, NamedTuple
 
 try:
@@ -162,11 +161,16 @@ class Completions:
             events = await self._client.post(
                 "/completions", cast_to=object, body=body, stream=True, stream_cls=openai.AsyncStream[object]
             )
-            async with aclosing(events):
+            try:
                 async for event in events:
                     chunk = _chunk_of(event)
                     finished = finished or chunk.finish_reason is not None
                     yield chunk
+            finally:
+                await events.close()
+                # The stream and its generator refer to each other. Left to the garbage collector, the generator could
+                # be finalized in another thread than that of its event loop.
+                await events._iterator.aclose()  # type: ignore[attr-defined]
         except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise self._explained(error) from None  # What the engine said stands in the chain, maybe with the key.
         if not finished:

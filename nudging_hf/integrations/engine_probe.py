@@ -78,8 +78,9 @@ async def _complete(completions: Completions, prompt: Sequence[int], text: str, 
         except EngineError:  # It is not the ids that it refuses.
             raise error from None
         raise EngineError(
-            "The engine takes a text as a prompt, but not token ids, without which a text cannot be continued "
-            f"exactly: take an engine that does (vLLM, SGLang, llama.cpp's server). It said: {error}"
+            "The engine takes a text as a prompt, but not token ids of this tokenizer. If its model has another "
+            "tokenizer, give that as `tokenizer=`. If it takes no ids at all, take an engine that does (vLLM, SGLang, "
+            f"llama.cpp's server), because a text alone cannot be continued exactly. It said: {error}"
         ) from None
 
 
