@@ -34,6 +34,7 @@ WHAT_IS_SHOWN = {
     "streaming.py": ["⟦Let's⟧ go", "nudging model: 'Let'", "base:          ' go'", "\n\nLet's go"],
     "chat.py": ["> Question: Join", "⟦Let's⟧ go", '"ol"', "> Question: Mido"],
     "pipeline.py": ["So the answer is 19.", 'nudged: ["Let\'s"', "nudging_model=None: 'Question: "],
+    "remote_base.py": ["⟦Let⟧⟦'s⟧ go", "So the answer is 19.", '"ol"', " nudged; ", "; eos)"],
     "hub_export.py": ["custom_generate/generate.py", "Nudged: Let's go", "The base alone: Question: "],
 }
 

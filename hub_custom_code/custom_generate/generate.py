@@ -143,7 +143,8 @@ def generate(
 def prepare(model: PreTrainedModel, *args: Any, **kwargs: Unpack[GenerateArguments]) -> Preparation:
     """Prepares the answers that [`generate`] would write with the same arguments, for an executor of one's own.
 
-    The base makes no forward pass. So it may be on the meta device, where it has a config and no weights.
+    The base makes no forward pass. So it may be on the meta device, where it has a config and no weights. Then
+    `nudging_model` must be a model and not its name.
 
     Returns:
         Its `rows` are not begun. Each is the row that `generate` would write, and has the same random seed.

@@ -12,7 +12,7 @@ rest of the word is *pending*: it comes first in the next draft, and is accepted
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..core.advance import advance, begin, draft, draft_progress, end, must_write
@@ -93,7 +93,10 @@ class EngineDecoder:
         return row.answer.ids[self._told[row] :]
 
     def decide(self, passes: Mapping[Row, EnginePass], seconds: float | None = None) -> dict[Row, list[int]]:
-        """Takes in what the engine's pass predicts.
+        """Takes in what the engine's pass predicts, and lets the nudging model write what is then wanted.
+
+        These are [`take_in`], [`write`] and [`tell`] in turn, which an engine whose requests do not run in step calls
+        itself.
 
         Args:
             passes: for each row that the engine has run, with all its prompt read.
@@ -107,19 +110,43 @@ class EngineDecoder:
         if seconds is not None and passes:
             fed = sum(len(each.draft) + 1 for each in passes.values())
             self._drafter.time_pass((len(passes), math.ceil(fed / len(passes))), seconds, reads_prompts=False)
-        for row, (read, said) in passes.items():
-            row.predictions.read_by_engine(row.answer.ids, self._told[row], read, said)
-        self._advance(passes)
-        grown, self._outcomes = {}, []
-        for row, (read, _) in passes.items():
-            pending = self.pending(row)
-            accepted = common_prefix(pending, list(read))
-            grown[row] = pending[: accepted + 1]
-            self._told[row] += len(grown[row])
-            self._tokens += len(grown[row])
-            if (last := self._drafts.pop(row, None)) is not None:
-                top1_probs = last.top1_probs[: max(0, len(read) - last.pending)]
-                self._outcomes.append((top1_probs, min(len(top1_probs), max(0, accepted - last.pending))))
+        for row, engine_pass in passes.items():
+            self.take_in(row, engine_pass)
+        short = list(passes)
+        while short := [row for row in short if row.is_open and must_write(row)]:
+            self.write(short)
+        self._outcomes = []
+        grown = {row: self.tell(row, read) for row, (read, _) in passes.items()}
+        for row in passes:
+            if not row.is_open:
+                self._stop_writing(row)
+        return grown
+
+    def take_in(self, row: Row, engine_pass: EnginePass) -> None:
+        """Takes in what the engine's pass predicts in one row, and runs its algorithm as far as that carries.
+
+        No forward pass is made, and no other row is touched, so another thread may be in [`write`] for other rows.
+        """
+        read, said = engine_pass
+        row.predictions.read_by_engine(row.answer.ids, self._told[row], read, said)
+        self._guarded(row, advance)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Lets the nudging model write in rows that wait for it, in one pass, and runs their algorithm on."""
+        write(self.nudging, rows, self._drafter, len(self._writing), is_forced=True)
+        for row in rows:
+            self._guarded(row, advance)
+
+    def tell(self, row: Row, draft: Sequence[int]) -> list[int]:
+        """The ids by which a row's text grows in the engine after a pass over a draft. They count as told."""
+        pending = self.pending(row)
+        accepted = common_prefix(pending, list(draft))
+        grown = pending[: accepted + 1]
+        self._told[row] += len(grown)
+        self._tokens += len(grown)
+        if (last := self._drafts.pop(row, None)) is not None:
+            top1_probs = last.top1_probs[: max(0, len(draft) - last.pending)]
+            self._outcomes.append((top1_probs, min(len(top1_probs), max(0, accepted - last.pending))))
         return grown
 
     def drafts(self, rows: Sequence[Row], length: int) -> dict[Row, list[int]]:
@@ -150,27 +177,12 @@ class EngineDecoder:
             short = [row for row, each in zip(rows, progress, strict=True) if each.is_shorter_than(plan.write)]
             if not short:
                 return plan.read
-            self._write(short, is_forced=False)
+            write(self.nudging, short, self._drafter, len(self._writing), is_forced=False)
         return 0
 
     def _progress(self, row: Row, length: int) -> DraftProgress:
         written, limit = draft_progress(row)
         return DraftProgress(written, min(limit, max(0, length - len(self.pending(row)))))
-
-    def _advance(self, rows: Iterable[Row]) -> None:
-        """Runs the algorithm of rows until each waits for the base, with as few nudging passes as it takes."""
-        short = list(rows)
-        while short:
-            for row in short:
-                self._guarded(row, advance)
-                if not row.is_open:
-                    self._stop_writing(row)
-            short = [row for row in short if row.is_open and must_write(row)]
-            if short:
-                self._write(short, is_forced=True)
-
-    def _write(self, rows: Sequence[Row], is_forced: bool) -> None:
-        write(self.nudging, rows, self._drafter, len(self._writing), is_forced)
 
     def _guarded(self, row: Row, action: Callable[[Row], None]) -> None:
         try:
