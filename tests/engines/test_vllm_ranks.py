@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import nudging_hf  # noqa: E402
+import nudging_hf
 
 ASK = """
 import json, sys
