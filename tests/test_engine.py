@@ -213,12 +213,12 @@ def test_an_engine_keeps_on_after_an_error_in_one_row():
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "xlstm"])
-def test_rows_of_recurrent_bases_join_and_leave(kind):
+def test_rows_of_recurrent_bases_join_and_leave(kind, monkeypatch):
     base = supported_model(kind)
     pair, prompts, nudging_prompts = pair_with_prompts("llama", "two", seed=2, rows=5)
     pair = Pair(**{**vars(pair), "base": base})
     inputs = [inputs_of(pair, [a], [b]) for a, b in zip(prompts, nudging_prompts, strict=True)]
-    base.generation_config.eos_token_id = pair.tokenizer.eos_token_id
+    monkeypatch.setattr(base.generation_config, "eos_token_id", pair.tokenizer.eos_token_id)
     singles = [nudging_hf.generate(base, **each, max_new_tokens=16)[0].tolist() for each in inputs]
     decoder = NudgedDecoder(
         cached_lm(base, 0), cached_lm(pair.nudging_model, 0), Drafter("adaptive", DraftLength(), list)

@@ -162,10 +162,10 @@ def test_settings_mean_what_they_mean_in_process(mini, settings):
 @pytest.mark.parametrize("kind", ["shared", "two"])
 @pytest.mark.parametrize("eos", ["told", "silent"])
 @pytest.mark.parametrize("shape", ["vllm", "names", "llamacpp"])
-def test_random_pairs_and_the_base_s_own_eos(shape, eos, kind):
+def test_random_pairs_and_the_base_s_own_eos(shape, eos, kind, monkeypatch):
     """Random bases are unsure in all ways: they would write EOS, control tokens and halves of characters."""
     pair, prompts, nudging_prompts = pair_with_prompts("llama", kind, seed=3, rows=6)
-    pair.base.generation_config.eos_token_id = list(range(4, 24))
+    monkeypatch.setattr(pair.base.generation_config, "eos_token_id", list(range(4, 24)))
     for threshold in (0.1, 0.3):
         settings = {"max_new_tokens": 24, "nudge_threshold": threshold}
         reference = outcomes(nudge(pair, prompts, nudging_prompts, **settings))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nudging_hf
 from nudging_hf.cli import main
+from nudging_hf.core.transformers_private import own_eos_token_ids
 from nudging_hf.hub import plain_chat_template
 from nudging_hf.integrations.described_base import described_base
 from nudging_hf.integrations.vllm import checks
@@ -72,7 +73,7 @@ def answers(nudger: Nudger, base, requests: dict[str, Request]) -> dict[str, lis
             texts[step.request_id] += new
         for name in list(texts):
             text, most = texts[name], requests[name].params.max_tokens
-            if len(text) >= most or text[-1] == base.generation_config.eos_token_id:
+            if len(text) >= most or text[-1] in own_eos_token_ids(base):
                 done[name] = text[:most]
                 nudger.forget(name)
                 del texts[name]
@@ -137,7 +138,7 @@ def test_a_bad_request_ends_and_the_others_go_on(stored):
         "bad": Request(prompts[1], sampling_params(extra_args={"nudge_threshold": "high"})),
     }
     found = answers(nudger, pair.base, requests)
-    assert found == {"good": alone, "bad": [pair.base.generation_config.eos_token_id]}
+    assert found == {"good": alone, "bad": own_eos_token_ids(pair.base)[:1]}
 
 
 def test_a_failing_forward_pass_ends_what_runs_and_spares_what_comes(stored, monkeypatch):
@@ -149,8 +150,8 @@ def test_a_failing_forward_pass_ends_what_runs_and_spares_what_comes(stored, mon
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(type(nudger._model), "forward", no_memory)
-    eos = pair.base.generation_config.eos_token_id
-    assert answers(nudger, pair.base, {"a": Request(prompts[0], sampling_params())}) == {"a": [eos]}
+    eos = own_eos_token_ids(pair.base)[:1]
+    assert answers(nudger, pair.base, {"a": Request(prompts[0], sampling_params())}) == {"a": eos}
     monkeypatch.setattr(type(nudger._model), "forward", forward)
     after = answers(nudger, pair.base, {"b": Request(prompts[0], sampling_params())})
     assert after == answers(nudger_of(folder), pair.base, {"b": Request(prompts[0], sampling_params())})
