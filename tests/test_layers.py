@@ -32,6 +32,7 @@ LAYERS = [
         "integrations.engine_decoder",
         "integrations.vllm",
         "integrations.vllm.checks",
+        "integrations.vllm.logprobs",
         "integrations.vllm.params",
         "integrations.vllm.stop_when_unsure",
         "integrations.openai.completions",

@@ -342,7 +342,7 @@ def test_a_setup_that_would_not_work_is_refused(changes, match):
 
 def test_a_runner_that_is_not_known_is_refused():
     class Runner:
-        drafter = input_batch = requests = discard_request_mask = sampler = None
+        drafter = input_batch = requests = discard_request_mask = None
 
         def _sample(self, logits, spec_decode_metadata):
             """As in the versions that were tried."""

@@ -14,7 +14,7 @@ OLDEST, NEWEST = "0.29", "0.33"  # Those that were tried.
 
 # What is replaced, called or read of each model runner: the names of its attributes, and the parameters of methods.
 _PARAMETERS_V1 = {"_sample": ["logits", "spec_decode_metadata"]}
-_ATTRIBUTES_V1 = ("drafter", "input_batch", "requests", "discard_request_mask", "sampler")
+_ATTRIBUTES_V1 = ("drafter", "input_batch", "requests", "discard_request_mask")
 _PARAMETERS_V2 = {
     "sample": ["hidden_states", "input_batch", "grammar_output"],
     "add_requests": ["scheduler_output"],

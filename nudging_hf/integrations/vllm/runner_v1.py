@@ -12,6 +12,7 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 
+from .logprobs import raw_logprobs
 from .nudger import Nudger, Request, Step
 
 METHOD = "custom_class"
@@ -126,9 +127,9 @@ class Connection:
             ids: of shape (requests, tokens), with placeholders behind those by which a request grows.
             starts: each request's first row of `logits`.
         """
-        sampler, number = self.runner.sampler, self.runner.input_batch.sampling_metadata.max_num_logprobs
+        number = self.runner.input_batch.sampling_metadata.max_num_logprobs
         columns = torch.arange(ids.shape[1], device=logits.device)
         rows = torch.tensor(starts, device=logits.device)[:, None] + columns
         rows = rows.clamp(max=len(logits) - 1).flatten()
         tokens = ids.flatten().clamp(min=0).to(torch.int64)
-        return sampler.gather_logprobs(sampler.compute_logprobs(logits[rows]), number, tokens)
+        return raw_logprobs(logits[rows], tokens, number)

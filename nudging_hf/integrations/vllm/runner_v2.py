@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from .logprobs import raw_logprobs
 from .nudger import Nudger, Request, Step
 
 METHOD = "ngram"
@@ -160,5 +160,5 @@ class Connection:
         for i, row in enumerate(ids):
             number = min(len(row), ends[i + 1] - ends[i])
             tokens[ends[i] : ends[i] + number] = row[:number]
-        logprobs = Sampler.gather_logprobs(logits.float().log_softmax(dim=-1), dims[0], tokens)
+        logprobs = raw_logprobs(logits, tokens, dims[0])
         return logprobs._replace(cu_num_generated_tokens=ends) if len(logits) != batch.num_reqs else logprobs
