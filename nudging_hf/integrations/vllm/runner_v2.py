@@ -102,7 +102,7 @@ class Connection:
             sampled[i] = len(new)
             rejected[i] = ends[i + 1] - ends[i] - len(new)
         self._note(batch, ids, sampled)
-        logprobs = self._logprobs(logits, ids, ends, batch)
+        logprobs = self._logprobs(logits, ids, sampled.tolist(), ends, batch)
         output = SamplerOutput(ids, logprobs, num_nans, sampled, rejected)
         return output, sampled, rejected
 
@@ -151,14 +151,21 @@ class Connection:
             if request_id in self._known:
                 self._known[request_id].output += new[:number]
 
-    def _logprobs(self, logits: torch.Tensor, ids: torch.Tensor, ends: list[int], batch: Any) -> Any:
-        """The raw logprobs of all tokens by which requests grow, if some request wants them."""
+    def _logprobs(
+        self, logits: torch.Tensor, ids: torch.Tensor, sampled: list[int], ends: list[int], batch: Any
+    ) -> Any:
+        """The raw logprobs of all tokens by which requests grow, if some request wants them.
+
+        Args:
+            logits: of shape (positions of all requests, vocab_size).
+            ids: of shape (requests, tokens), of which the first `sampled` of each request count.
+            ends: where the positions of each request begin, and where the last ones end.
+        """
         dims = self.runner.sampler.get_logprobs_dims(batch.idx_mapping_np, include_token_ids=False)
         if dims is None:
             return None
         tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        for i, row in enumerate(ids):
-            number = min(len(row), ends[i + 1] - ends[i])
-            tokens[ends[i] : ends[i] + number] = row[:number]
+        for row, number, start in zip(ids, sampled, ends[:-1], strict=True):
+            tokens[start : start + number] = row[:number]
         logprobs = raw_logprobs(logits, tokens, dims[0])
         return logprobs._replace(cu_num_generated_tokens=ends) if len(logits) != batch.num_reqs else logprobs
