@@ -52,7 +52,6 @@ class Served:
         self.prompts = [self.tokenizer(text)["input_ids"] for text in texts]
         options = {"model": str(models / nudging)}
         arguments = vllm_command("", options, on_cpu=RUNNER == "v1").arguments
-        given = {arguments[i]: arguments[i + 1] for i in range(3, len(arguments) - 1)}
         self.llm = LLM(
             str(models / "base"),
             dtype="float32",
@@ -65,7 +64,7 @@ class Served:
             async_scheduling=False,
             disable_log_stats=True,
             worker_cls="nudging_hf.integrations.vllm.worker.NudgingCPUWorker",
-            speculative_config=json.loads(given["--speculative-config"]),
+            speculative_config=json.loads(arguments[arguments.index("--speculative-config") + 1]),
             additional_config={"nudging": options},
         )
         engine = self.llm.llm_engine.engine_core.engine_core

