@@ -279,8 +279,9 @@ def input_device(model: Any) -> torch.device:
 
 def has_no_weights(model: Any) -> bool:
     """Whether a model is on the meta device and its weights are not merely offloaded."""
-    embeddings = model.get_input_embeddings()
-    return all(each.device.type == "meta" for each in embeddings.parameters()) and not hasattr(embeddings, "_hf_hook")
+    first = next(model.parameters(), None)  # `model.device` may say where a base without weights is run.
+    is_on_meta = first is not None and first.device.type == "meta"
+    return is_on_meta and not hasattr(model.get_input_embeddings(), "_hf_hook")
 
 
 def reads_more_than_text(model: Any) -> bool:
