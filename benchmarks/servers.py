@@ -46,7 +46,7 @@ class Contestant:
         if must_fill:
             body["ignore_eos"] = True
         reply = await client.post(f"{self.url}/v1/completions", json=body)
-        if reply.status_code == 400 and must_fill:  # A server that does not know the field.
+        if reply.status_code in (400, 422) and must_fill:  # A server that does not know the field.
             del body["ignore_eos"]
             reply = await client.post(f"{self.url}/v1/completions", json=body)
         reply.raise_for_status()
