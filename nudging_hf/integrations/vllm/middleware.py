@@ -13,10 +13,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from ...chats import chat_ids
-from .params import is_plain, validate_params
+from .params import is_plain, nudging_tokenizer, validate_params
 
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 _Message = MutableMapping[str, Any]
@@ -109,9 +107,7 @@ class NudgingMiddleware:
 
     def _nudging_tokenizer(self, config: Any) -> Any:
         if self._tokenizer is None:
-            options = config.additional_config["nudging"]
-            hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-            self._tokenizer = AutoTokenizer.from_pretrained(options.get("tokenizer") or options["model"], **hub)
+            self._tokenizer = nudging_tokenizer(config.additional_config["nudging"])
         return self._tokenizer
 
 

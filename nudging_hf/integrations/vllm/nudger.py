@@ -27,7 +27,7 @@ from ...core.row import Row
 from ...core.transformers_private import end_tokens, own_eos_token_ids
 from ..described_base import described_base
 from ..engine_decoder import EngineDecoder, EnginePass
-from .params import generate_arguments, is_plain, nudging_arguments
+from .params import generate_arguments, hub_arguments, is_plain, nudging_arguments, nudging_tokenizer
 
 logger = logging.get_logger(__name__)
 _Shared = TypeVar("_Shared")
@@ -112,10 +112,10 @@ class Nudger:
 
     def _load(self, options: Mapping[str, Any], base: str, base_arguments: Mapping[str, Any], max_rows: int) -> None:
         name = options["model"]
-        hub = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key) is not None}
+        hub = hub_arguments(options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=options.get("dtype", "auto"), **hub)
         self._model = model.to(self._device).eval()
-        self._nudging_tokenizer = AutoTokenizer.from_pretrained(options.get("tokenizer") or name, **hub)
+        self._nudging_tokenizer = nudging_tokenizer(options)
         self._tokenizer = AutoTokenizer.from_pretrained(base_arguments.get("tokenizer") or base)
         self._base = described_base(
             base, self._device, **{k: v for k, v in base_arguments.items() if k != "tokenizer"}
@@ -262,6 +262,15 @@ class Nudger:
         rows = {name: row for name in request_ids if isinstance(row := self._rows[name], Row)}
         drafts = self.decoder.drafts(list(rows.values()), self.num_draft_tokens)
         return [drafts[rows[name]] if name in rows else [] for name in request_ids]
+
+
+def reads_prompts(scheduler_output: Any) -> bool:
+    """Whether a step of the engine reads a part of a prompt: more of some request than its last token and a draft."""
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    return bool(scheduler_output.scheduled_new_reqs) or any(
+        number > 1 + len(drafts.get(request_id, ()))
+        for request_id, number in scheduler_output.num_scheduled_tokens.items()
+    )
 
 
 class _NoRow(Enum):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor
 
 from ...core.config import NudgingConfig
 
@@ -55,6 +55,16 @@ class CountPenalties(LogitsProcessor):
             number = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)
             scores[row, places] -= self.presence + self.frequency * number
         return scores
+
+
+def hub_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How the nudging model is loaded, by the options of `additional_config`."""
+    return {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key) is not None}
+
+
+def nudging_tokenizer(options: Mapping[str, Any]) -> Any:
+    """Loads the nudging model's tokenizer, by the options of `additional_config`."""
+    return AutoTokenizer.from_pretrained(options.get("tokenizer") or options["model"], **hub_arguments(options))
 
 
 def is_plain(extra_args: Mapping[str, Any] | None) -> bool:

@@ -13,7 +13,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 
 from .logprobs import raw_logprobs
-from .nudger import Nudger, Request, Step
+from .nudger import Nudger, Request, Step, reads_prompts
 
 METHOD = "custom_class"
 
@@ -58,12 +58,7 @@ class Connection:
         for request_id in self.nudger.request_ids:
             if request_id not in self.runner.requests or request_id in scheduler_output.finished_req_ids:
                 self.nudger.forget(request_id)
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        reads_prompts = any(
-            number > 1 + len(drafts.get(request_id, ()))
-            for request_id, number in scheduler_output.num_scheduled_tokens.items()
-        )
-        self.nudger.begin_pass(reads_prompts or bool(scheduler_output.scheduled_new_reqs))
+        self.nudger.begin_pass(reads_prompts(scheduler_output))
 
     def sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         """In the place of `GPUModelRunner._sample`: nudged requests grow as the nudger decides, others as ever."""
@@ -85,11 +80,11 @@ class Connection:
                 steps.append(Step(request_id, told, draft, range(start, start + number + 1)))
                 places.append(i)
             start, draft_start = start + number + 1, draft_start + number
+        if not steps:
+            return self._sample_plain(logits, spec_decode_metadata)
         wants_logprobs = batch.sampling_metadata.max_num_logprobs is not None
         raw = logits.clone() if wants_logprobs else logits  # Sampling may change them in place.
         grown = self.nudger.decide(steps, logits)
-        if not steps:
-            return self._sample_plain(logits, spec_decode_metadata)
         ids = torch.full(
             (batch.num_reqs, max(drafts_of) + 1), PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=logits.device
         )

@@ -13,7 +13,7 @@ import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from .logprobs import raw_logprobs
-from .nudger import Nudger, Request, Step
+from .nudger import Nudger, Request, Step, reads_prompts
 
 METHOD = "ngram"
 
@@ -39,18 +39,13 @@ class Connection:
         self.nudger = nudger
         self._known: dict[str, _Known] = {}
         self._sample_plain, runner.sample = runner.sample, self.sample
-        self._propose_plain, runner.speculator.propose = runner.speculator.propose, self.propose
+        runner.speculator.propose = self.propose
         self._add_requests, runner.add_requests = runner.add_requests, self.add_requests
         self._finish_requests, runner.finish_requests = runner.finish_requests, self.finish_requests
 
     def begin_pass(self, scheduler_output: Any) -> None:
         """The engine begins a step."""
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        reads_prompts = any(
-            number > 1 + len(drafts.get(request_id, ()))
-            for request_id, number in scheduler_output.num_scheduled_tokens.items()
-        )
-        self.nudger.begin_pass(reads_prompts or bool(scheduler_output.scheduled_new_reqs))
+        self.nudger.begin_pass(reads_prompts(scheduler_output))
 
     def add_requests(self, scheduler_output: Any) -> None:
         """Notes what new requests ask for. A request that was preempted comes again, and keeps its answer."""
