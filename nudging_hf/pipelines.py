@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import groupby, takewhile
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from .chats import REASONING_TEMPLATE, chat_inputs, turn_template, validate_no_s
 from .core.generate import generate, loaded_vocabulary
 from .core.transformers_private import arguments_of_pipeline
 from .pair import Pair, nudging_model_named_in
-from .provenance import Piece, Span, spans
+from .provenance import Alternative, Piece, Span, alternatives_of, spans
 
 _PROMPTS = ("input_ids", "attention_mask", "nudging_input_ids", "nudging_attention_mask")
+_SAID = ("nudged_mask", "base_tokens", "base_token_probs", "base_ranks")
 
 # Arguments of the text-generation pipeline that this one refuses, and what to do instead.
 _REFUSED = {
@@ -95,7 +97,7 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
             A list of records for a single prompt, one for each of `num_return_sequences`; a list of such lists for a
             list of prompts. A record holds `generated_text`, which is the prompt (the messages of a chat) and the
             answer, or `generated_token_ids`. With `return_nudged_spans=True` it also holds `nudged_spans`: dicts with
-            the `text`, `nudged`, `start` and `end` of a [`Span`]. Joined, they are the text of the answer.
+            the `text`, `nudged`, `start`, `end` and `instead` of a [`Span`]. Joined, they are the text of the answer.
 
         Raises:
             ValueError: for what is no prompt, and for what [`nudging_hf.generate`] refuses.
@@ -173,7 +175,7 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
             "generated_sequence": by_prompt(output.sequences),
             "input_ids": prompts["input_ids"],
             "prompt_text": model_inputs["prompt_text"],
-            "nudged_mask": by_prompt(output.nudged_mask),
+            **{name: by_prompt(output[name]) for name in _SAID},
         }
 
     def postprocess(
@@ -185,22 +187,30 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
         **parameters: Any,
     ) -> list[dict[str, Any]]:
         """The records of one prompt, one for each answer."""
-        mask = model_outputs.pop("nudged_mask")[0]
+        said = SimpleNamespace(**{name: model_outputs.pop(name)[0] for name in _SAID})
         decoding = {
             "skip_special_tokens": True if skip_special_tokens is None else skip_special_tokens,
             "clean_up_tokenization_spaces": clean_up_tokenization_spaces,
         }
         records = super().postprocess(model_outputs, **decoding, **parameters)
         if return_nudged_spans:
-            answers = model_outputs["generated_sequence"][0][:, -mask.shape[1] :]
-            for record, ids, nudged in zip(records, answers.tolist(), mask.tolist(), strict=True):
-                found = _spans_as_decoded(ids, nudged, lambda ids: self.tokenizer.decode(ids, **decoding))
+            answers = model_outputs["generated_sequence"][0][:, -said.nudged_mask.shape[1] :]
+            vocabulary = loaded_vocabulary(self.tokenizer, self.model, "tokenizer", "base")
+            instead = alternatives_of(said, vocabulary)
+            columns = (records, answers.tolist(), said.nudged_mask.tolist(), instead)
+            for record, ids, nudged, others in zip(*columns, strict=True):
+                found = _spans_as_decoded(ids, nudged, others, lambda ids: self.tokenizer.decode(ids, **decoding))
                 record["nudged_spans"] = [asdict(span) for span in found]
         return records
 
 
-def _spans_as_decoded(ids: list[int], nudged: list[bool], decode: Callable[[list[int]], str]) -> list[Span]:
-    """The spans of `decode(ids)`, which say who wrote what.
+def _spans_as_decoded(
+    ids: list[int],
+    nudged: list[bool],
+    instead: list[Alternative | None],
+    decode: Callable[[list[int]], str],
+) -> list[Span]:
+    """The spans of `decode(ids)`, which say who wrote what, and what the base would have written `instead`.
 
     [`spans_of`] reads the tokens one by one. Here the spans must be those of a record's text, because a tokenizer may
     decode an answer without its leading space, or clean it up. A character that is split over several tokens comes
@@ -210,11 +220,12 @@ def _spans_as_decoded(ids: list[int], nudged: list[bool], decode: Callable[[list
     pieces: list[Piece] = []
     start = 0
     for author, run in groupby(enumerate(nudged), key=lambda numbered: numbered[1]):
-        n = 1 + [i for i, _ in run][-1]
+        places = [i for i, _ in run]
+        n = 1 + places[-1]
         # An unfinished character at the end of the first n tokens is decoded to something that the text does not hold.
         end = max(start, _shared(decode(ids[:n]), text)) if n < len(ids) else len(text)
         if end > start:
-            pieces.append(Piece(text[start:end], author))
+            pieces.append(Piece(text[start:end], author, instead=instead[places[0]]))
         start = end
     return spans(pieces)
 

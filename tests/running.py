@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import oracle
+import pytest
 import tiny
 import torch
 from tiny import Pair
@@ -30,12 +31,17 @@ class Result:
         nudged: for each id, whether the nudging model wrote it.
         top1: the base's top-1 probability at each id.
         reason: the finish reason.
+        base_tokens, base_token_probs: what the base itself would have written at each id, and its probability.
+        base_ranks: the rank of each id in the base's distribution.
     """
 
     ids: list[int]
     nudged: list[bool]
     top1: list[float]
     reason: str
+    base_tokens: list[int]
+    base_token_probs: list[float]
+    base_ranks: list[int]
 
 
 def padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,13 +80,23 @@ def nudge(pair: Pair, prompts: list[list[int]], nudging_prompts: list[list[int]]
     )
     new = output.sequences[:, max(map(len, prompts)) :]
     results = []
-    for ids, mask, top1, reason in zip(
-        new.tolist(), output.nudged_mask.tolist(), output.base_top1_probs, output.finish_reasons, strict=True
-    ):
+    columns = [new.tolist(), output.nudged_mask.tolist(), output.base_top1_probs, output.finish_reasons]
+    columns += [output.base_tokens.tolist(), output.base_token_probs, output.base_ranks.tolist()]
+    for ids, mask, top1, reason, tokens, probabilities, ranks in zip(*columns, strict=True):
         n = int((~top1.isnan()).sum())
-        assert set(ids[n:]) <= {pair.tokenizer.pad_token_id} and not any(mask[n:]) and top1[n:].isnan().all()
-        results.append(Result(ids[:n], mask[:n], top1[:n].tolist(), reason))
+        assert set(ids[n:]) | set(tokens[n:]) <= {pair.tokenizer.pad_token_id} and not any(mask[n:] + ranks[n:])
+        assert top1[n:].isnan().all() and probabilities[n:].isnan().all()
+        said = (tokens[:n], probabilities[:n].tolist(), ranks[:n])
+        results.append(Result(ids[:n], mask[:n], top1[:n].tolist(), reason, *said))
     return results
+
+
+def assert_same(results: Sequence[Result], expected: Sequence[Result]) -> None:
+    """Asserts that answers are equal, and what the base would have said at each of their tokens."""
+    assert outcomes(results) == outcomes(expected)
+    for result, other in zip(results, expected, strict=True):
+        assert (result.base_tokens, result.base_ranks) == (other.base_tokens, other.base_ranks)
+        assert result.base_token_probs == pytest.approx(other.base_token_probs, abs=1e-6)
 
 
 def outcomes(results: Sequence[Result | oracle.Answer]) -> list[Outcome]:

@@ -163,6 +163,12 @@ def test_the_output_says_who_wrote_what(shared, inputs):
         whole = shared.base(text[None]).logits[0, len(prompt) - 1 :].float()
         torch.testing.assert_close(torch.stack([step[row] for step in output.logits[:n]]), whole, rtol=0, atol=1e-5)
         torch.testing.assert_close(output.base_top1_probs[row, :n], whole.softmax(-1).amax(-1), rtol=0, atol=1e-6)
+        # So are its own tokens, and its ranks of those that were written.
+        written = output.sequences[row, inputs["input_ids"].shape[1] :][:n]
+        assert torch.equal(output.base_tokens[row, :n], whole.argmax(-1))
+        assert torch.equal(output.base_ranks[row, :n], (whole >= whole.gather(-1, written[:, None])).sum(-1))
+        probabilities = whole.softmax(-1).gather(-1, output.base_tokens[row, :n, None])[:, 0]
+        torch.testing.assert_close(output.base_token_probs[row, :n], probabilities, rtol=0, atol=1e-6)
         assert output.nudge_rate[row] == pytest.approx(
             output.nudged_mask[row].sum().item() / (n - (output.finish_reasons[row] == "eos"))
         )

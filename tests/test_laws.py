@@ -5,7 +5,16 @@ import random
 
 import pytest
 import torch
-from running import DRAFT_LENGTHS, KINDS, decode_with_oracle, inputs_of, nudge, outcomes, pair_with_prompts
+from running import (
+    DRAFT_LENGTHS,
+    KINDS,
+    assert_same,
+    decode_with_oracle,
+    inputs_of,
+    nudge,
+    outcomes,
+    pair_with_prompts,
+)
 from transformers import TextIteratorStreamer
 
 import nudging_hf
@@ -52,7 +61,7 @@ def test_drafted_is_sequential(arch, kind):
             for k in (0, DRAFT_LENGTHS[1 + i % 4], DRAFT_LENGTHS[1 + (i + 2) % 4])
         ]
         for results in answers[1:]:
-            assert outcomes(results) == outcomes(answers[0])
+            assert_same(results, answers[0])
 
 
 @pytest.mark.parametrize("samples", [False, True], ids=["greedy", "sampled"])
@@ -92,7 +101,7 @@ def test_batch_is_singles(arch, kind):
         settings = {"max_new_tokens": 24, "nudge_threshold": threshold}
         together = nudge(chosen, base_prompts, nudging_prompts, **settings)
         alone = [nudge(chosen, [p], [n], **settings)[0] for p, n in zip(base_prompts, nudging_prompts, strict=True)]
-        assert outcomes(together) == outcomes(alone)
+        assert_same(together, alone)
 
 
 @pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)
@@ -102,9 +111,9 @@ def test_cached_is_recomputed(arch, kind):
         settings = {"max_new_tokens": 24, "nudge_threshold": threshold, "num_draft_tokens": 4}
         cached = nudge(chosen, base_prompts, nudging_prompts, **settings)
         recomputed = nudge(chosen, base_prompts, nudging_prompts, use_cache=False, **settings)
-        assert outcomes(cached) == outcomes(recomputed)
+        assert_same(cached, recomputed)
     static = nudge(chosen, base_prompts, nudging_prompts, cache_implementation="static", **settings)
-    assert outcomes(static) == outcomes(recomputed)
+    assert_same(static, recomputed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +188,15 @@ def test_a_sampled_answer_depends_on_its_seed_alone(kind):
                 )
             )
         for results in answers[1:]:
-            assert [(r.ids, r.nudged) for r in results] == [(r.ids, r.nudged) for r in answers[0]]
+            assert_same(results, answers[0])
+        for result in answers[0]:  # Where the base wrote, it wrote what it would have written.
+            own = zip(result.ids, result.base_tokens, result.nudged, strict=True)
+            assert all(
+                token == said
+                for token, said, nudged in list(own)[: -1 if result.reason == "eos" else None]
+                if not nudged
+            )
+            assert max(result.base_ranks) > 1
         torch.manual_seed(8)
         other = nudge(chosen, base_prompts, nudging_prompts, max_new_tokens=32, do_sample=True, temperature=0.8)
         assert [r.ids for r in other] != [r.ids for r in answers[0]]

@@ -46,7 +46,7 @@ LAYERS = [
     {"integrations.vllm.runner_v1", "integrations.vllm.runner_v2"},
     {"integrations.vllm.worker"},
     {"tasks", "tasks.generated", "tasks.judge", "study.journal", "study.tables", "study.prompts"},
-    {"pair", "study.baselines", "study.report", "page", "streaming", "tasks.scoring"},
+    {"pair", "study.baselines", "study.report", "continuations", "page", "streaming", "tasks.scoring"},
     {"study.reader", "hub", "pipelines", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},
     {"study.analysis", "study.calibration", "study.comparison", "registration"},
     {"study.demo", "integrations.vllm.launch"},

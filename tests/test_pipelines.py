@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
@@ -254,7 +255,7 @@ def test_spans_are_the_text_of_the_answer(seed):
             spans = record["nudged_spans"]
             assert "".join(span["text"] for span in spans) == record["generated_text"]
             assert all(record["generated_text"][span["start"] : span["end"]] == span["text"] for span in spans)
-            assert all(span["text"] and set(span) == {"text", "nudged", "start", "end"} for span in spans)
+            assert all(span["text"] and set(span) == {"text", "nudged", "start", "end", "instead"} for span in spans)
             assert all(one["nudged"] != two["nudged"] for one, two in pairwise(spans))
         assert json.loads(json.dumps(records)) == records
         without = pipe(prompts, batch_size=batch_size, return_full_text=False, return_nudged_spans=False)
@@ -270,7 +271,8 @@ def test_spans_are_those_of_the_output(mini):
         )
         [expected] = spans_of(output, mini.tokenizer)
         [record] = pipe(prompt, return_nudged_spans=True)
-        assert record["nudged_spans"] == [vars(span) for span in expected]
+        assert record["nudged_spans"] == [asdict(span) for span in expected]
+        assert all((span.instead is not None) == span.nudged for span in expected)
         assert record["generated_text"] == prompt + "".join(span.text for span in expected)
         assert {span.nudged for span in expected} == {True, False}
 
@@ -283,7 +285,7 @@ def test_a_character_over_two_tokens_is_whole_and_belongs_to_the_author_of_the_l
     assert len(bytewise) == len(text.encode())
     for cut in range(len(bytewise) + 1):
         nudged = [True] * cut + [False] * (len(bytewise) - cut)
-        spans = _spans_as_decoded(bytewise, nudged, tokenizer.decode)
+        spans = _spans_as_decoded(bytewise, nudged, [None] * len(nudged), tokenizer.decode)
         whole = text.encode()[:cut].decode(errors="ignore")
         assert [(span.text, span.nudged) for span in spans if span.nudged] == [(whole, True)] * bool(whole)
         assert "".join(span.text for span in spans) == text

@@ -12,7 +12,7 @@ from tiny import pair, prompts
 
 import nudging_hf
 from nudging_hf.core.vocabulary import Vocabulary, to_text
-from nudging_hf.provenance import Piece, PieceReader, count_nudged_words, pieces_of, spans, spans_of
+from nudging_hf.provenance import Alternative, Piece, PieceReader, count_nudged_words, pieces_of, spans, spans_of
 
 PIECES = st.lists(st.builds(Piece, st.text(alphabet="ab \n\u00e9\u3000", max_size=4), st.booleans()))
 NON_EMPTY = st.lists(st.builds(Piece, st.text(min_size=1, max_size=4), st.booleans()))
@@ -51,8 +51,9 @@ def test_an_emoji_over_several_tokens_is_one_piece_with_its_last_token():
     reader = PieceReader(tokenizer)
     *begun, last = tokenizer("\U0001f9ff", add_special_tokens=False).input_ids
     assert len(begun) > 1
-    assert [reader.read(i, False, 0.9) for i in begun] == [[]] * len(begun)
-    assert reader.read(last, True, 0.2) == [Piece("\U0001f9ff", True, 0.2)]
+    first, other = Alternative(0, "a", 0.9, 3), Alternative(1, "b", 0.8, 2)
+    assert [reader.read(i, True, 0.9, first if i == begun[0] else other) for i in begun] == [[]] * len(begun)
+    assert reader.read(last, True, 0.2, other) == [Piece("\U0001f9ff", True, 0.2, first)]
 
 
 @pytest.mark.parametrize("nudged", [True, False])
@@ -110,14 +111,20 @@ def test_the_pieces_of_an_output_match_its_tokens_mask_and_probabilities(kind, s
     chosen = pair("llama", seed, kind)
     inputs = inputs_of(chosen, *prompts(chosen, 3, seed))
     output = nudging_hf.generate(chosen.base, **inputs, max_new_tokens=24, return_dict_in_generate=True)
-    reader = PieceReader(chosen.tokenizer)
+    reader, vocabulary = PieceReader(chosen.tokenizer), Vocabulary(chosen.tokenizer)
     new = output.sequences[:, inputs["input_ids"].shape[1] :]
     for row, pieces in enumerate(pieces_of(output, chosen.tokenizer)):
         n = int((~output.base_top1_probs[row].isnan()).sum())
-        columns = (new[row, :n], output.nudged_mask[row, :n], output.base_top1_probs[row, :n])
-        tokens = zip(*(column.tolist() for column in columns), strict=True)
-        expected = [piece for token, nudged, top1 in tokens for piece in reader.read(token, nudged, top1)]
+        columns = (new, output.nudged_mask, output.base_top1_probs)
+        columns += (output.base_tokens, output.base_token_probs, output.base_ranks)
+        expected, place = [], -1
+        for token, nudged, top1, *said in zip(*(column[row, :n].tolist() for column in columns), strict=True):
+            own, *figures = said
+            place += 1
+            instead = Alternative(place, to_text(vocabulary.bytes_of(own)), *figures) if nudged else None
+            expected += reader.read(token, nudged, top1, instead)
         assert pieces == expected + reader.finish()
+        assert all((piece.instead is not None) == piece.nudged for piece in pieces)
         assert "".join(piece.text for piece in pieces) == to_text(Vocabulary(chosen.tokenizer).join(new[row].tolist()))
         assert spans_of(output, chosen.tokenizer)[row] == spans(pieces)
 

@@ -29,7 +29,7 @@ from . import predicting
 from .advance import advance, begin, check_logits, draft, draft_progress, end, must_read, must_write
 from .cached_lm import CachedLM, Reading, SeparateRows
 from .drafting import Drafter
-from .predicting import predictions
+from .predicting import predictions, rank_accepted
 from .row import Row
 from .sampling import joined
 from .writing import write
@@ -173,6 +173,7 @@ class NudgedDecoder:
                     self._dismiss(row)
 
     def _dismiss(self, row: Row) -> None:
+        rank_accepted([row])
         self.base.release(row.number)
         self.rows.remove(row)
         self._tokens_of_departed += len(row.answer.ids)
@@ -192,6 +193,9 @@ class NudgedDecoder:
     def _read(self, work: _Read) -> None:
         """Lets the base read each row's answer and draft, and predict at every position that it has not read."""
         rows = work.rows
+        rank_accepted(
+            self.rows
+        )  # Before the pass, so that the logits of the last one need not be kept beside its own.
         reads_prompts = not all(len(row.predictions) for row in rows)
         self.drafter.read(self._answer_tokens())
         for row in rows:

@@ -264,7 +264,7 @@ def _decode(
     if not generation_config.return_dict_in_generate:
         return sequences
     scores, logits = generation_config.output_scores, generation_config.output_logits
-    return nudging_output(sequences, prepared.rows, base, nudging, scores, logits)
+    return nudging_output(sequences, prepared.rows, base, nudging, scores, logits, pad)
 
 
 def _prepare(

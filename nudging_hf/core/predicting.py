@@ -41,15 +41,53 @@ def predictions(logits: torch.Tensor, readings: Sequence[Reading]) -> list[list[
     )
     tokens, best = choose(scores, [key for reading in readings for key in _keys(reading)])
     probabilities = logits.softmax(dim=-1)
-    said = numbers(tokens, _gate_scores(probabilities, tokens, readings), probabilities.amax(dim=-1), best)
+    said = numbers(
+        tokens,
+        _gate_scores(probabilities, tokens, readings),
+        probabilities.amax(dim=-1),
+        best,
+        probabilities.gather(-1, tokens[:, None])[:, 0],
+    )
     each = zip(*said, logits, scores, strict=True)
     return [
         [
-            Prediction(int(token), score, top1, best_score, *((own, own_scores) if row.request.records_logits else ()))
-            for token, score, top1, best_score, own, own_scores in islice(each, number)
+            Prediction(
+                int(token),
+                score,
+                top1,
+                best_score,
+                probability,
+                own if row.request.records else None,
+                own_scores if row.request.records_logits else None,
+            )
+            for token, score, top1, best_score, probability, own, own_scores in islice(each, number)
         ]
         for row, _, number in readings
     ]
+
+
+def rank_accepted(rows: Iterable[Row]) -> None:
+    """Ranks the tokens that the answers have accepted among all that the base could have said, in one go.
+
+    The rank of a token is 1 more than the number of tokens whose raw logit is greater (Lin et al., "The Unlocking
+    Spell on Base LLMs", arXiv 2312.01552). Logits that are not recorded for the caller are dropped then.
+    """
+    due = [
+        (row, place, logits)
+        for row in rows
+        if row.request.records
+        for place in row.predictions.unranked(len(row.answer.ids))
+        if (logits := row.predictions[place].logits) is not None
+    ]
+    if not due:
+        return
+    logits = torch.stack([logits for _, _, logits in due])
+    tokens = torch.tensor([[row.answer.ids[place]] for row, place, _ in due], device=logits.device)
+    ranks = 1 + (logits > logits.gather(-1, tokens)).sum(dim=-1)
+    for (row, place, _), rank in zip(due, ranks.tolist(), strict=True):
+        row.predictions.set_rank(place, rank)
+        if not row.request.records_logits:
+            row.predictions.forget_logits(place)
 
 
 def _keys(reading: Reading) -> Iterable[int | None]:

@@ -36,15 +36,19 @@ class Prediction(NamedTuple):
         score: of the gate.
         top1: its top-1 probability.
         best: the processed score of the token. It is NaN or infinite where no token can be chosen.
+        probability: of the token, by the raw logits; NaN where an engine does not tell it.
         logits, scores: raw and processed, of shape (vocab_size,), where they are recorded.
+        rank: the rank of the answer's token by the raw logits, from 1 on, once it is known; see [`rank_accepted`].
     """
 
     token: int
     score: float
     top1: float
     best: float
+    probability: float = math.nan
     logits: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    rank: int | None = None
 
 
 class Predictions:
@@ -60,6 +64,7 @@ class Predictions:
         self.draft_top1_probs: Sequence[float] = ()
         self._draft_start = 0
         self._said: list[Prediction] = []
+        self._num_ranked = 0
 
     def __len__(self) -> int:
         return len(self._said)
@@ -76,6 +81,16 @@ class Predictions:
     def forget_logits(self, place: int) -> None:
         """Drops the recorded logits and scores of a token. Those of a long answer would fill the memory."""
         self._said[place] = self._said[place]._replace(logits=None, scores=None)
+        self._num_ranked = max(self._num_ranked, place + 1)  # Without logits there is nothing to rank it by.
+
+    def unranked(self, length: int) -> range:
+        """The places, in an answer of this length, of the tokens that are still to be ranked."""
+        return range(self._num_ranked, min(length, len(self._said)))
+
+    def set_rank(self, place: int, rank: int) -> None:
+        """Records the rank of the answer's token at a place. Those before it are not asked for again."""
+        self._said[place] = self._said[place]._replace(rank=rank)
+        self._num_ranked = place + 1
 
     def start_pass(self, answer: Sequence[int], draft: Sequence[int], draft_top1_probs: Sequence[float]) -> None:
         """The base reads the answer and a draft."""
@@ -238,8 +253,8 @@ class Request:
         rules: which tokens each model may write.
         limits: what ends an answer early.
         streamer: receives each token when it is accepted, and its author if it has a `put_marked`.
-        records: whether the base says its top-1 probability at every token, also where the algorithm did not ask for
-            it, at the cost of one more pass at the end.
+        records: whether the base says at every token how sure it is, what it would have written and how it ranks the
+            token, also where the algorithm did not ask it, at the cost of one more pass at the end.
         records_logits: whether logits and processed scores are kept too.
     """
 

@@ -1,0 +1,69 @@
+"""How the base alone would have gone on at each nudge. It knows models and ids, never pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .chats import padded
+from .core.prompts import unpad
+from .core.transformers_private import end_tokens, input_device, plain_generate
+from .core.vocabulary import Vocabulary, to_text
+from .provenance import Piece, pieces_of
+
+
+@torch.no_grad()
+def pieces_with_continuations(
+    model: Any,
+    output: Any,
+    tokenizer: Any,
+    attention_mask: torch.Tensor | None = None,
+    max_new_tokens: int = 20,
+    batch_size: int = 16,
+) -> list[list[Piece]]:
+    """The pieces of [`~provenance.pieces_of`], with what the base alone would have written from each nudge on.
+
+    A nudge is a stretch of the nudging model's text. The first of its pieces gets an `instead` with the greedy
+    `continuation` of the base after the prompt and the answer so far. Prompts are text.
+
+    Args:
+        model: the base.
+        output: what a nudged `generate` of it returned with `return_dict_in_generate=True`.
+        tokenizer: the base's.
+        attention_mask: that of the prompts, of shape (batch, prompt_length), if they are padded.
+        max_new_tokens: how many tokens a continuation has at the most.
+        batch_size: how many continuations are written at a time.
+    """
+    vocabulary = Vocabulary(tokenizer)
+    answers = pieces_of(output, vocabulary)
+    length = output.sequences.shape[1] - output.nudged_mask.shape[1]
+    if attention_mask is not None:  # Several answers to one prompt stand in successive rows.
+        attention_mask = attention_mask.repeat_interleave(len(answers) // len(attention_mask), dim=0)
+    prompts, new = unpad(output.sequences[:, :length], attention_mask), output.sequences[:, length:].tolist()
+    eos = end_tokens(model, tokenizer)
+    nudges = [
+        (row, i, piece.instead)
+        for row, pieces in enumerate(answers)
+        for i, piece in enumerate(pieces)
+        if piece.instead is not None and not (i and pieces[i - 1].nudged)
+    ]
+    for start in range(0, len(nudges), batch_size):
+        batch = nudges[start : start + batch_size]
+        texts = [[*prompts[row], *new[row][: instead.place]] for row, _, instead in batch]
+        ids, mask = (each.to(input_device(model)) for each in padded(texts, tokenizer))
+        written = plain_generate(model)(
+            model,
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos or None,
+            pad_token_id=eos[0] if eos else 0,
+        )
+        for (row, i, instead), own in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
+            end = next((place for place, token in enumerate(own) if token in eos), None)
+            instead = replace(instead, continuation=to_text(vocabulary.join(own[:end])))
+            answers[row][i] = answers[row][i]._replace(instead=instead)
+    return answers
