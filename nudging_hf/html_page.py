@@ -19,7 +19,7 @@ _PAGE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-{{ style | safe }}</style>
+{{ common | safe }}{{ style | safe }}</style>
 </head>
 <body>
 <header>
@@ -33,6 +33,22 @@ _PAGE = """\
 </html>
 """
 
+# The colours and measures of all pages. A page's own style comes after it.
+STYLE = """:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #5c5c5c; --rule: #d8d8d8;
+  --panel: #f5f5f5; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececec; --paper: #16181b; --faint: #a8a8a8; --rule: #3a3d42; --panel: #1f2226; } }
+body { margin: 0 auto; max-width: 46rem; padding: 1.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+  font: 1.0625rem/1.65 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.4rem; margin: 0 0 .5rem; }
+h2 { font-size: .8rem; font-weight: 600; color: var(--faint); margin: 1.25rem 0 .35rem; }
+header p { margin: 0 0 .5rem; color: var(--faint); font-size: .95rem; }
+article { border-top: 1px solid var(--rule); margin-top: 1.5rem; padding-top: .25rem; }
+dl { display: flex; flex-wrap: wrap; gap: .15rem 1.5rem; margin: 1rem 0 0; font-size: .875rem; color: var(--faint); }
+dl div { display: flex; flex-wrap: wrap; gap: 0 .4rem; }
+dd { margin: 0; color: var(--ink); overflow-wrap: anywhere; }
+"""
+
 _ENVIRONMENT = jinja2.Environment(
     autoescape=True,
     keep_trailing_newline=True,
@@ -44,12 +60,12 @@ _ENVIRONMENT = jinja2.Environment(
 
 
 def render(template: str, **values: Any) -> str:
-    """A page. All values are escaped, except the page's `style` (CSS).
+    """A page. All values are escaped, except the page's `style` (CSS), which comes after that of all pages.
 
     The Jinja template extends "page", which shows `title` too, and whose blocks are "header", "main" and "policy" (the
     end of the content security policy).
     """
-    html = _ENVIRONMENT.from_string(template).render(values)
+    html = _ENVIRONMENT.from_string(template).render(common=STYLE, **values)
     return html.replace("\r", "&#13;")  # A parser turns a carriage return into a line feed unless it is spelt out.
 
 

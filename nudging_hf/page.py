@@ -6,26 +6,38 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any, NamedTuple
 
 from . import html_page
-from .provenance import Piece, count_nudged_words
+from .provenance import Alternative, Piece, count_nudged_words
+
+# A piece is the darker, the more of these top-1 probabilities the base stays below.
+_LEVELS = (0.9, 0.7, 0.5, 0.3)
+_CONTEXT_CHARACTERS = 60  # So much of the answer stands before a continuation of the base.
 
 
 @dataclass(frozen=True)
 class MarkedAnswer:
-    """One answer of a page, as [`~provenance.pieces_of`] returns it. A piece with `top1` shows it when pointed at.
+    """One answer of a page.
 
-    `figures` is what else the page says about the answer, by name, such as `{"finished": "eos"}`.
+    Args:
+        prompt: what was asked.
+        pieces: the answer, as [`~provenance.pieces_of`] or [`~continuations.pieces_with_continuations`] return it; or
+            a text, if one model wrote it alone.
+        figures: what else the page says about the answer, by name, such as `{"finished": "eos"}`.
     """
 
     prompt: str
-    pieces: Sequence[Piece]
+    pieces: Sequence[Piece] | str
     figures: Mapping[str, str] = field(default_factory=dict)
+
+
+Entry = MarkedAnswer | Mapping[str, MarkedAnswer]
 
 
 def write(
     path: str | os.PathLike[str],
-    answers: Sequence[MarkedAnswer],
+    answers: Sequence[Entry],
     threshold: float | None,
     title: str = "Nudged answers",
 ) -> None:
@@ -33,116 +45,214 @@ def write(
     html_page.write(path, render(answers, threshold, title))
 
 
-def render(answers: Sequence[MarkedAnswer], threshold: float | None, title: str = "Nudged answers") -> str:
+def render(answers: Sequence[Entry], threshold: float | None, title: str = "Nudged answers") -> str:
     """A page that shows each answer with the nudging model's words highlighted.
 
-    The base's top-1 probability at a piece is shown when the piece is pointed at, touched, or reached with the Tab
-    key. The text of an element of class "text", parsed, is the prompt or the answer to the last character.
+    A piece is shaded by how unsure the base was there. What the base itself would have written there, and how sure it
+    was, is shown when the piece is pointed at, touched, or reached with the Tab key. Where a piece of a nudge has a
+    continuation, a click on the nudge shows how the base alone would have gone on. The text of an element of class
+    "text", parsed, is the prompt or the answer to the last character.
 
     Args:
-        answers: one or more.
+        answers: one or more. Several answers to one prompt, by their titles, stand beside each other, as in
+            `[{"base alone": MarkedAnswer(prompt, text), "nudged": MarkedAnswer(prompt, pieces)}]`.
         threshold: γ, below which the base was unsure; `None` if another measure, or no fixed one, decided that.
         title: the title of the page.
+
+    Raises:
+        ValueError: if answers that stand beside each other are to different prompts.
     """
-    counts = [count_nudged_words(answer.pieces) for answer in answers]
+    entries = [dict(entry) if isinstance(entry, Mapping) else {"Answer": entry} for entry in answers]
+    for entry in entries:
+        if len(prompts := {answer.prompt for answer in entry.values()}) != 1:
+            raise ValueError(f"Answers beside each other have one prompt, got {len(prompts)}: {sorted(prompts)}.")
+    counts = [
+        count_nudged_words(answer.pieces)
+        for entry in entries
+        for answer in entry.values()
+        if not isinstance(answer.pieces, str)
+    ]
     nudged, words = sum(count[0] for count in counts), sum(count[1] for count in counts)
+    shown: list[dict[str, Any]] = [
+        {
+            "prompt": next(iter(entry.values())).prompt,
+            "answers": [
+                _shown(heading, answer, threshold, f"{i}-{j}")
+                for j, (heading, answer) in enumerate(entry.items(), start=1)
+            ],
+        }
+        for i, entry in enumerate(entries, start=1)
+    ]
     return html_page.render(
         _TEMPLATE,
         title=title,
         style=_STYLE,
-        several=f"{len(answers)} answers, {_of(nudged, words)} words nudged. " if len(answers) > 1 else "",
-        unsure="" if threshold is None else f": below γ = {threshold:g} the base is unsure",
-        answers=[
-            {
-                "prompt": answer.prompt,
-                "runs": _runs(answer.pieces, threshold),
-                "figures": [("nudged words", _of(*count)), *answer.figures.items()],
-            }
-            for answer, count in zip(answers, counts, strict=True)
-        ],
+        width=max((len(entry) for entry in entries), default=1),
+        several=f"{len(counts)} answers, {_of(nudged, words)} words nudged. " if len(counts) > 1 else "",
+        unsure="" if threshold is None else f"; below γ = {threshold:g} it is unsure",
+        scale=[f"p ≥ {_LEVELS[0]:g}", *(f"< {level:g}" for level in _LEVELS)],
+        has_continuations=any(answer["continuations"] for entry in shown for answer in entry["answers"]),
+        entries=shown,
     )
 
 
-# A part of a text, and the base's top-1 probability there as it is shown; "" if none is.
-_Part = tuple[str, str]
+class _Part(NamedTuple):
+    """A part of a text.
+
+    Args:
+        text: the part.
+        tip: what is shown when it is pointed at, if anything is.
+        level: how unsure the base was, 0 to 4; `None` if that is not known.
+    """
+
+    text: str
+    tip: str = ""
+    level: int | None = None
 
 
-def _runs(pieces: Iterable[Piece], threshold: float | None) -> list[tuple[bool, list[_Part]]]:
-    """Runs of parts by one author, and whether that is the nudging model. White space around is not marked."""
-    runs = []
+def _shown(heading: str, answer: MarkedAnswer, threshold: float | None, name: str) -> dict[str, object]:
+    """What the template needs for an answer. The names of its elements begin with `name`."""
+    is_plain = isinstance(answer.pieces, str)
+    pieces = [Piece(answer.pieces, False)] if isinstance(answer.pieces, str) else answer.pieces
+    runs: list[tuple[bool, list[_Part], str]] = []
+    continuations: list[tuple[str, str, str, str]] = []  # The target, the nudge, the text before it, and the base's.
+    before = ""
     for nudged, group in groupby(pieces, key=lambda piece: piece.nudged):
-        parts = [part for piece in group for part in _parts(piece, threshold)]
-        inked = [i for i, (text, _) in enumerate(parts) if text.strip()]
-        start, end = (inked[0], inked[-1] + 1) if inked else (0, 0)
-        runs += [(False, parts[:start]), (nudged, parts[start:end]), (False, parts[end:])]
-    return [run for run in runs if run[1]]
+        run = list(group)
+        text = "".join(piece.text for piece in run)
+        target, instead = "", run[0].instead
+        if instead is not None and instead.continuation is not None:
+            target = f"base-{name}-{len(continuations)}"
+            continuations.append((target, text.strip(), before[-_CONTEXT_CHARACTERS:], instead.continuation))
+        runs += [(mark, parts, target if mark else "") for mark, parts in _parted(nudged, run, threshold)]
+        before += text
+    figures = [] if is_plain else [("nudged words", _of(*count_nudged_words(pieces)))]
+    return {
+        "heading": heading,
+        "runs": runs,
+        "continuations": continuations,
+        "figures": [*figures, *answer.figures.items()],
+    }
+
+
+def _parted(nudged: bool, run: Iterable[Piece], threshold: float | None) -> list[tuple[bool, list[_Part]]]:
+    """The parts of a run by one author, and whether they are marked as nudged. White space around is not."""
+    parts = [part for piece in run for part in _parts(piece, threshold)]
+    inked = [i for i, part in enumerate(parts) if part.text.strip()]
+    start, end = (inked[0], inked[-1] + 1) if inked else (0, 0)
+    split = [(False, parts[:start]), (nudged, parts[start:end]), (False, parts[end:])]
+    return [each for each in split if each[1]]
 
 
 def _parts(piece: Piece, threshold: float | None) -> list[_Part]:
-    """The white space before a piece, the piece with its top-1 probability, and the white space after it."""
+    """The white space before a piece, the piece with what is known of it, and the white space after it."""
     body = piece.text.strip()
     start = piece.text.index(body)
-    tip = ""
+    level, tip = None, ""
     if piece.top1 is not None:
+        level = sum(piece.top1 < each for each in _LEVELS)
         tip = f"{piece.top1:.3f}"
         if threshold is not None:
             tip += " ≥ γ" if piece.top1 >= threshold else " < γ"
-    return [(piece.text[:start], ""), (body, tip), (piece.text[start + len(body) :], "")]
+        if piece.instead is not None:
+            tip += "\n" + _told(piece.instead)
+    return [_Part(piece.text[:start]), _Part(body, tip, level), _Part(piece.text[start + len(body) :])]
+
+
+def _told(instead: Alternative) -> str:
+    """What the base would have written, in words. The isolates keep its text from turning the words around it."""
+    text = "⏎".join(instead.text.splitlines()) + "⏎" * instead.text.endswith("\n")
+    said = f"“\u2068{text}\u2069”" if text else "no more text"
+    return f"the base alone: {said} ({instead.probability:.3f})\nrank of this token: {instead.rank}"
 
 
 def _of(part: int, whole: int) -> str:
     return f"{part} of {whole}" + (f" ({part / whole:.0%})" if whole else "")
 
 
-# Every kind of colour vision tells orange from black and white, and the line under a nudged word needs no colour.
+# Every kind of colour vision tells orange from blue, and the line under a nudged word needs no colour.
 _TEMPLATE = """\
 {% extends "page" %}
 {% block header %}
 <p>{{ several }}<mark>Words like these</mark> are the nudging model's, all others the base's. Point at a piece of an \
-answer, or step through it with the Tab key, to see the probability of the base's most probable token \
-there{{ unsure }}.</p>
+answer, or step through it with the Tab key, to see p, the probability of the base's most probable token \
+there{{ unsure }}, and what the base itself would have written in place of a nudge.
+{%- if has_continuations %} A click on a nudge shows how the base alone would have gone on from there.{% endif %}</p>
+<p class="scale">How unsure the base was: {% for said in scale %}<span class="u{{ loop.index0 }}">{{ said }}</span> \
+{% endfor %}</p>
 {% endblock %}
 {% block main %}
-{% for answer in answers %}
+{% for entry in entries %}
 <article>
 <h2>Prompt</h2>
-<div class="text prompt" dir="auto">{{ answer.prompt }}</div>
-<h2>Answer</h2>
+<div class="text prompt" dir="auto">{{ entry.prompt }}</div>
+<div class="answers"{% if width > 1 %} data-beside{% endif %}>
+{% for answer in entry.answers %}
+<section>
+<h2>{{ answer.heading }}</h2>
 <div class="text answer" dir="auto">
-{%- for nudged, parts in answer.runs %}{% if nudged %}<mark>{% endif %}
-{%- for text, tip in parts %}
-{%- if tip and text %}<span tabindex="0" data-tip="{{ tip }}">{{ text }}</span>{% else %}{{ text }}{% endif %}
+{%- for nudged, parts, target in answer.runs %}{% if nudged %}<mark>{% endif %}
+{%- for part in parts %}
+{%- if not part.tip or not part.text %}{{ part.text }}
+{%- elif target %}<a href="#{{ target }}" class="u{{ part.level }}" data-tip="{{ part.tip }}">{{ part.text }}</a>
+{%- else %}<span tabindex="0" class="u{{ part.level }}" data-tip="{{ part.tip }}">{{ part.text }}</span>
+{%- endif %}
 {%- endfor %}{% if nudged %}</mark>{% endif %}{% endfor -%}
 </div>
+{% for target, nudge, before, continuation in answer.continuations %}
+<aside id="{{ target }}">
+<p>From “{{ nudge }}” on, the base alone would have written:</p>
+<p class="alone" dir="auto"><span>{{ before }}</span>{{ continuation or "(it ends the answer here)" }}</p>
+<a href="#_">Close</a>
+</aside>
+{% endfor %}
 <dl>{% for name, value in answer.figures %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+</section>
+{% endfor %}
+</div>
 </article>
 {% endfor %}
 {% endblock %}
 """
 
-_STYLE = """:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #5c5c5c; --rule: #d8d8d8;
-  --mark: #ffe3b8; --under: #b35c00; --panel: #f5f5f5; }
+_STYLE = """:root { --mark: #ffe3b8; --under: #b35c00;
+  --u1: #e6eef8; --u2: #d3e1f3; --u3: #bed2ed; --u4: #a8c2e6;
+  --n1: #ffdaa3; --n2: #ffcf8a; --n3: #ffc270; --n4: #ffb454; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #ececec; --paper: #16181b; --faint: #a8a8a8; --rule: #3a3d42;
-    --mark: #573800; --under: #ffb347; --panel: #1f2226; } }
-body { margin: 0 auto; max-width: 46rem; padding: 1.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 1.0625rem/1.65 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .5rem; }
-h2 { font-size: .8rem; font-weight: 600; color: var(--faint); margin: 1.25rem 0 .35rem; }
-header p { margin: 0; color: var(--faint); font-size: .95rem; }
-header mark { color: var(--ink); }
-article { border-top: 1px solid var(--rule); margin-top: 1.5rem; padding-top: .25rem; }
+  :root { --mark: #432c00; --under: #ffb347;
+    --u1: #1f2937; --u2: #263649; --u3: #2d425c; --u4: #344d6e;
+    --n1: #4c3200; --n2: #563800; --n3: #603d00; --n4: #6a4200; } }
+body:has([data-beside]) { max-width: 84rem; }
+header p, .prompt { max-width: 46rem; }
+header mark, .scale span { color: var(--ink); }
+.scale span { padding: 0 .4rem; border-radius: .2rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { background: var(--panel); border-radius: .4rem; padding: .6rem .8rem; }
+.answers { display: grid; gap: 0 2rem; }
+.answers[data-beside] { grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
+.answer { position: relative; }
+.u1 { background: var(--u1); } .u2 { background: var(--u2); }
+.u3 { background: var(--u3); } .u4 { background: var(--u4); }
 mark { background: var(--mark); color: inherit; border-bottom: 2px solid var(--under); border-radius: .15rem; }
-[data-tip] { position: relative; }
-[data-tip]:hover, [data-tip]:focus { outline: 1.5px solid var(--ink); border-radius: .15rem; }
+mark .u1 { background: var(--n1); } mark .u2 { background: var(--n2); }
+mark .u3 { background: var(--n3); } mark .u4 { background: var(--n4); }
+mark a { color: inherit; text-decoration: none; cursor: pointer; }
+[data-tip] { border-radius: .15rem; }
+[data-tip]:hover, [data-tip]:focus { outline: 1.5px solid var(--ink); }
 [data-tip]:hover::after, [data-tip]:focus::after { content: attr(data-tip); position: absolute; z-index: 1;
-  bottom: 100%; left: 50%; transform: translateX(-50%); padding: .1rem .45rem; border-radius: .3rem; direction: ltr;
-  white-space: nowrap; pointer-events: none; background: var(--ink); color: var(--paper);
-  font: .8rem/1.5 system-ui, sans-serif; }
-dl { display: flex; flex-wrap: wrap; gap: .15rem 1.5rem; margin: 1rem 0 0; font-size: .875rem; color: var(--faint); }
-dl div { display: flex; gap: .4rem; }
-dd { margin: 0; color: var(--ink); }
-@media print { mark { print-color-adjust: exact; } }
+  left: 0; width: max-content; max-width: 100%; box-sizing: border-box; margin-top: 1.75em; padding: .25rem .55rem;
+  border-radius: .3rem; direction: ltr; text-align: left; white-space: pre-line; overflow-wrap: anywhere;
+  pointer-events: none; background: var(--ink); color: var(--paper); font: .8rem/1.5 system-ui, sans-serif; }
+@media (min-width: 64rem) {
+  .answers:not([data-beside]) [data-tip] { position: relative; }
+  .answers:not([data-beside]) [data-tip]::after { left: 50%; transform: translateX(-50%); max-width: 20rem; } }
+aside { display: none; }
+aside:target { display: block; position: fixed; z-index: 2; inset: auto 0 0; max-width: 46rem; max-height: 60vh;
+  overflow: auto; margin: 0 auto; padding: .75rem 1.25rem 1rem; box-sizing: border-box; background: var(--panel);
+  border: solid var(--rule); border-width: 1px 1px 0; border-radius: .6rem .6rem 0 0; box-shadow: 0 0 2rem #0005; }
+aside p { margin: 0 0 .5rem; overflow-wrap: anywhere; }
+aside p:first-child, .alone span { color: var(--faint); }
+.alone { white-space: pre-wrap; }
+aside a { color: inherit; }
+@media print { mark, [class^="u"] { print-color-adjust: exact; } }
 """

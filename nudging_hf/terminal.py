@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from typing import TextIO
+
+from .provenance import Piece, spans
 
 OPENING, CLOSING = "⟦", "⟧"
 _COLOUR, _PLAIN = "\033[1;32m", "\033[0m"
@@ -14,6 +17,7 @@ _CONTROL_PICTURES = {
     0x7F: 0x2421,
     **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
 }
+_ON_ONE_LINE = {**_CONTROL_PICTURES, ord("\t"): 0x2409, ord("\n"): 0x23CE}
 
 
 class TerminalWriter:
@@ -68,6 +72,15 @@ class TerminalWriter:
 
     def __exit__(self, *error: object) -> None:
         self.end()
+
+
+def nudges_told(pieces: Iterable[Piece]) -> Iterator[str]:
+    """A line for each nudge of an answer: its text, and what the base itself would have written at its start."""
+    for span in spans(pieces):
+        if span.instead is not None:
+            text, own = (each.strip(" ").translate(_ON_ONE_LINE) for each in (span.text, span.instead.text))
+            said = f"“{own}”" if span.instead.text else "no more text"
+            yield f"{OPENING}{text}{CLOSING} base: {said} ({span.instead.probability:.3f}); rank {span.instead.rank}"
 
 
 def is_coloured(choice: str = "auto") -> bool:

@@ -26,7 +26,7 @@ CORE = [
 ]
 LAYERS = [
     *({f"core.{module}" for module in floor} for floor in CORE),
-    {"core", "study", "provenance", "terminal", "chats", "html_page", "hub_readme", "integrations"},
+    {"core", "study", "provenance", "chats", "html_page", "hub_readme", "integrations"},
     {
         "integrations.described_base",
         "integrations.engine_decoder",
@@ -37,7 +37,7 @@ LAYERS = [
         "integrations.vllm.stop_when_unsure",
         "integrations.openai.completions",
     },
-    {"integrations.openai.engine_probe", "integrations.openai.shared_writer"},
+    {"integrations.openai.engine_probe", "integrations.openai.shared_writer", "terminal"},
     {"integrations.openai.remote_base"},
     {"integrations.openai"},
     {"server", "server.engine", "server.protocol"},

@@ -1,5 +1,6 @@
 """Tests the page: it preserves any text, marks the nudged characters, and loads and runs nothing."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 
@@ -7,17 +8,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nudging_hf import page
-from nudging_hf.provenance import Piece
+from nudging_hf import html_page, page
+from nudging_hf.provenance import Alternative, Piece
 
 ODD = ["</script>", "</div>", "<!--", "]]>", "&amp;", "&#13;", '"', "'", "\r\n", "\n", " ", "\u2028", "\u202e", "\0",
        "\U0001f469\u200d\U0001f4bb", "{title}", "%s", "a"]  # fmt: skip
 TEXT = st.one_of(st.text(), st.lists(st.sampled_from(ODD)).map("".join))
+ALTERNATIVES = st.builds(Alternative, st.integers(0), TEXT, st.floats(0, 1), st.integers(1), st.none() | TEXT)
 PIECES = st.lists(
-    st.builds(Piece, TEXT.filter(bool), st.booleans(), st.none() | st.floats(0, 1)),
+    st.builds(Piece, TEXT.filter(bool), st.booleans(), st.none() | st.floats(0, 1), st.none() | ALTERNATIVES),
     max_size=8,
 )
-ANSWERS = st.lists(st.builds(page.MarkedAnswer, TEXT, PIECES, st.dictionaries(TEXT, TEXT, max_size=2)), max_size=3)
+ANSWER = st.builds(page.MarkedAnswer, TEXT, PIECES | TEXT, st.dictionaries(TEXT, TEXT, max_size=2))
+
+
+@st.composite
+def _beside(draw):
+    """Several answers to one prompt, by their titles."""
+    answers = draw(st.dictionaries(TEXT, ANSWER, min_size=1, max_size=3))
+    prompt = draw(TEXT)
+    return {title: dataclasses.replace(answer, prompt=prompt) for title, answer in answers.items()}
+
+
+ANSWERS = st.lists(ANSWER | _beside(), max_size=3)
+
+
+STYLE = html_page.STYLE + page._STYLE
+GROUNDS = ["paper", "panel", "mark", *(f"{kind}{level}" for kind in "un" for level in range(1, 5))]
 
 
 class Reader(HTMLParser):
@@ -26,7 +43,7 @@ class Reader(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.texts = []  # For each element of class "text": its kind, its text, and which characters are in <mark>.
-        self.figures = []
+        self.figures, self.headings = [], []
         self.tags, self.tips, self.title = [], [], ""
         self._open = []
         self.feed(html)
@@ -41,6 +58,8 @@ class Reader(HTMLParser):
             self.texts.append((attributes["class"].split()[1], [], []))
         if tag in ("dt", "dd"):
             self.figures.append("")
+        if tag == "h2":
+            self.headings.append("")
         if "data-tip" in attributes:
             self.tips.append(attributes["data-tip"])
 
@@ -53,6 +72,8 @@ class Reader(HTMLParser):
             self.texts[-1][2].extend([any(tag == "mark" for tag, _ in self._open)] * len(data))
         elif self._open and self._open[-1][0] in ("dt", "dd"):
             self.figures[-1] += data
+        elif self._open and self._open[-1][0] == "h2":
+            self.headings[-1] += data
         elif self._open and self._open[-1][0] == "title":
             self.title += data
 
@@ -61,15 +82,18 @@ class Reader(HTMLParser):
 def test_the_page_preserves_any_text(answers, title):
     reader = Reader(page.render(answers, 0.4, title))
     assert not reader._open and reader.title == title
-    expected = [
-        text
-        for answer in answers
-        for text in (("prompt", answer.prompt), ("answer", "".join(piece.text for piece in answer.pieces)))
-    ]
+    entries = [list(entry.values()) if isinstance(entry, dict) else [entry] for entry in answers]
+    expected = []
+    for entry in entries:
+        expected.append(("prompt", entry[0].prompt))
+        for answer in entry:
+            whole = isinstance(answer.pieces, str)
+            expected.append(("answer", answer.pieces if whole else "".join(piece.text for piece in answer.pieces)))
+            for said in (said for pair in answer.figures.items() for said in pair):
+                assert said in reader.figures
     assert [(kind, "".join(text)) for kind, text, _ in reader.texts] == expected
-    for answer in answers:
-        for said in (said for pair in answer.figures.items() for said in pair):
-            assert said in reader.figures
+    for title in (title for entry in answers if isinstance(entry, dict) for title in entry):
+        assert title in reader.headings
 
 
 @given(PIECES)
@@ -90,8 +114,51 @@ def test_adjacent_pieces_of_one_author_share_a_mark_without_outer_white_space():
 def test_each_visible_piece_shows_the_base_s_probability(pieces, threshold):
     reader = Reader(page.render([page.MarkedAnswer("q", pieces)], threshold))
     known = [piece.top1 for piece in pieces if piece.top1 is not None and piece.text.strip()]
-    assert reader.tips == [f"{top1:.3f} {'<' if top1 < threshold else '≥'} γ" for top1 in known]
-    assert all(attributes.get("tabindex") == "0" for _, attributes in reader.tags if "data-tip" in attributes)
+    assert [tip.split("\n")[0] for tip in reader.tips] == [f"{p:.3f} {'<' if p < threshold else '≥'} γ" for p in known]
+    reached = [
+        tag == "a" or attributes.get("tabindex") == "0" for tag, attributes in reader.tags if "data-tip" in attributes
+    ]
+    assert len(reached) == len(known) and all(reached)
+
+
+def test_a_nudge_shows_what_the_base_would_have_written():
+    nudge = Piece(" Well", True, 0.25, Alternative(3, " A\n", 0.2, 7))
+    end = Piece(" So", True, 0.9, Alternative(4, "", 0.9, 2))
+    reader = Reader(page.render([page.MarkedAnswer("q", [nudge, Piece(" it", False, 0.5), end])], 0.4))
+    assert reader.tips == [
+        "0.250 < γ\nthe base alone: “\u2068 A⏎\u2069” (0.200)\nrank of this token: 7",
+        "0.500 ≥ γ",
+        "0.900 ≥ γ\nthe base alone: no more text (0.900)\nrank of this token: 2",
+    ]
+
+
+def test_a_piece_is_the_darker_the_less_sure_the_base_was():
+    pieces = [Piece("x", False, top1) for top1 in (1, 0.9, 0.89, 0.69, 0.49, 0.29, 0)]
+    tags = Reader(page.render([page.MarkedAnswer("q", pieces)], None)).tags
+    assert [each["class"] for _, each in tags if "data-tip" in each] == ["u0", "u0", "u1", "u2", "u3", "u4", "u4"]
+
+
+def test_a_click_on_a_nudge_leads_to_what_the_base_alone_would_have_written():
+    nudges = [
+        Piece(text, True, 0.2, Alternative(0, " A", 0.2, 7, go)) for text, go in ((" Well", " A <b>"), (" So", ""))
+    ]
+    pieces = [nudges[0], Piece("!", True, 0.1, Alternative(1, "?", 0.1, 2)), Piece(" it is", False, 0.5), nudges[1]]
+    html = page.render([page.MarkedAnswer("q", pieces), page.MarkedAnswer("r", pieces)], 0.4)
+    links = [each["href"] for tag, each in Reader(html).tags if tag == "a" and "data-tip" in each]
+    targets = [each["id"] for tag, each in Reader(html).tags if tag == "aside"]
+    assert len(set(targets)) == 4 and ["#" + each for each in targets] == list(dict.fromkeys(links))
+    assert len(links) == 6  # Both pieces of the first nudge lead there.
+    assert html.count("<span></span> A &lt;b&gt;</p>") == 2
+    assert html.count("<span> Well! it is</span>(it ends the answer here)</p>") == 2
+    assert "From “Well!” on" in html and "A click on a nudge" in html
+    assert "A click" not in page.render([page.MarkedAnswer("q", [Piece("a", True, 0.2)])], 0.4)
+
+
+def test_only_answers_to_one_prompt_stand_beside_each_other():
+    one, other = page.MarkedAnswer("q", "a"), page.MarkedAnswer("r", "b")
+    assert "data-beside" in page.render([{"A": one, "B": dataclasses.replace(other, prompt="q")}], None)
+    with pytest.raises(ValueError, match="have one prompt, got 2"):
+        page.render([{"A": one, "B": other}], None)
 
 
 def test_a_page_without_a_threshold_shows_no_comparison():
@@ -105,13 +172,14 @@ def test_the_page_loads_and_runs_nothing(answers):
     html = page.render(answers, 0.4)
     reader = Reader(html)
     assert {tag for tag, _ in reader.tags} <= set(
-        "html head meta title style body header h1 h2 p mark main article div span dl dt dd".split()
+        "html head meta title style body header h1 h2 p mark main article section aside a div span dl dt dd".split()
     )
-    assert not any({"src", "href", "style"} & set(attributes) for _, attributes in reader.tags)
+    assert not any({"src", "style"} & set(attributes) for _, attributes in reader.tags)
+    assert all(attributes.get("href", "#").startswith("#") for _, attributes in reader.tags)
     assert ("meta", "default-src 'none'; style-src 'unsafe-inline'") in [
         (tag, attributes.get("content")) for tag, attributes in reader.tags
     ]
-    assert "url(" not in page._STYLE and "@import" not in page._STYLE
+    assert "url(" not in STYLE and "@import" not in STYLE
 
 
 def test_the_figures_are_counted_from_the_pieces():
@@ -136,14 +204,15 @@ def luminance(colour):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read_in_both_modes(dark):
-    colours = dict(re.findall(r"--(\w+): #(\w+)", page._STYLE.split("@media (prefers-color-scheme: dark)")[dark]))
+    sides = [style.split("@media (prefers-color-scheme: dark)")[dark] for style in (html_page.STYLE, page._STYLE)]
+    colours = dict(re.findall(r"--(\w+): #(\w+)", "".join(sides)))
 
     def contrast(a, b):
         dim, bright = sorted(luminance(colours[name]) for name in (a, b))
         return (bright + 0.05) / (dim + 0.05)
 
-    assert all(contrast("ink", ground) >= 7 for ground in ("paper", "mark", "panel"))
-    assert contrast("faint", "paper") >= 4.5 and contrast("under", "paper") >= 3
+    assert all(contrast("ink", ground) >= 7 for ground in GROUNDS)
+    assert all(contrast("faint", ground) >= 4.5 for ground in ("paper", "panel")) and contrast("under", "paper") >= 3
 
 
 def test_a_page_is_written_as_it_is_rendered(tmp_path):

@@ -6,7 +6,8 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nudging_hf.terminal import TerminalWriter, is_coloured
+from nudging_hf.provenance import Alternative, Piece
+from nudging_hf.terminal import TerminalWriter, is_coloured, nudges_told
 
 
 @given(st.lists(st.tuples(st.text(alphabet="ab \n", min_size=1, max_size=3), st.booleans())))
@@ -59,6 +60,21 @@ def test_an_ink_is_ready_for_another_answer():
         ink.write("Well ", True)
         ink.end()
     assert out.getvalue() == "\u27e6Well\u27e7 \n" * 2
+
+
+def test_a_nudge_is_told_with_what_the_base_would_have_written():
+    pieces = [
+        Piece("So", False, 0.9),
+        Piece(" we\n", True, 0.25, Alternative(1, " it", 0.2, 7)),
+        Piece(" go", True, 0.2, Alternative(2, " x", 0.2, 3)),
+        Piece(" on", False, 0.9),
+        Piece("\x1b!", True, 0.9, Alternative(4, "", 0.9, 2)),
+        Piece("?", True),
+    ]
+    assert list(nudges_told(pieces)) == [
+        "⟦we⏎ go⟧ base: “it” (0.200); rank 7",
+        "⟦␛!?⟧ base: no more text (0.900); rank 2",
+    ]
 
 
 def test_colour_is_for_terminals_that_want_it(monkeypatch):
