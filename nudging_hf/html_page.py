@@ -19,7 +19,9 @@ _PAGE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-{{ common | safe }}{{ style | safe }}</style>
+:root { color-scheme: light dark;
+{{ colours | safe }}}
+{{ style | safe }}</style>
 </head>
 <body>
 <header>
@@ -33,13 +35,12 @@ _PAGE = """\
 </html>
 """
 
-# The colours and measures of all pages. A page's own style comes after it.
-STYLE = """:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #5c5c5c; --rule: #d8d8d8;
-  --panel: #f5f5f5; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ececec; --paper: #16181b; --faint: #a8a8a8; --rule: #3a3d42; --panel: #1f2226; } }
-body { margin: 0 auto; max-width: 46rem; padding: 1.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 1.0625rem/1.65 system-ui, sans-serif; overflow-wrap: break-word; }
+# The colours and the style of all pages. A page's own come after them.
+COLOURS = """--ink: light-dark(#1b1b1b, #ececec); --paper: light-dark(#fff, #16181b);
+--faint: light-dark(#5c5c5c, #a8a8a8); --rule: light-dark(#d8d8d8, #3a3d42); --panel: light-dark(#f5f5f5, #1f2226);
+"""
+STYLE = """body { margin: 0 auto; max-width: 46rem; padding: 1.5rem 1.25rem 4rem; background: var(--paper);
+  color: var(--ink); font: 1.0625rem/1.65 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.4rem; margin: 0 0 .5rem; }
 h2 { font-size: .8rem; font-weight: 600; color: var(--faint); margin: 1.25rem 0 .35rem; }
 header p { margin: 0 0 .5rem; color: var(--faint); font-size: .95rem; }
@@ -59,13 +60,13 @@ _ENVIRONMENT = jinja2.Environment(
 )
 
 
-def render(template: str, **values: Any) -> str:
-    """A page. All values are escaped, except the page's `style` (CSS), which comes after that of all pages.
+def render(template: str, style: str = "", colours: str = "", **values: Any) -> str:
+    """A page. All values are escaped, except the page's `style` (CSS), which comes after `STYLE`.
 
     The Jinja template extends "page", which shows `title` too, and whose blocks are "header", "main" and "policy" (the
     end of the content security policy).
     """
-    html = _ENVIRONMENT.from_string(template).render(common=STYLE, **values)
+    html = _ENVIRONMENT.from_string(template).render(colours=COLOURS + colours, style=STYLE + style, **values)
     return html.replace("\r", "&#13;")  # A parser turns a carriage return into a line feed unless it is spelt out.
 
 

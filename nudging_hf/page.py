@@ -62,38 +62,47 @@ def render(answers: Sequence[Entry], threshold: float | None, title: str = "Nudg
     Raises:
         ValueError: if answers that stand beside each other are to different prompts.
     """
-    entries = [dict(entry) if isinstance(entry, Mapping) else {"Answer": entry} for entry in answers]
-    for entry in entries:
-        if len(prompts := {answer.prompt for answer in entry.values()}) != 1:
-            raise ValueError(f"Answers beside each other have one prompt, got {len(prompts)}: {sorted(prompts)}.")
+    entries = _entries(answers, threshold)
     counts = [
         count_nudged_words(answer.pieces)
-        for entry in entries
-        for answer in entry.values()
+        for entry in answers
+        for answer in (entry.values() if isinstance(entry, Mapping) else [entry])
         if not isinstance(answer.pieces, str)
     ]
     nudged, words = sum(count[0] for count in counts), sum(count[1] for count in counts)
-    shown: list[dict[str, Any]] = [
-        {
-            "prompt": next(iter(entry.values())).prompt,
-            "answers": [
-                _shown(heading, answer, threshold, f"{i}-{j}")
-                for j, (heading, answer) in enumerate(entry.items(), start=1)
-            ],
-        }
-        for i, entry in enumerate(entries, start=1)
-    ]
     return html_page.render(
-        _TEMPLATE,
+        _HEADER + _ENTRIES + "{% endblock %}\n",
         title=title,
         style=_STYLE,
-        width=max((len(entry) for entry in entries), default=1),
+        colours=_COLOURS,
         several=f"{len(counts)} answers, {_of(nudged, words)} words nudged. " if len(counts) > 1 else "",
         unsure="" if threshold is None else f"; below γ = {threshold:g} it is unsure",
         scale=[f"p ≥ {_LEVELS[0]:g}", *(f"< {level:g}" for level in _LEVELS)],
-        has_continuations=any(answer["continuations"] for entry in shown for answer in entry["answers"]),
-        entries=shown,
+        has_continuations=any(answer["continuations"] for entry in entries for answer in entry["answers"]),
+        entries=entries,
     )
+
+
+def render_part(answers: Sequence[Entry], threshold: float | None) -> str:
+    """The answers as [`render`] shows them, as a part of another page, which needs [`style_within`]."""
+    return html_page.render(_ENTRIES, entries=_entries(answers, threshold))
+
+
+def style_within(selector: str) -> str:
+    """The style of [`render_part`] within the elements of a selector, whose `color-scheme` chooses the colours."""
+    return f"{selector} {{\n{html_page.COLOURS}{_COLOURS}{html_page.STYLE}{_STYLE}}}\n"
+
+
+def _entries(answers: Sequence[Entry], threshold: float | None) -> list[dict[str, Any]]:
+    """What the template needs: the prompts, each with its answers."""
+    shown = []
+    for i, entry in enumerate(answers, start=1):
+        titled = entry if isinstance(entry, Mapping) else {"Answer": entry}
+        if len(prompts := {answer.prompt for answer in titled.values()}) != 1:
+            raise ValueError(f"Answers beside each other have one prompt, got {len(prompts)}: {sorted(prompts)}.")
+        each = [_shown(*item, threshold, f"{i}-{j}") for j, item in enumerate(titled.items(), start=1)]
+        shown.append({"prompt": prompts.pop(), "is_beside": isinstance(entry, Mapping), "answers": each})
+    return shown
 
 
 class _Part(NamedTuple):
@@ -171,7 +180,7 @@ def _of(part: int, whole: int) -> str:
 
 
 # Every kind of colour vision tells orange from blue, and the line under a nudged word needs no colour.
-_TEMPLATE = """\
+_HEADER = """\
 {% extends "page" %}
 {% block header %}
 <p>{{ several }}<mark>Words like these</mark> are the nudging model's, all others the base's. Point at a piece of an \
@@ -182,11 +191,14 @@ there{{ unsure }}, and what the base itself would have written in place of a nud
 {% endfor %}</p>
 {% endblock %}
 {% block main %}
+"""
+
+_ENTRIES = """\
 {% for entry in entries %}
 <article>
 <h2>Prompt</h2>
 <div class="text prompt" dir="auto">{{ entry.prompt }}</div>
-<div class="answers"{% if width > 1 %} data-beside{% endif %}>
+<div class="answers"{% if entry.is_beside %} data-beside{% endif %}>
 {% for answer in entry.answers %}
 <section>
 <h2>{{ answer.heading }}</h2>
@@ -212,17 +224,16 @@ there{{ unsure }}, and what the base itself would have written in place of a nud
 </div>
 </article>
 {% endfor %}
-{% endblock %}
 """
 
-_STYLE = """:root { --mark: #ffe3b8; --under: #b35c00;
-  --u1: #e6eef8; --u2: #d3e1f3; --u3: #bed2ed; --u4: #a8c2e6;
-  --n1: #ffdaa3; --n2: #ffcf8a; --n3: #ffc270; --n4: #ffb454; }
-@media (prefers-color-scheme: dark) {
-  :root { --mark: #432c00; --under: #ffb347;
-    --u1: #1f2937; --u2: #263649; --u3: #2d425c; --u4: #344d6e;
-    --n1: #4c3200; --n2: #563800; --n3: #603d00; --n4: #6a4200; } }
-body:has([data-beside]) { max-width: 84rem; }
+_COLOURS = """--mark: light-dark(#ffe3b8, #432c00); --under: light-dark(#b35c00, #ffb347);
+--u1: light-dark(#e6eef8, #1f2937); --u2: light-dark(#d3e1f3, #263649);
+--u3: light-dark(#bed2ed, #2d425c); --u4: light-dark(#a8c2e6, #344d6e);
+--n1: light-dark(#ffdaa3, #4c3200); --n2: light-dark(#ffcf8a, #563800);
+--n3: light-dark(#ffc270, #603d00); --n4: light-dark(#ffb454, #6a4200);
+"""
+
+_STYLE = """body:has([data-beside]) { max-width: 84rem; }
 header p, .prompt { max-width: 46rem; }
 header mark, .scale span { color: var(--ink); }
 .scale span { padding: 0 .4rem; border-radius: .2rem; }

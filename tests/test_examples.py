@@ -1,9 +1,9 @@
-"""Every program of `examples/` runs as it stands, on the pair in miniature. (`serving_client.py`: test_serving.py.)"""
+"""Every program of `examples/` runs as it stands, on the pair in miniature.
 
-import json
-import os
+`serving_client.py` is tested in test_serving.py, and the Space in test_space.py.
+"""
+
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -47,25 +47,3 @@ def test_no_example_is_left_out():
 def test_an_example_runs(name, run):
     out = run(name)
     assert [text for text in WHAT_IS_SHOWN[name] if text not in out] == []
-
-
-ASK_THE_SPACE = """
-import json, runpy, sys
-from gradio_client import Client
-
-app = runpy.run_path(sys.argv[1])
-address = app["demo"].launch(prevent_thread_lock=True, quiet=True)[1]
-print(json.dumps(Client(address, verbose=False).predict(app["QUESTIONS"][0], 0.4, api_name="/answer")))
-"""
-
-
-def test_the_space_answers():
-    pytest.importorskip("gradio")
-    command = [sys.executable, "-c", ASK_THE_SPACE, str(EXAMPLES / "space" / "app.py")]
-    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    pieces, figures = json.loads(done.stdout.splitlines()[-1])
-    text = "".join(piece["token"] for piece in pieces)
-    assert "So the answer is 19." in text and "of the tokens are the nudging model's" in figures
-    assert pieces[0] == {"token": "Let's", "class_or_confidence": "nudging model"}

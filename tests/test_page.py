@@ -154,6 +154,15 @@ def test_a_click_on_a_nudge_leads_to_what_the_base_alone_would_have_written():
     assert "A click" not in page.render([page.MarkedAnswer("q", [Piece("a", True, 0.2)])], 0.4)
 
 
+def test_a_part_of_another_page_shows_the_same():
+    answers = [
+        {"base alone": page.MarkedAnswer("q", "<a>"), "nudged": page.MarkedAnswer("q", [Piece("b", True, 0.2)])}
+    ]
+    part = page.render_part(answers, 0.4)
+    assert part in page.render(answers, 0.4) and part.startswith("<article>")
+    assert page.style_within(".here").startswith(".here {") and page._STYLE in page.style_within(".here")
+
+
 def test_only_answers_to_one_prompt_stand_beside_each_other():
     one, other = page.MarkedAnswer("q", "a"), page.MarkedAnswer("r", "b")
     assert "data-beside" in page.render([{"A": one, "B": dataclasses.replace(other, prompt="q")}], None)
@@ -202,10 +211,12 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+COLOURS = re.findall(r"--(\w+): light-dark\(#(\w+), #(\w+)\)", html_page.COLOURS + page._COLOURS)
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read_in_both_modes(dark):
-    sides = [style.split("@media (prefers-color-scheme: dark)")[dark] for style in (html_page.STYLE, page._STYLE)]
-    colours = dict(re.findall(r"--(\w+): #(\w+)", "".join(sides)))
+    colours = {name: both[dark] for name, *both in COLOURS}
 
     def contrast(a, b):
         dim, bright = sorted(luminance(colours[name]) for name in (a, b))
