@@ -264,6 +264,6 @@ aside:target { display: block; position: fixed; z-index: 2; inset: auto 0 0; max
 aside p { margin: 0 0 .5rem; overflow-wrap: anywhere; }
 aside p:first-child, .alone span { color: var(--faint); }
 .alone { white-space: pre-wrap; }
-aside a { color: inherit; }
+aside a { color: inherit; text-decoration: underline; }
 @media print { mark, [class^="u"] { print-color-adjust: exact; } }
 """

@@ -140,7 +140,9 @@ def end_answers(request: gr.Request) -> None:
 
 
 def conversation(turns: list[Turn]) -> str:
-    return f'<div class="nudged">{page.render_part([turn.shown() for turn in turns], turns[-1].threshold)}</div>'
+    """All turns as HTML. Probabilities are compared with γ if it was the same in all of them."""
+    threshold = turns[0].threshold if len({turn.threshold for turn in turns}) == 1 else None
+    return f'<div class="nudged">{page.render_part([turn.shown() for turn in turns], threshold)}</div>'
 
 
 def answer(
