@@ -13,12 +13,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch  # noqa: E402
-from many_clients import Asked, visit  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from many_clients import Asked, visit
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import nudging_hf  # noqa: E402
-from nudging_hf.integrations.vllm.launch import vllm_command  # noqa: E402
+import nudging_hf
+from nudging_hf.integrations.vllm.launch import vllm_command
 
 THRESHOLDS = [0.4, 0.9]
 MOST = 60
