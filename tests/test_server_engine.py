@@ -17,7 +17,8 @@ import nudging_hf
 from nudging_hf.core.vocabulary import Vocabulary
 from nudging_hf.pair import Pair
 from nudging_hf.server.engine import AnswerFailed, AnswerRequest, QueueFull, Unavailable
-from nudging_hf.server.in_process import InProcessEngine, StopText
+from nudging_hf.server.in_process import InProcessEngine
+from nudging_hf.server.row_engine import StopText
 
 KNOBS = [
     {},

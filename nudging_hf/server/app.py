@@ -269,6 +269,8 @@ class _Service:
                 n=body.answers,
                 seed=body.seed,
                 stop=body.stop_strings,
+                presence_penalty=body.presence_penalty or 0.0,
+                frequency_penalty=body.frequency_penalty or 0.0,
                 top_logprobs=body.wanted_logprobs,
             )
             for prompt in prompts

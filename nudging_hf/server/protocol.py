@@ -30,7 +30,6 @@ class _Refusal(NamedTuple):
 
 
 _NO_TOOLS = "the base writes plain text and cannot call tools"
-_NO_PENALTY = "transformers has no such penalty: use `repetition_penalty`"
 _NO_FORMAT = "answers are text, without a schema: leave it out"
 _TEXT_ONLY = "prompts and answers are text"
 _NOTHING_STORED = "this server stores nothing"
@@ -42,8 +41,6 @@ _REFUSALS = {
     "function_call": _Refusal(_NO_TOOLS, ("none", "auto")),
     "web_search_options": _Refusal(_NO_TOOLS),
     "response_format": _Refusal(_NO_FORMAT, ({"type": "text"},)),
-    "presence_penalty": _Refusal(_NO_PENALTY, (0,)),
-    "frequency_penalty": _Refusal(_NO_PENALTY, (0,)),
     "modalities": _Refusal(_TEXT_ONLY, (["text"],)),
     "audio": _Refusal(_TEXT_ONLY),
     "prediction": _Refusal("the nudging model's words are the prediction that is verified"),
@@ -88,6 +85,8 @@ class RequestFields(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
 
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)

@@ -12,10 +12,10 @@ import math
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
@@ -49,7 +49,7 @@ __all__ = ["EngineError", "RemoteAnswer", "RemoteBase"]
 logger = logging.get_logger(__name__)
 
 _MAX_REQUEST_TOKENS = 256  # An engine that does not notice that a request is cancelled decodes this many in vain.
-_FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0  # Seconds between tries.
+_FIRST_DELAY, _LONGEST_DELAY = 0.25, 10.0  # Seconds between tries.
 _SEEDS = 1 << 31  # llama.cpp takes 32 bits.
 # What stands where the nudging model has written and the base was not asked.
 _UNASKED = Prediction(token=-1, score=math.nan, top1=math.nan, best=math.nan)
@@ -115,11 +115,16 @@ class RemoteBase:
             How many seconds the engine may be silent in a request.
         retry_for (`float`, defaults to 600):
             How many seconds an answer waits for an engine that is busy, broken or gone, before it ends with an error.
+            They begin anew with each token. Give more than a restart of the engine takes.
         stops_when_unsure (`bool`, defaults to `False`):
             Whether the engine itself ends a request where the base is unsure: see
-            [`~integrations.vllm_stop`]. For greedy answers, the gate "top1" and a threshold that is a number.
+            [`~integrations.vllm.stop_when_unsure`]. This is for greedy answers, the gate "top1" and a threshold that
+            is a number.
         http_client (*optional*):
             An `AsyncClient` of httpx to be used instead of one's own. It is not closed.
+
+    Attributes:
+        described (`PreTrainedModel`): the base with its configs, perhaps without its weights.
 
     Example:
         async with RemoteBase("http://localhost:8000/v1", "allenai/OLMo-2-1124-7B") as base:
@@ -143,10 +148,11 @@ class RemoteBase:
         if max_concurrency < 1:
             raise ValueError(f"`max_concurrency` must be >= 1, got {max_concurrency!r}.")
         base = model if base is None else base
-        self._described: Any = base if isinstance(base, PreTrainedModel) else described_base(base)
-        self._vocabulary = loaded_vocabulary(tokenizer, self._described, "tokenizer", "base")
+        self.described: Any = base if isinstance(base, PreTrainedModel) else described_base(base)
+        self.max_concurrency = max_concurrency
+        self._vocabulary = loaded_vocabulary(tokenizer, self.described, "tokenizer", "base")
         self._url, self._model, self._key_variable = base_url, model, api_key_variable
-        self._max_concurrency, self._timeout, self._retry_for = max_concurrency, timeout, retry_for
+        self._timeout, self._retry_for = timeout, retry_for
         self._stops_when_unsure, self._http_client = stops_when_unsure, http_client
         self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, _Session] = WeakKeyDictionary()
 
@@ -172,13 +178,27 @@ class RemoteBase:
         if session is not None:
             await session.close()
 
-    async def check(self, nudge_gate: str = "top1") -> None:
-        """Tries the engine, as the first answer with a gate does.
+    async def check(self, nudge_gate: str = "top1", waits: bool = False) -> Abilities:
+        """Tries the engine, as the first answer with a gate does, and returns what it can do.
+
+        Args:
+            nudge_gate: of the answers.
+            waits: whether to wait up to `retry_for` seconds for an engine that is busy or not there.
 
         Raises:
             EngineError: if it cannot be used. The message says what is wrong, and which argument or flag mends it.
         """
-        await self._session().abilities(_num_logprobs(nudge_gate))
+        session, waiting = self._session(), _Waiting(self._retry_for if waits else 0.0)
+        while True:
+            try:
+                return await session.abilities(_num_logprobs(nudge_gate))
+            except EngineUnavailable as error:
+                await waiting.after(error)
+
+    def counts(self) -> Counts:
+        """What the answers of the running event loop have taken so far."""
+        session = self._sessions.get(asyncio.get_running_loop())
+        return Counts(0, 0) if session is None else session.counts()
 
     async def generate(
         self,
@@ -210,11 +230,10 @@ class RemoteBase:
             EngineError: if the engine cannot be used at all.
         """
         calls = self._calls(prompts, nudging_prompts)
-        session = self._session()
-        writer = session.writer(nudging_model, kwargs.get("nudging_tokenizer"))
         rows = await asyncio.to_thread(self._prepare_all, calls, nudging_model, kwargs)
-        await self._try_engine(session, rows)
-        tasks = [asyncio.create_task(self._answer(row, session, writer)) for row in rows]
+        await self._try_engine(rows)
+        pair = nudging_model, kwargs.get("nudging_tokenizer")
+        tasks = [asyncio.create_task(self._answer(row, *pair)) for row in rows]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -250,17 +269,13 @@ class RemoteBase:
         calls = self._calls(prompt, None if nudging_prompt is None else [nudging_prompt])
         if len(calls) != 1:
             raise ValueError(f"`stream` takes one prompt, got {len(calls)}: call it once for each.")
-        session = self._session()
-        writer = session.writer(nudging_model, kwargs.get("nudging_tokenizer"))
         [row, *more] = await asyncio.to_thread(self._prepare_all, calls, nudging_model, kwargs)
         if more:
             raise ValueError(f"`stream` writes one answer, got `num_return_sequences={len(more) + 1}`: leave it out.")
-        await self._try_engine(session, [row])
-        if isinstance(row, Exception):
-            raise row
+        assert isinstance(row, Row)  # If there are none at all, the reason is raised.
+        await self._try_engine([row])
         reader, done = PieceReader(self.tokenizer), 0
-        work = _Work(row, self._fields(row))
-        async with aclosing(self._write(work, session, writer)) as steps:
+        async with aclosing(self.write(Work(row), nudging_model, kwargs.get("nudging_tokenizer"))) as steps:
             async for _ in steps:
                 ids, nudged = row.answer.ids[done:], row.nudged[done:]
                 done += len(ids)
@@ -280,7 +295,7 @@ class RemoteBase:
             key = os.environ.get(self._key_variable) or None
             completions = Completions(self._url, self._model, key, self._timeout, self._http_client)
             stop_fields = self._stop_fields(2.0) if self._stops_when_unsure else None
-            self._sessions[loop] = _Session(completions, self._vocabulary, self._max_concurrency, stop_fields)
+            self._sessions[loop] = _Session(completions, self._vocabulary, self.max_concurrency, stop_fields)
         return self._sessions[loop]
 
     def _calls(self, prompts: Any, nudging_prompts: Sequence[Sequence[int]] | None) -> list[dict[str, Any]]:
@@ -323,10 +338,10 @@ class RemoteBase:
         for call in calls:
             try:
                 own = prepare(
-                    self._described, **call, nudging_model=nudging_model, tokenizer=self.tokenizer, **kwargs
+                    self.described, **call, nudging_model=nudging_model, tokenizer=self.tokenizer, **kwargs
                 ).rows
                 for row in own:
-                    self._fields(row)
+                    self.request_fields(row)
                 rows += own
             except Exception as error:
                 rows.append(error)
@@ -335,18 +350,11 @@ class RemoteBase:
             raise rows[0]
         return rows
 
-    async def _try_engine(self, session: _Session, rows: Sequence[Row | Exception]) -> None:
-        gates = {row.request.config.nudge_gate for row in rows if isinstance(row, Row)}
-        for gate in gates:
-            waited = _Waiting(self._retry_for)
-            while True:
-                try:
-                    await session.abilities(_num_logprobs(gate))
-                    break
-                except EngineUnavailable as error:
-                    await waited.after(error)
+    async def _try_engine(self, rows: Sequence[Row | Exception]) -> None:
+        for gate in {row.request.config.nudge_gate for row in rows if isinstance(row, Row)}:
+            await self.check(gate, waits=True)
 
-    def _fields(self, row: Row) -> dict[str, Any]:
+    def request_fields(self, row: Row) -> dict[str, Any]:
         """The fields of the requests of a row: sampling, and where the engine is to stop.
 
         Raises:
@@ -373,7 +381,7 @@ class RemoteBase:
         return fields
 
     def _stop_fields(self, threshold: float) -> dict[str, Any]:
-        eos = self._described.generation_config.eos_token_id
+        eos = self.described.generation_config.eos_token_id
         stop = eos[0] if isinstance(eos, (list, tuple)) else eos
         stop = self.tokenizer.eos_token_id if stop is None else stop
         if stop is None:
@@ -387,11 +395,11 @@ class RemoteBase:
 
     # One answer.
 
-    async def _answer(self, row: Row | Exception, session: _Session, writer: SharedWriter) -> RemoteAnswer:
+    async def _answer(self, row: Row | Exception, nudging_model: Any, nudging_tokenizer: Any) -> RemoteAnswer:
         if isinstance(row, Exception):
             return RemoteAnswer([], [], [], "error", "", row)
-        work = _Work(row, self._fields(row))
-        async with aclosing(self._write(work, session, writer)) as steps:
+        work = Work(row)
+        async with aclosing(self.write(work, nudging_model, nudging_tokenizer)) as steps:
             async for _ in steps:
                 pass
         assert row.finish_reason is not None
@@ -404,10 +412,16 @@ class RemoteBase:
             list(ids), list(row.nudged), top1, row.finish_reason, text, row.error, work.requests, work.base_tokens
         )
 
-    async def _write(self, work: _Work, session: _Session, writer: SharedWriter) -> AsyncGenerator[None, None]:
-        """Writes an answer to its end, and yields after each step. An error ends it, and is not raised."""
-        row = work.row
-        async with session.place():
+    async def write(self, work: Work, nudging_model: Any, nudging_tokenizer: Any = None) -> AsyncGenerator[None, None]:
+        """Writes an answer to its end, and yields after each step. An error ends it, and is not raised.
+
+        Args:
+            work: a row that [`~core.generate.prepare`] has made with [`RemoteBase.described`].
+            nudging_model, nudging_tokenizer: with which it was prepared.
+        """
+        session, row = self._session(), work.row
+        writer = session.writer(nudging_model, nudging_tokenizer)
+        async with session.places:
             try:
                 await writer.admit(row)
                 yield
@@ -436,19 +450,24 @@ class RemoteBase:
                 writer.forget(row)
         yield
 
-    async def _phase(self, work: _Work, session: _Session, writer: SharedWriter) -> AsyncGenerator[None, None]:
+    async def _phase(self, work: Work, session: _Session, writer: SharedWriter) -> AsyncGenerator[None, None]:
         """One request: takes in its tokens until the answer leaves them, and cancels it there."""
-        row, fields = work.row, dict(work.fields)
+        row, fields = work.row, self.request_fields(work.row)
         num_logprobs = _num_logprobs(row.request.config.nudge_gate)
         abilities = await session.abilities(num_logprobs)
         draft, start = writer.decoder.pending(row), len(row.answer.ids)
+        prompt = [*row.answer.prompt, *row.answer.ids]
         most = int(min(row.room, _MAX_REQUEST_TOKENS))
+        if abilities.context_length is not None:
+            most = min(most, abilities.context_length - len(prompt))
+        if most < 1:
+            end(row, "length")
+            return
         if abilities.decodes_eos:
             fields["ignore_eos"] = True
         if row.request.rules.base_samples:
             fields["seed"] = (fold_in(row.seed, 0) + start) % _SEEDS
         work.requests += 1
-        prompt = [*row.answer.prompt, *row.answer.ids]
         taken = 0
         async with aclosing(session.completions.stream(prompt, most, num_logprobs, **fields)) as chunks:
             async for chunk in chunks:
@@ -502,7 +521,7 @@ class RemoteBase:
         assert chosen is not None
         return Prediction(chosen, score, top1, best=0.0)
 
-    def _untold_eos(self, work: _Work) -> Prediction:
+    def _untold_eos(self, work: Work) -> Prediction:
         """The base's EOS, which has ended a request of an engine that does not send it. Its probability is not told.
 
         Raises:
@@ -524,12 +543,8 @@ class RemoteBase:
 
 
 @dataclass(eq=False)
-class _Work:
-    """An answer and what it took.
-
-    Args:
-        row: the answer.
-        fields: of its requests.
+class Work:
+    """An answer that is being written, and what it has taken.
 
     Attributes:
         requests, base_tokens: see [`RemoteAnswer`].
@@ -537,10 +552,16 @@ class _Work:
     """
 
     row: Row
-    fields: Mapping[str, Any]
     requests: int = 0
     base_tokens: int = 0
     untold: set[int] = field(default_factory=set)
+
+
+class Counts(NamedTuple):
+    """What answers have taken: tokens that the engine has sent, and passes of the nudging model."""
+
+    base_tokens: int
+    nudging_forward_passes: int
 
 
 class _Session:
@@ -550,17 +571,15 @@ class _Session:
         self, completions: Completions, vocabulary: Vocabulary, places: int, stop_fields: dict[str, Any] | None
     ):
         self.completions = completions
+        self.places = asyncio.Semaphore(places)
         self._vocabulary, self._stop_fields = vocabulary, stop_fields
-        self._places = asyncio.Semaphore(places)
         self._writers: dict[tuple[int, int], tuple[SharedWriter, Any, Any]] = {}
         self._abilities: dict[int, Abilities] = {}
         self._trying = asyncio.Lock()
 
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """One of the answers that are written at the same time."""
-        async with self._places:
-            yield
+    def counts(self) -> Counts:
+        passes = [writer.decoder.nudging.forward_passes for writer, _, _ in self._writers.values()]
+        return Counts(self.completions.tokens, sum(passes))
 
     def writer(self, nudging_model: Any, nudging_tokenizer: Any) -> SharedWriter:
         """The writer of a nudging model. All answers that share it have the same token rules of the pair."""
@@ -603,12 +622,15 @@ class _Waiting:
         """
         now = time.monotonic()
         self._began = now if self._began is None else self._began
-        delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._tries) * random.uniform(0.5, 1.0)
-        delay = max(delay, error.retry_after * random.uniform(1.0, 1.1))
-        if now + delay > self._began + self._most:
+        left = self._began + self._most - now
+        if left <= 0 or error.retry_after > left:
+            if not self._most:
+                raise error
             raise EngineError(
                 f"The engine was asked for {self._most:g} seconds (`retry_for`) in vain. {error}"
             ) from None
+        delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._tries) * random.uniform(0.5, 1.0)
+        delay = min(left, max(delay, error.retry_after * random.uniform(1.0, 1.1)))
         self._tries += 1
         logger.info(f"Asking the engine again in {delay:.1f} s: {error}")
         await asyncio.sleep(delay)
