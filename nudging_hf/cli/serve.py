@@ -130,9 +130,10 @@ def _remote(args: argparse.Namespace, parameters: dict[str, Any]) -> Engine:
             return await base.check(gate, waits=True)
 
     try:
-        context_length = args.max_context or asyncio.run(tried()).context_length
+        abilities = asyncio.run(tried())
     except EngineError as error:
         raise ValueError(f"{base!r}: {error}") from error
+    context_length = args.max_context or abilities.context_length
     return RemoteEngine(base, *load_named(args, "nudging_model"), args.max_queue, parameters, context_length)
 
 
