@@ -335,6 +335,8 @@ def test_an_engine_that_stays_away_is_given_up(mini):
     answers = mini.ask(engine, count=2, own={"retry_for": 0.1})
     assert {answer.finish_reason for answer in answers} == {"error"}
     assert "0.1 seconds (`retry_for`) in vain" in str(answers[0].error)
+    for answer, (ids, nudged, _) in zip(answers, mini.reference("nudging", 2), strict=True):  # It stays where it was.
+        assert (answer.ids, answer.nudged) == (ids[: len(answer.ids)], nudged[: len(answer.ids)]) != ([], [])
 
 
 # The trial
@@ -355,6 +357,16 @@ def test_an_engine_that_cannot_be_used_is_refused(mini, told_by_engine, settings
     base = mini.remote(mini.engine(**told_by_engine))
     with pytest.raises(EngineError, match=message):
         base.generate_sync("Question: Why?\n", **mini.nudging["nudging"], max_new_tokens=3, **settings)
+
+
+def test_what_the_engine_has_room_for_is_a_limit(mini):
+    [(ids, nudged, _)] = mini.reference("nudging", 1)
+    prompt = int(mini.inputs("nudging", 1)["attention_mask"].sum())
+    engine = mini.engine(context=prompt + 40)
+    [answer] = mini.ask(engine, count=1)
+    assert (answer.ids, answer.nudged) == (ids[: len(answer.ids)], nudged[: len(answer.ids)])
+    assert answer.finish_reason == "length" and len(answer.ids) >= 40
+    assert asyncio.run(mini.remote(engine).check()).context_length == prompt + 40
 
 
 def test_an_engine_with_another_tokenizer_is_refused(mini):
