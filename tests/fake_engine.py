@@ -269,14 +269,21 @@ class _Stream(httpx2.AsyncByteStream):
         timeout = self.request.extensions.get("timeout", {}).get("read")
         more = True
         while more:
-            try:
-                part = await asyncio.wait_for(self.parts.get(), timeout)
-            except TimeoutError:
-                raise httpx2.ReadTimeout("timed out", request=self.request) from None
+            part = await self._next(timeout)
             if isinstance(part, Exception):
                 raise part
             more = part["more_body"]
             yield part["body"]
+
+    async def _next(self, timeout):
+        # `asyncio.wait_for` loses a cancellation that comes together with the part, before Python 3.12.
+        getting = asyncio.ensure_future(self.parts.get())
+        try:
+            if not (await asyncio.wait({getting}, timeout=timeout))[0]:
+                raise httpx2.ReadTimeout("timed out", request=self.request)
+            return getting.result()
+        finally:
+            getting.cancel()
 
     async def aclose(self) -> None:
         self.task.cancel()
