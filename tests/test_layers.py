@@ -37,7 +37,12 @@ LAYERS = [
         "integrations.vllm.stop_when_unsure",
         "integrations.openai.completions",
     },
-    {"integrations.openai.engine_probe", "integrations.openai.shared_writer"},
+    {
+        "integrations.openai.engine_probe",
+        "integrations.openai.row_requests",
+        "integrations.openai.shared_writer",
+    },
+    {"integrations.openai.session"},
     {"integrations.openai.remote_base"},
     {"integrations.openai"},
     {"server", "server.engine", "server.protocol"},

@@ -20,8 +20,7 @@ pytest.importorskip("openai")
 from fake_engine import FakeEngine, Fault
 
 from nudging_hf.integrations.described_base import described_base
-from nudging_hf.integrations.openai import EngineError, RemoteBase
-from nudging_hf.integrations.openai import remote_base as remote
+from nudging_hf.integrations.openai import EngineError, RemoteBase, session
 from nudging_hf.integrations.openai.completions import Token
 from nudging_hf.integrations.vllm import stop_when_unsure
 
@@ -108,7 +107,7 @@ def mini():
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(session, "_FIRST_DELAY", 0.01)
 
 
 def told(answers):
@@ -278,7 +277,7 @@ def test_retry_after_is_obeyed(mini, monkeypatch):
 
     engine = mini.engine()
     engine.faults = [Fault(429, {"retry-after": "7"}), Fault(503, {"retry-after-ms": "2500"}), Fault(500)]
-    monkeypatch.setattr(remote.asyncio, "sleep", note)
+    monkeypatch.setattr(session.asyncio, "sleep", note)
     assert told(mini.ask(engine, count=1)) == mini.reference("nudging", 1)
     assert 7 <= slept[0] <= 7.7 and 2.5 <= slept[1] <= 2.75 and slept[2] < 0.1
 
@@ -391,9 +390,9 @@ def test_a_token_that_the_engine_left_out_is_noticed(mini):
     ).rows[0]  # fmt: skip
     token = mini.tokenizer(" so", add_special_tokens=False).input_ids[-1]
     own = base._vocabulary.bytes_of(token)
-    assert base._prediction(Token(token, -0.1, (-0.1,), token, own), row).token == token
+    assert base.requests.prediction(Token(token, -0.1, (-0.1,), token, own), row).token == token
     with pytest.raises(EngineError, match="left out a token"):
-        base._prediction(Token(token, -0.1, (-0.1,), token, b"\xc3" + own), row)
+        base.requests.prediction(Token(token, -0.1, (-0.1,), token, b"\xc3" + own), row)
 
 
 # Sampling

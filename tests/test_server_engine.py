@@ -28,8 +28,7 @@ from nudging_hf.server.row_engine import StopText
 pytest.importorskip("openai")
 from fake_engine import FakeEngine, Fault
 
-from nudging_hf.integrations.openai import RemoteBase
-from nudging_hf.integrations.openai import remote_base as remote
+from nudging_hf.integrations.openai import RemoteBase, session
 from nudging_hf.server.remote import RemoteEngine
 
 ENGINES = ["in process", "remote"]
@@ -465,7 +464,7 @@ def test_what_a_base_elsewhere_cannot_do_is_refused_and_takes_no_place(fields, a
 
 
 def test_a_base_elsewhere_that_fails_costs_time_or_its_own_answer(monkeypatch, caplog):
-    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(session, "_FIRST_DELAY", 0.01)
     pair, number = pair_of("shared"), 60
     expected = single_answers(pair, long_request(number))
     inference = FakeEngine(pair.base, pair.tokenizer, known=known(id(pair.base)))

@@ -54,7 +54,7 @@ class RemoteEngine(RowEngine):
             )
         rows = await super()._rows(request)
         for row in rows:
-            self._base.request_fields(row)  # It refuses what the engine cannot be told.
+            self._base.requests.fields(row)  # It refuses what the engine cannot be told.
         try:
             await self._base.check(rows[0].request.config.nudge_gate)
         except EngineUnavailable:

@@ -10,55 +10,35 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import random
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import (
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.utils import logging
 
 from ...core.advance import end
-from ...core.config import AUTO
 from ...core.generate import loaded_vocabulary, prepare
 from ...core.prompts import unpad
 from ...core.rounds import Question
 from ...core.row import Prediction, Row
 from ...core.sampling import fold_in
-from ...core.vocabulary import Vocabulary
 from ...provenance import PieceReader
 from ..described_base import described_base
 from ..engine_decoder import EnginePass
-from .completions import Completions, EngineError, EngineUnavailable, Token
-from .engine_probe import Abilities, probe
+from .completions import Completions, EngineUnavailable
+from .engine_probe import Abilities
+from .row_requests import RowRequests, num_logprobs
+from .session import Counts, Session, Waiting
 from .shared_writer import SharedWriter, waits
 
-__all__ = ["EngineError", "RemoteAnswer", "RemoteBase"]
-
-logger = logging.get_logger(__name__)
-
 _MAX_REQUEST_TOKENS = 256  # An engine that does not notice that a request is cancelled decodes this many in vain.
-_FIRST_DELAY, _LONGEST_DELAY = 0.25, 10.0  # Seconds between tries.
 _SEEDS = 1 << 31  # llama.cpp takes 32 bits.
 # What stands where the nudging model has written and the base was not asked.
 _UNASKED = Prediction(token=-1, score=math.nan, top1=math.nan, best=math.nan)
-_WARPERS = {
-    TemperatureLogitsWarper: "temperature",
-    TopKLogitsWarper: "top_k",
-    TopPLogitsWarper: "top_p",
-    MinPLogitsWarper: "min_p",
-}
 _NOT_TOLD = {
     "streamer": "call `stream`",
     "return_dict_in_generate": "each answer is a `RemoteAnswer`",
@@ -125,6 +105,7 @@ class RemoteBase:
 
     Attributes:
         described (`PreTrainedModel`): the base with its configs, perhaps without its weights.
+        requests (`RowRequests`): what the engine is asked for a row, which refuses what it cannot be told.
 
     Example:
         async with RemoteBase("http://localhost:8000/v1", "allenai/OLMo-2-1124-7B") as base:
@@ -151,10 +132,11 @@ class RemoteBase:
         self.described: Any = base if isinstance(base, PreTrainedModel) else described_base(base)
         self.max_concurrency = max_concurrency
         self._vocabulary = loaded_vocabulary(tokenizer, self.described, "tokenizer", "base")
+        self.requests = RowRequests(self.described, self._vocabulary, stops_when_unsure)
         self._url, self._model, self._key_variable = base_url, model, api_key_variable
         self._timeout, self._retry_for = timeout, retry_for
         self._stops_when_unsure, self._http_client = stops_when_unsure, http_client
-        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, _Session] = WeakKeyDictionary()
+        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, Session] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         parts = urlsplit(self._url)
@@ -188,10 +170,10 @@ class RemoteBase:
         Raises:
             EngineError: if it cannot be used. The message says what is wrong, and which argument or flag mends it.
         """
-        session, waiting = self._session(), _Waiting(self._retry_for if waits else 0.0)
+        session, waiting = self._session(), Waiting(self._retry_for if waits else 0.0)
         while True:
             try:
-                return await session.abilities(_num_logprobs(nudge_gate))
+                return await session.abilities(num_logprobs(nudge_gate))
             except EngineUnavailable as error:
                 await waiting.after(error)
 
@@ -289,13 +271,13 @@ class RemoteBase:
 
     # Before an answer: prompts, rows, and what the engine is asked for.
 
-    def _session(self) -> _Session:
+    def _session(self) -> Session:
         loop = asyncio.get_running_loop()
         if loop not in self._sessions:
             key = os.environ.get(self._key_variable) or None
             completions = Completions(self._url, self._model, key, self._timeout, self._http_client)
-            stop_fields = self._stop_fields(2.0) if self._stops_when_unsure else None
-            self._sessions[loop] = _Session(completions, self._vocabulary, self.max_concurrency, stop_fields)
+            stop_fields = self.requests.stop_fields(2.0) if self._stops_when_unsure else None
+            self._sessions[loop] = Session(completions, self._vocabulary, self.max_concurrency, stop_fields)
         return self._sessions[loop]
 
     def _calls(self, prompts: Any, nudging_prompts: Sequence[Sequence[int]] | None) -> list[dict[str, Any]]:
@@ -341,7 +323,7 @@ class RemoteBase:
                     self.described, **call, nudging_model=nudging_model, tokenizer=self.tokenizer, **kwargs
                 ).rows
                 for row in own:
-                    self.request_fields(row)
+                    self.requests.fields(row)
                 rows += own
             except Exception as error:
                 rows.append(error)
@@ -353,45 +335,6 @@ class RemoteBase:
     async def _try_engine(self, rows: Sequence[Row | Exception]) -> None:
         for gate in {row.request.config.nudge_gate for row in rows if isinstance(row, Row)}:
             await self.check(gate, waits=True)
-
-    def request_fields(self, row: Row) -> dict[str, Any]:
-        """The fields of the requests of a row: sampling, and where the engine is to stop.
-
-        Raises:
-            ValueError: for what an engine cannot be told.
-        """
-        config, samples = row.request.config, row.request.rules.base_samples
-        _num_logprobs(config.nudge_gate)
-        fields: dict[str, Any] = {"temperature": 1.0} if samples else {}
-        for processor in row.base.processors:
-            name = _WARPERS.get(type(processor)) if samples else None
-            if name is None:
-                raise ValueError(
-                    f"The engine runs the base, and a {type(processor).__name__} cannot be passed on to it: leave out "
-                    "the argument (or the field of the base's generation config) that asks for it."
-                )
-            fields[name] = getattr(processor, name)
-        if self._stops_when_unsure:
-            if samples or config.nudge_gate != "top1" or config.nudge_threshold == AUTO:
-                raise ValueError(
-                    "`stops_when_unsure` is for greedy answers, `nudge_gate='top1'` and a `nudge_threshold` that is a "
-                    "number: leave it out."
-                )
-            fields |= self._stop_fields(float(config.nudge_threshold))
-        return fields
-
-    def _stop_fields(self, threshold: float) -> dict[str, Any]:
-        eos = self.described.generation_config.eos_token_id
-        stop = eos[0] if isinstance(eos, (list, tuple)) else eos
-        stop = self.tokenizer.eos_token_id if stop is None else stop
-        if stop is None:
-            raise ValueError(
-                "The base has no EOS token, with which the engine could stop: leave out `stops_when_unsure`."
-            )
-        return {
-            "stop_token_ids": [int(stop)],
-            "vllm_xargs": {"nudge_threshold": threshold, "nudge_stop_id": int(stop)},
-        }
 
     # One answer.
 
@@ -425,7 +368,7 @@ class RemoteBase:
             try:
                 await writer.admit(row)
                 yield
-                waiting = _Waiting(self._retry_for)
+                waiting = Waiting(self._retry_for)
                 while row.is_open:
                     if row.request.limits.time_is_up():
                         end(row, "time")
@@ -437,10 +380,10 @@ class RemoteBase:
                                 yield
                         await writer.write(row)
                         yield
-                        waiting = _Waiting(self._retry_for)
+                        waiting = Waiting(self._retry_for)
                     except EngineUnavailable as error:
                         if work.base_tokens > before:
-                            waiting = _Waiting(self._retry_for)
+                            waiting = Waiting(self._retry_for)
                         await waiting.after(error)
             except Exception as error:
                 row.error = error
@@ -450,11 +393,11 @@ class RemoteBase:
                 writer.forget(row)
         yield
 
-    async def _phase(self, work: Work, session: _Session, writer: SharedWriter) -> AsyncGenerator[None, None]:
+    async def _phase(self, work: Work, session: Session, writer: SharedWriter) -> AsyncGenerator[None, None]:
         """One request: takes in its tokens until the answer leaves them, and cancels it there."""
-        row, fields = work.row, self.request_fields(work.row)
-        num_logprobs = _num_logprobs(row.request.config.nudge_gate)
-        abilities = await session.abilities(num_logprobs)
+        row, fields = work.row, self.requests.fields(work.row)
+        logprobs = num_logprobs(row.request.config.nudge_gate)
+        abilities = await session.abilities(logprobs)
         draft, start = writer.decoder.pending(row), len(row.answer.ids)
         prompt = [*row.answer.prompt, *row.answer.ids]
         most = int(min(row.room, _MAX_REQUEST_TOKENS))
@@ -469,12 +412,13 @@ class RemoteBase:
             fields["seed"] = (fold_in(row.seed, 0) + start) % _SEEDS
         work.requests += 1
         taken = 0
-        async with aclosing(session.completions.stream(prompt, most, num_logprobs, **fields)) as chunks:
+        async with aclosing(session.completions.stream(prompt, most, logprobs, **fields)) as chunks:
             async for chunk in chunks:
                 work.base_tokens += len(chunk.tokens)
-                said = [(token.id, self._prediction(token, row)) for token in chunk.tokens]
+                said = [(token.id, self.requests.prediction(token, row)) for token in chunk.tokens]
                 if chunk.finish_reason == "stop" and not said:
-                    eos = self._untold_eos(work)
+                    eos = self.requests.untold_eos(row)
+                    work.untold.add(len(row.answer.ids))
                     said = [(eos.token, eos)]
                 for decoded, prediction in said:
                     writer.decoder.take_in(row, EnginePass(draft, [*[_UNASKED] * len(draft), prediction]))
@@ -487,59 +431,6 @@ class RemoteBase:
                         return
         if not taken:
             raise EngineUnavailable("The engine ended a request without a token.")
-
-    def _prediction(self, token: Token, row: Row) -> Prediction:
-        """What a token of the engine says, as the base's prediction.
-
-        Raises:
-            EngineError: if the engine has left out a token before this one, or does not tell enough.
-        """
-        own = self._vocabulary.bytes_of(token.id)
-        if token.spelling is not None and own and token.spelling != own and token.spelling.endswith(own):
-            raise EngineError(
-                f"The engine has left out a token before id {token.id}, as llama.cpp's server does inside of "
-                "characters that take several tokens: run the base in vLLM or SGLang for such texts."
-            )
-        tops = token.top_logprobs
-        if len(tops) < _num_logprobs(row.request.config.nudge_gate):
-            raise EngineError(
-                f"The engine told the probabilities of {len(tops)} tokens at a place, and that is too few."
-            )
-        top1 = math.exp(max(tops[0], token.logprob))
-        score = top1
-        if row.request.config.nudge_gate == "margin":
-            score = math.exp(tops[0]) - math.exp(tops[1])
-        elif row.request.config.nudge_gate in ("rejection", "kad"):
-            score = math.exp(token.logprob)
-        chosen: int | None = token.id
-        if (
-            self._stops_when_unsure
-        ):  # The engine has forced a stop token there, and its own token is the most probable.
-            chosen = token.top_id
-            if chosen is None:
-                raise EngineError("The engine does not tell the id of the most probable token: update vLLM.")
-        assert chosen is not None
-        return Prediction(chosen, score, top1, best=0.0)
-
-    def _untold_eos(self, work: Work) -> Prediction:
-        """The base's EOS, which has ended a request of an engine that does not send it. Its probability is not told.
-
-        Raises:
-            EngineError: if the base has no EOS, or the threshold sets itself by all probabilities.
-        """
-        eos = work.row.request.rules.base_eos
-        if not eos:
-            raise EngineError(
-                "The engine has ended the text, and the base's generation config names no EOS: give the folder or Hub "
-                "name of the model that the engine runs as `base=`."
-            )
-        if work.row.request.config.nudge_threshold == AUTO:
-            raise EngineError(
-                "The engine does not tell how probable EOS is, and `nudge_threshold='auto'` learns from all "
-                "probabilities: give a number."
-            )
-        work.untold.add(len(work.row.answer.ids))
-        return Prediction(eos[0], score=0.0, top1=0.0, best=0.0)
 
 
 @dataclass(eq=False)
@@ -557,85 +448,6 @@ class Work:
     untold: set[int] = field(default_factory=set)
 
 
-class Counts(NamedTuple):
-    """What answers have taken: tokens that the engine has sent, and passes of the nudging model."""
-
-    base_tokens: int
-    nudging_forward_passes: int
-
-
-class _Session:
-    """What the answers of one event loop share: connections, places, writers, and what is known of the engine."""
-
-    def __init__(
-        self, completions: Completions, vocabulary: Vocabulary, places: int, stop_fields: dict[str, Any] | None
-    ):
-        self.completions = completions
-        self.places = asyncio.Semaphore(places)
-        self._vocabulary, self._stop_fields = vocabulary, stop_fields
-        self._writers: dict[tuple[int, int], tuple[SharedWriter, Any, Any]] = {}
-        self._abilities: dict[int, Abilities] = {}
-        self._trying = asyncio.Lock()
-
-    def counts(self) -> Counts:
-        passes = [writer.decoder.nudging.forward_passes for writer, _, _ in self._writers.values()]
-        return Counts(self.completions.tokens, sum(passes))
-
-    def writer(self, nudging_model: Any, nudging_tokenizer: Any) -> SharedWriter:
-        """The writer of a nudging model. All answers that share it have the same token rules of the pair."""
-        key = (id(nudging_model), id(nudging_tokenizer))
-        if key not in self._writers:  # Both stay alive with it, so that no other gets the same id.
-            self._writers[key] = SharedWriter(nudging_model), nudging_model, nudging_tokenizer
-        return self._writers[key][0]
-
-    async def abilities(self, logprobs: int) -> Abilities:
-        """What the engine can do, tried once."""
-        async with self._trying:
-            if logprobs not in self._abilities:
-                self._abilities[logprobs] = await probe(
-                    self.completions, self._vocabulary, logprobs, self._stop_fields
-                )
-            return self._abilities[logprobs]
-
-    async def close(self) -> None:
-        for writer, _, _ in self._writers.values():
-            await writer.close()
-        await self.completions.close()
-
-
-class _Waiting:
-    """How long an answer waits before it asks again: exponentially longer, with jitter, and no longer than is given.
-
-    Args:
-        most: how many seconds the waiting may take in all.
-    """
-
-    def __init__(self, most: float):
-        self._most, self._tries = most, 0
-        self._began: float | None = None
-
-    async def after(self, error: EngineUnavailable) -> None:
-        """Waits after a failure.
-
-        Raises:
-            EngineError: if this has gone on for too long.
-        """
-        now = time.monotonic()
-        self._began = now if self._began is None else self._began
-        left = self._began + self._most - now
-        if left <= 0 or error.retry_after > left:
-            if not self._most:
-                raise error
-            raise EngineError(
-                f"The engine was asked for {self._most:g} seconds (`retry_for`) in vain. {error}"
-            ) from None
-        delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._tries) * random.uniform(0.5, 1.0)
-        delay = min(left, max(delay, error.retry_after * random.uniform(1.0, 1.1)))
-        self._tries += 1
-        logger.info(f"Asking the engine again in {delay:.1f} s: {error}")
-        await asyncio.sleep(delay)
-
-
 def _follows(row: Row, length: int, token: int) -> bool:
     """Whether the answer has gone on with the engine's own tokens, so that its stream still continues it.
 
@@ -644,17 +456,3 @@ def _follows(row: Row, length: int, token: int) -> bool:
         token: the last one that the engine has decoded.
     """
     return row.is_open and not waits(row) and len(row.answer.ids) == length and row.answer.ids[-1] == token
-
-
-def _num_logprobs(gate: str) -> int:
-    """Of how many tokens a gate needs the probabilities.
-
-    Raises:
-        ValueError: if it needs those of all tokens.
-    """
-    if gate == "entropy":
-        raise ValueError(
-            "`nudge_gate='entropy'` needs the probabilities of all tokens, and an engine tells those of a few: take "
-            "'top1', 'margin', 'rejection' or 'kad'."
-        )
-    return 2 if gate == "margin" else 1
