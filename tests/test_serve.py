@@ -325,7 +325,7 @@ def test_the_base_may_run_elsewhere(pair, nudged, monkeypatch):
     assert replies["whole"].json()["usage"]["completion_tokens"] == output.nudged_mask.shape[1]
     events = [json.loads(line[6:]) for line in replies["stream"].text.split("\n\n") if line.startswith("data: {")]
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == text_of(spans)
-    for name, said in (("logprobs", "`logprobs`"), ("penalty", "CountPenalties"), ("long", "context has 300")):
+    for name, said in (("logprobs", "`logprobs`"), ("penalty", "`presence_penalty`"), ("long", "context has 300")):
         assert replies[name].status_code == 400 and said in replies[name].json()["error"]["message"]
     assert 'nudging_hf_forward_passes_total{model="base"} 0.0' not in replies["metrics"].text
     assert {body["model"] for body in engine.bodies} == {"base"}

@@ -52,6 +52,11 @@ class RemoteEngine(RowEngine):
                 "`logprobs` cannot be had: the base runs in another engine, which is not asked about the words that "
                 "the nudging model writes. Leave it out."
             )
+        if request.presence_penalty or request.frequency_penalty:
+            raise ValueError(
+                "`presence_penalty` and `frequency_penalty` cannot be had: the base runs in another engine, which is "
+                "asked for an answer part by part and would not count across them. Leave them out."
+            )
         rows = await super()._rows(request)
         for row in rows:
             self._base.requests.fields(row)  # It refuses what the engine cannot be told.
