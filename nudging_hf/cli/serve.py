@@ -47,7 +47,10 @@ def add_command(commands: Any) -> None:
         help="how long an answer waits for a base elsewhere that is busy, broken or gone (default: 600)",
     )
     models.add_argument(
-        "--stops-when-unsure", action="store_true", help="the engine there runs the logits processor StopWhenUnsure"
+        "--stops-when-unsure",
+        action="store_true",
+        default=None,
+        help="the engine there runs the logits processor StopWhenUnsure",
     )
     served = parser.add_argument_group("server")
     served.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
@@ -85,7 +88,8 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serves a nudged base to clients of OpenAI's API: chat completions and completions, streamed or not. Many
-    requests are answered at once. It needs the extra [serve]; docs/server.md describes the fields of a request."""
+    requests are answered at once. With --base-url another engine runs the base. It needs the extra [serve];
+    docs/server.md describes the fields of a request."""
     from ..server.app import ServerSettings, create_app
     from ..server.serving import GracefulServer
 
@@ -108,7 +112,7 @@ def _in_process(args: argparse.Namespace, parameters: dict[str, Any]) -> Engine:
     from ..server.in_process import InProcessEngine
 
     for option in ("base_model", "retry_for", "stops_when_unsure"):
-        if getattr(args, option):
+        if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} is for a base that runs elsewhere: give --base-url too.")
     return InProcessEngine(load_pair(args), args.max_requests, args.max_queue, parameters, args.max_context)
 
@@ -119,7 +123,7 @@ def _remote(args: argparse.Namespace, parameters: dict[str, Any]) -> Engine:
 
     if args.num_draft_tokens is not None:
         raise ValueError("--num-draft-tokens: a base that runs elsewhere is not sent drafts. Leave it out.")
-    options = {"max_concurrency": args.max_requests, "stops_when_unsure": args.stops_when_unsure}
+    options = {"max_concurrency": args.max_requests, "stops_when_unsure": bool(args.stops_when_unsure)}
     if args.retry_for is not None:
         options["retry_for"] = args.retry_for
     base = RemoteBase(args.base_url, args.base_model or args.base, args.base, **options)

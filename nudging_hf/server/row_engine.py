@@ -38,7 +38,7 @@ class RowEngine(ABC):
     """An [`Engine`] without the part that writes.
 
     Its subclasses move answers from `_waiting` to `_running` and write them, and take them out of `_running` when they
-    have ended. Both are only touched under `_changed`.
+    have ended. Both change only under `_changed`.
 
     Args:
         pair: both models and their tokenizers. Of the base its configs are enough.
