@@ -1,11 +1,5 @@
 """A server of vLLM as `nudging-hf vllm` starts it, asked by many clients at once."""
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 
@@ -16,43 +10,13 @@ pytest.importorskip("vllm")
 import torch
 from many_clients import Asked, visit
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_server import Server
 
 import nudging_hf
 from nudging_hf.integrations.vllm.launch import vllm_command
 
 THRESHOLDS = [0.4, 0.9]
 MOST = 60
-
-
-@contextlib.contextmanager
-def served(models, folder, *more):
-    """Serves the pair while the context lasts, and yields the address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    more = ["--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", *more]
-    command = vllm_command(str(models / "base"), {"model": str(models / "nudging")}, more, on_cpu=True)
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    log = folder / "log"
-    with log.open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, *command.arguments[1:]],
-            env={**os.environ, **command.environment, **environment},
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                break
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-5000:]
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
 
 
 def answers(models, questions, threshold):
@@ -81,14 +45,18 @@ def test_sixty_four_clients_for_a_minute(models, questions, tmp_path):
         for question, text in zip(questions[:12], answers(models, questions[:12], threshold), strict=True):
             knobs = {"vllm_xargs": {"nudge_threshold": threshold}}
             asked.append(Asked({"prompt": question, "max_tokens": MOST, "temperature": 0, **knobs}, text))
-    with served(models, tmp_path, "--max-num-seqs", "16") as url:
-        counts = visit(url, asked, bad={"vllm_xargs": {"nudge_treshold": 0.5}}, clients=64, seconds=60)
-        print(counts)
-        assert counts.keys() == {"right", "refused", "cancelled"} and min(counts.values()) > 10
+    command = vllm_command(str(models / "base"), {"model": str(models / "nudging")}, on_cpu=True)
+    server = Server([*command.arguments[3:], "--max-num-seqs", "16"], tmp_path / "log", command.environment)
+    server.start()
+    try:
+        counts = visit(server.url, asked, {"vllm_xargs": {"nudge_treshold": 0.5}}, clients=64, seconds=60)
+        assert counts.keys() == {"right", "refused", "cancelled"} and min(counts.values()) > 10, counts
         deadline = time.monotonic() + 30
-        while not _is_idle(url):
+        while not _is_idle(server.url):
             assert time.monotonic() < deadline
             time.sleep(0.5)
+    finally:
+        server.end()
 
 
 def _is_idle(url):
