@@ -42,6 +42,8 @@ class FakeEngine:
         most_logprobs: of how many tokens it tells probabilities.
         speaks_for: another tokenizer, in which the engine's text is written.
         known: what the base says after texts that it has read; engines of one base may share it.
+        pause: how many seconds each token takes.
+        context: how many tokens it takes, and says that it takes.
 
     Attributes:
         faults: what goes wrong with the next requests, in turn; `None` for nothing.
@@ -53,7 +55,7 @@ class FakeEngine:
 
     def __init__(
         self, model, tokenizer, shape="vllm", owner=None, eos="told", ids=True, logprobs=True, takes_ids=True,
-        greedy=True, stops=False, most_logprobs=20, speaks_for=None, known=None,
+        greedy=True, stops=False, most_logprobs=20, speaks_for=None, known=None, pause=0.0, context=None,
     ):  # fmt: skip
         self.model, self.tokenizer, self.shape = model, tokenizer, shape
         self.owner = {"vllm": "vllm", "names": "someone", "llamacpp": "llamacpp"}[shape] if owner is None else owner
@@ -64,7 +66,7 @@ class FakeEngine:
         self.faults: list[Fault | None] = []
         self.bodies: list[dict[str, Any]] = []
         self.decoded = self.open = self.most_open = self.cancelled = 0
-        self.down = False
+        self.down, self.pause, self.context = False, pause, context
         self.refuses: Callable[[dict[str, Any]], Fault | None] = lambda body: None
         self.known: dict[tuple[int, ...], list[tuple[int, float]]] = {} if known is None else known
 
@@ -92,13 +94,16 @@ class FakeEngine:
     async def __call__(self, scope, receive, send) -> None:
         path = scope["path"]
         if path == "/v1/models":
-            return await _send_json(send, 200, {"data": [{"id": "base", "owned_by": self.owner}]})
+            card = {"id": "base", "owned_by": self.owner, "max_model_len": self.context}
+            return await _send_json(send, 200, {"data": [{"id": "other"}, card]})
         assert path == "/v1/completions", path
         body = json.loads((await receive())["body"])
         self.bodies.append(body)
         fault = (self.faults.pop(0) if self.faults else None) or self.refuses(body)
         if isinstance(body["prompt"], list) and not self.takes_ids:
             fault = Fault(400, message="prompt must be a string")
+        if self.context is not None and len(body["prompt"]) + body["max_tokens"] > self.context:
+            fault = Fault(400, message="the prompt and max_tokens exceed the context")
         if fault is not None and fault.status is not None:
             return await _send_json(send, fault.status, {"error": {"message": fault.message}}, fault.headers)
         self.open += 1
@@ -146,7 +151,7 @@ class FakeEngine:
         asked = body.get("vllm_xargs") or {}
         assert not (self.shape == "llamacpp" and body.get("ignore_eos")), "llama.cpp would forbid EOS"
         while reason is None:
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pause)
             top = self.top(ids)
             token = self._choose(top, body, generator)
             if self.stops and asked and math.exp(top[0][1]) < asked["nudge_threshold"]:
@@ -264,14 +269,21 @@ class _Stream(httpx2.AsyncByteStream):
         timeout = self.request.extensions.get("timeout", {}).get("read")
         more = True
         while more:
-            try:
-                part = await asyncio.wait_for(self.parts.get(), timeout)
-            except TimeoutError:
-                raise httpx2.ReadTimeout("timed out", request=self.request) from None
+            part = await self._next(timeout)
             if isinstance(part, Exception):
                 raise part
             more = part["more_body"]
             yield part["body"]
+
+    async def _next(self, timeout):
+        # `asyncio.wait_for` loses a cancellation that comes together with the part, before Python 3.12.
+        getting = asyncio.ensure_future(self.parts.get())
+        try:
+            if not (await asyncio.wait({getting}, timeout=timeout))[0]:
+                raise httpx2.ReadTimeout("timed out", request=self.request)
+            return getting.result()
+        finally:
+            getting.cancel()
 
     async def aclose(self) -> None:
         self.task.cancel()

@@ -114,6 +114,19 @@ def test_it_is_about_as_fast_as_the_best_fixed_length(pass_time, chances, noise)
     assert tokens / seconds > 0.87 * max(speeds)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("pass_time", [FLAT, RISING], ids=["flat", "rising"])
+def test_passes_that_other_work_holds_up_do_not_end_drafts(pass_time, seed):
+    draw = random.Random(seed)
+
+    def held_up(n):
+        return pass_time(n) * (draw.choice([5, 30, 100]) if draw.random() < 0.05 else 1)
+
+    tokens, _, _ = tokens_and_seconds([UNINFORMATIVE] * 4, held_up, 0.1, 300, seed=seed)
+    quiet_tokens, _, _ = tokens_and_seconds([UNINFORMATIVE] * 4, pass_time, 0.1, 300, seed=seed)
+    assert tokens > 0.85 * quiet_tokens
+
+
 def test_rows_that_wait_for_other_rows_draft_farther():
     def speed(forced, **kwargs):
         tokens, seconds, chosen = tokens_and_seconds([UNINFORMATIVE] * 8, RISING, 0.1, 400, forced=forced, **kwargs)

@@ -145,7 +145,9 @@ class FakeEngine:
             logits = self.model(torch.tensor([[*row.answer.prompt, *ids]]), use_cache=False).logits[0, -number:]
             [said] = predictions(logits.float(), [predicting.Reading(row, ids, number)])
             passes[row] = EnginePass(draft, said)
-        for row, ids in self.decoder.decide(passes, self.draw.choice([None, 0.1])).items():
+        for row, ids in self.decoder.decide(
+            passes, self.draw.choice([None, 0.1]), self.draw.choice([0, self.most])
+        ).items():
             assert len(ids) <= len(passes[row].draft) + 1 and (ids or row.error is not None)
             self.texts[row] += ids
         ended = [row for row in chosen if not row.is_open and not self.decoder.pending(row)]

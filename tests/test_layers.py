@@ -26,7 +26,7 @@ CORE = [
 ]
 LAYERS = [
     *({f"core.{module}" for module in floor} for floor in CORE),
-    {"core", "study", "provenance", "chats", "html_page", "hub_readme", "integrations"},
+    {"core", "study", "count_penalties", "provenance", "chats", "html_page", "hub_readme", "integrations"},
     {
         "integrations.described_base",
         "integrations.engine_decoder",
@@ -37,7 +37,13 @@ LAYERS = [
         "integrations.vllm.stop_when_unsure",
         "integrations.openai.completions",
     },
-    {"integrations.openai.engine_probe", "integrations.openai.shared_writer", "terminal"},
+    {
+        "integrations.openai.engine_probe",
+        "integrations.openai.row_requests",
+        "integrations.openai.shared_writer",
+        "terminal",
+    },
+    {"integrations.openai.session"},
     {"integrations.openai.remote_base"},
     {"integrations.openai"},
     {"server", "server.engine", "server.protocol"},
@@ -50,7 +56,8 @@ LAYERS = [
     {"study.reader", "hub", "pipelines", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},
     {"study.analysis", "study.calibration", "study.comparison", "registration"},
     {"study.demo", "integrations.vllm.launch"},
-    {"server.in_process", "server.replies", "server.serving"},
+    {"server.row_engine", "server.replies", "server.serving"},
+    {"server.in_process", "server.remote"},
     {"__init__"},
     {"server.app"},
     {"cli.arguments", "cli.files", "cli.streams"},
@@ -129,7 +136,7 @@ def test_the_routes_of_the_server_know_no_model():
     _, others = imports_of("server.app")
     assert not {name.split(".")[0] for name in others} & {"torch", "transformers"}
     own, _ = imports_of("server.app")
-    assert "server.in_process" not in own and "pair" not in own
+    assert not own & {"server.row_engine", "server.in_process", "server.remote", "pair"}
 
 
 def test_the_algorithm_knows_no_torch():

@@ -20,14 +20,15 @@ pytest.importorskip("openai")
 from fake_engine import FakeEngine, Fault
 
 from nudging_hf.integrations.described_base import described_base
-from nudging_hf.integrations.openai import EngineError, RemoteBase
-from nudging_hf.integrations.openai import remote_base as remote
+from nudging_hf.integrations.openai import EngineError, RemoteBase, session
 from nudging_hf.integrations.openai.completions import Token
 from nudging_hf.integrations.vllm import stop_when_unsure
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 TEMPLATE = "{system}\n{user}\n"
-NUM_QUESTIONS = 20
+NUM_QUESTIONS = 12
+NUM_TOKENS = 60
+FEW = 6  # As many questions as most tests ask at the most.
 KEY = "sk-very-secret-0123456789"
 
 
@@ -55,24 +56,27 @@ class Mini:
             self.chats[:count], self.tokenizer, self.nudging[name]["nudging_tokenizer"], TEMPLATE
         )
 
-    def reference(self, name, count=NUM_QUESTIONS, **settings):
+    def reference(self, name, count=FEW, **settings):
         """The ids, authors and reasons of the answers in process. The engine knows what follows them."""
-        key = repr((name, count, sorted(settings.items())))
-        if key not in self.answers:
-            inputs = self.inputs(name, count)
-            output = nudging_hf.generate(
-                self.base, **inputs, **self.nudging[name], tokenizer=self.tokenizer, return_dict_in_generate=True,
-                **{"max_new_tokens": 80} | settings,
-            )  # fmt: skip
-            self.answers[key] = answers = []
-            engine = FakeEngine(self.base, self.tokenizer, known=self.known)
-            width = inputs["input_ids"].shape[1]
-            for i, sequence in enumerate(output.sequences):
-                length = int((~output.base_top1_probs[i].isnan()).sum())
-                ids = sequence[width:][:length].tolist()
-                answers.append((ids, output.nudged_mask[i, :length].tolist(), output.finish_reasons[i]))
-                engine.read_ahead([*inputs["input_ids"][i][inputs["attention_mask"][i].bool()].tolist(), *ids])
-        return self.answers[key]
+        key = repr((name, sorted(settings.items())))
+        if len(self.answers.get(key, ())) < count:
+            self.answers[key] = self._answers(name, max(count, 1 if settings else FEW), settings)
+        return self.answers[key][:count]
+
+    def _answers(self, name, count, settings):
+        inputs, answers = self.inputs(name, count), []
+        output = nudging_hf.generate(
+            self.base, **inputs, **self.nudging[name], tokenizer=self.tokenizer, return_dict_in_generate=True,
+            **{"max_new_tokens": NUM_TOKENS} | settings,
+        )  # fmt: skip
+        engine = self.engine()
+        width = inputs["input_ids"].shape[1]
+        for i, sequence in enumerate(output.sequences):
+            length = int((~output.base_top1_probs[i].isnan()).sum())
+            ids = sequence[width:][:length].tolist()
+            answers.append((ids, output.nudged_mask[i, :length].tolist(), output.finish_reasons[i]))
+            engine.read_ahead([*inputs["input_ids"][i][inputs["attention_mask"][i].bool()].tolist(), *ids])
+        return answers
 
     def engine(self, shape="vllm", **more):
         return FakeEngine(self.base, self.tokenizer, shape, known=self.known, **more)
@@ -90,7 +94,7 @@ class Mini:
                 await base.check(settings.get("nudge_gate", "top1"))
                 engine.faults, engine.decoded, engine.bodies = faults, 0, []
                 return await base.generate(
-                    self.inputs(name, count), **self.nudging[name], **{"max_new_tokens": 80} | settings
+                    self.inputs(name, count), **self.nudging[name], **{"max_new_tokens": NUM_TOKENS} | settings
                 )
 
         return asyncio.run(run())
@@ -103,7 +107,7 @@ def mini():
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(session, "_FIRST_DELAY", 0.01)
 
 
 def told(answers):
@@ -117,11 +121,11 @@ def told(answers):
 @pytest.mark.parametrize("threshold", [0.4, 0.8, 0.98])
 @pytest.mark.parametrize("name", ["nudging-shared", "nudging"])
 def test_a_remote_base_writes_what_it_writes_in_process(mini, name, threshold):
-    reference = mini.reference(name, nudge_threshold=threshold)
-    for shape, at_once in (("vllm", 1), ("llamacpp", 8)):
+    reference = mini.reference(name, NUM_QUESTIONS, nudge_threshold=threshold)
+    for shape, at_once, count in (("vllm", 1, 3), ("llamacpp", 8, NUM_QUESTIONS)):
         engine = mini.engine(shape)
-        answers = mini.ask(engine, name, own={"max_concurrency": at_once}, nudge_threshold=threshold)
-        assert told(answers) == reference
+        answers = mini.ask(engine, name, count, {"max_concurrency": at_once}, nudge_threshold=threshold)
+        assert told(answers) == reference[:count]
         assert 1 <= engine.most_open <= at_once
         tokens = sum(len(answer.ids) for answer in answers)
         requests, sent = (sum(getattr(answer, of) for answer in answers) for of in ("requests", "base_tokens"))
@@ -134,8 +138,8 @@ def test_a_remote_base_writes_what_it_writes_in_process(mini, name, threshold):
 @pytest.mark.parametrize("gate", ["margin", "rejection", "kad"])
 def test_gates_that_few_probabilities_decide(mini, gate):
     settings = {"nudge_gate": gate, "nudge_threshold": 0.3}
-    answers = mini.ask(mini.engine("names"), count=6, **settings)
-    assert told(answers) == mini.reference("nudging", 6, **settings)
+    reference = mini.reference("nudging", 4, **settings)  # The engine then knows what follows.
+    assert told(mini.ask(mini.engine("names"), count=4, **settings)) == reference
 
 
 def test_the_gate_of_all_probabilities_is_refused(mini):
@@ -159,30 +163,40 @@ def test_settings_mean_what_they_mean_in_process(mini, settings):
     assert told(mini.ask(mini.engine("vllm"), count=5, **settings)) == reference
 
 
-@pytest.mark.parametrize("kind", ["shared", "two"])
+@pytest.fixture(scope="module", params=["shared", "two"])
+def unsure(request):
+    """A random pair whose base would often end the text, prompts, and by thresholds its answers in process."""
+    pair, *prompts = pair_with_prompts("llama", request.param, seed=3, rows=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair.base.generation_config, "eos_token_id", list(range(4, 24)))
+        answers = {
+            threshold: outcomes(nudge(pair, *prompts, max_new_tokens=24, nudge_threshold=threshold))
+            for threshold in (0.1, 0.3)
+        }
+        yield pair, *prompts, answers, {}
+
+
 @pytest.mark.parametrize("eos", ["told", "silent"])
 @pytest.mark.parametrize("shape", ["vllm", "names", "llamacpp"])
-def test_random_pairs_and_the_base_s_own_eos(shape, eos, kind, monkeypatch):
+def test_random_pairs_and_the_base_s_own_eos(unsure, shape, eos):
     """Random bases are unsure in all ways: they would write EOS, control tokens and halves of characters."""
-    pair, prompts, nudging_prompts = pair_with_prompts("llama", kind, seed=3, rows=6)
-    monkeypatch.setattr(pair.base.generation_config, "eos_token_id", list(range(4, 24)))
-    for threshold in (0.1, 0.3):
-        settings = {"max_new_tokens": 24, "nudge_threshold": threshold}
-        reference = outcomes(nudge(pair, prompts, nudging_prompts, **settings))
-        engine = FakeEngine(pair.base, pair.tokenizer, shape, eos=eos)
+    pair, prompts, nudging_prompts, expected, known = unsure
+    for threshold, reference in expected.items():
+        engine = FakeEngine(pair.base, pair.tokenizer, shape, eos=eos, known=known)
         base = RemoteBase("http://x/v1", "b", pair.base, pair.tokenizer, http_client=engine.client())
         answers = base.generate_sync(
             prompts,
             nudging_prompts=nudging_prompts,
             nudging_model=pair.nudging_model,
             nudging_tokenizer=pair.nudging_tokenizer,
-            **settings,
+            max_new_tokens=24,
+            nudge_threshold=threshold,
         )
         assert told(answers) == reference
 
 
 def test_the_base_s_probabilities_are_told_where_it_was_asked(mini):
-    inputs, settings = mini.inputs("nudging", 3), {"max_new_tokens": 60}
+    inputs, settings = mini.inputs("nudging", 2), {"max_new_tokens": NUM_TOKENS}
     output = nudging_hf.generate(
         mini.base,
         **inputs,
@@ -191,7 +205,7 @@ def test_the_base_s_probabilities_are_told_where_it_was_asked(mini):
         return_dict_in_generate=True,
         **settings,
     )
-    answers = mini.ask(mini.engine(), count=3, **settings)
+    answers = mini.ask(mini.engine(), count=2, **settings)
     for i, answer in enumerate(answers):
         known = [
             (a, b)
@@ -238,7 +252,7 @@ def test_an_engine_may_be_killed_and_restarted(mini):
         async with mini.remote(engine) as base:
             await base.check()
             task = asyncio.create_task(
-                base.generate(mini.inputs("nudging", 6), **mini.nudging["nudging"], max_new_tokens=80)
+                base.generate(mini.inputs("nudging", 6), **mini.nudging["nudging"], max_new_tokens=NUM_TOKENS)
             )
             while len(engine.bodies) < 12:
                 await asyncio.sleep(0.001)
@@ -263,7 +277,7 @@ def test_retry_after_is_obeyed(mini, monkeypatch):
 
     engine = mini.engine()
     engine.faults = [Fault(429, {"retry-after": "7"}), Fault(503, {"retry-after-ms": "2500"}), Fault(500)]
-    monkeypatch.setattr(remote.asyncio, "sleep", note)
+    monkeypatch.setattr(session.asyncio, "sleep", note)
     assert told(mini.ask(engine, count=1)) == mini.reference("nudging", 1)
     assert 7 <= slept[0] <= 7.7 and 2.5 <= slept[1] <= 2.75 and slept[2] < 0.1
 
@@ -320,6 +334,8 @@ def test_an_engine_that_stays_away_is_given_up(mini):
     answers = mini.ask(engine, count=2, own={"retry_for": 0.1})
     assert {answer.finish_reason for answer in answers} == {"error"}
     assert "0.1 seconds (`retry_for`) in vain" in str(answers[0].error)
+    for answer, (ids, nudged, _) in zip(answers, mini.reference("nudging", 2), strict=True):  # It stays where it was.
+        assert (answer.ids, answer.nudged) == (ids[: len(answer.ids)], nudged[: len(answer.ids)]) != ([], [])
 
 
 # The trial
@@ -340,6 +356,16 @@ def test_an_engine_that_cannot_be_used_is_refused(mini, told_by_engine, settings
     base = mini.remote(mini.engine(**told_by_engine))
     with pytest.raises(EngineError, match=message):
         base.generate_sync("Question: Why?\n", **mini.nudging["nudging"], max_new_tokens=3, **settings)
+
+
+def test_what_the_engine_has_room_for_is_a_limit(mini):
+    [(ids, nudged, _)] = mini.reference("nudging", 1)
+    prompt = int(mini.inputs("nudging", 1)["attention_mask"].sum())
+    engine = mini.engine(context=prompt + 40)
+    [answer] = mini.ask(engine, count=1)
+    assert (answer.ids, answer.nudged) == (ids[: len(answer.ids)], nudged[: len(answer.ids)])
+    assert answer.finish_reason == "length" and len(answer.ids) >= 40
+    assert asyncio.run(mini.remote(engine).check()).context_length == prompt + 40
 
 
 def test_an_engine_with_another_tokenizer_is_refused(mini):
@@ -364,9 +390,9 @@ def test_a_token_that_the_engine_left_out_is_noticed(mini):
     ).rows[0]  # fmt: skip
     token = mini.tokenizer(" so", add_special_tokens=False).input_ids[-1]
     own = base._vocabulary.bytes_of(token)
-    assert base._prediction(Token(token, -0.1, (-0.1,), token, own), row).token == token
+    assert base.requests.prediction(Token(token, -0.1, (-0.1,), token, own), row).token == token
     with pytest.raises(EngineError, match="left out a token"):
-        base._prediction(Token(token, -0.1, (-0.1,), token, b"\xc3" + own), row)
+        base.requests.prediction(Token(token, -0.1, (-0.1,), token, b"\xc3" + own), row)
 
 
 # Sampling
@@ -375,14 +401,15 @@ def test_a_token_that_the_engine_left_out_is_noticed(mini):
 def test_sampling_is_the_engine_s(mini):
     engine = mini.engine()
     torch.manual_seed(1)
-    answers = mini.ask(engine, count=3, do_sample=True, temperature=1.7, top_p=0.9, top_k=7, nudge_threshold=0.3)
+    settings = {"do_sample": True, "temperature": 1.7, "top_p": 0.9, "top_k": 7, "nudge_threshold": 0.3}
+    answers = mini.ask(engine, count=2, max_new_tokens=30, **settings)
     assert told(answers)
     bodies = engine.bodies
     assert {(body["temperature"], body["top_p"], body["top_k"]) for body in bodies} == {(1.7, 0.9, 7)}
     seeds = [body["seed"] for body in bodies]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**31 for seed in seeds)
     torch.manual_seed(1)
-    again = mini.ask(mini.engine(), count=3, do_sample=True, temperature=1.7, top_p=0.9, top_k=7, nudge_threshold=0.3)
+    again = mini.ask(mini.engine(), count=2, max_new_tokens=30, **settings)
     assert told(again) == told(answers)
 
 
@@ -427,7 +454,7 @@ def test_a_stream_is_the_answer_with_its_authors(mini):
                     inputs["input_ids"][0].tolist(),
                     nudging_prompt=inputs["nudging_input_ids"][0].tolist(),
                     **mini.nudging["nudging"],
-                    max_new_tokens=80,
+                    max_new_tokens=NUM_TOKENS,
                 )
             ]
         return pieces
@@ -443,14 +470,14 @@ def test_who_leaves_cancels_the_request(mini):
     async def run():
         engine = mini.engine()
         async with mini.remote(engine) as base:
-            stream = base.stream("Question: Why?\n", **mini.nudging["nudging"], max_new_tokens=80)
+            stream = base.stream("Question: Why?\n", **mini.nudging["nudging"], max_new_tokens=NUM_TOKENS)
             async for _ in stream:
                 if engine.open:
                     break
             await stream.aclose()
             assert engine.open == 0
             task = asyncio.create_task(
-                base.generate(mini.inputs("nudging", 5), **mini.nudging["nudging"], max_new_tokens=80)
+                base.generate(mini.inputs("nudging", 5), **mini.nudging["nudging"], max_new_tokens=NUM_TOKENS)
             )
             while not engine.open:
                 await asyncio.sleep(0.001)
@@ -469,7 +496,7 @@ def test_several_calls_share_a_loop_and_a_nudging_model(mini):
     async def run():
         async with mini.remote(mini.engine()) as base:
             calls = [
-                base.generate(mini.inputs("nudging", 4), **mini.nudging["nudging"], max_new_tokens=80)
+                base.generate(mini.inputs("nudging", 4), **mini.nudging["nudging"], max_new_tokens=NUM_TOKENS)
                 for _ in range(2)
             ]
             both = await asyncio.gather(*calls)
@@ -535,8 +562,9 @@ def test_a_base_that_is_not_there_cannot_be_described(tmp_path):
 @pytest.mark.parametrize("threshold", [0.4, 0.98])
 def test_an_engine_may_stop_by_itself(mini, threshold):
     engine = mini.engine(stops=True)
+    reference = mini.reference("nudging", 8, nudge_threshold=threshold)
     answers = mini.ask(engine, own={"stops_when_unsure": True}, count=8, nudge_threshold=threshold)
-    assert told(answers) == mini.reference("nudging", 8, nudge_threshold=threshold)
+    assert told(answers) == reference
     sent = sum(answer.base_tokens for answer in answers)
     assert engine.decoded <= 1.01 * sent  # Nothing is under way when it stops.
 

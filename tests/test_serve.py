@@ -1,6 +1,8 @@
 """`nudging-hf serve` with the pair in miniature, asked by OpenAI's client over a socket."""
 
+import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -12,16 +14,21 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+import uvicorn
 from transformers import AutoModelForCausalLM
 
 import nudging_hf
 from nudging_hf import cli
 from nudging_hf.pair import Pair
+from nudging_hf.server.serving import GracefulServer
 from nudging_hf.study.prompts import read_labelled_prompts
 
-openai = pytest.importorskip("openai", reason="comes with transformers[serving]")
+pytest.importorskip("openai", reason="comes with transformers[serving]")
+import openai
+from fake_engine import FakeEngine
 
 EXAMPLE = Path(nudging_hf.__file__).parents[1] / "examples" / "mini"
 MINI = EXAMPLE / "models"
@@ -273,6 +280,57 @@ def test_after_the_grace_a_running_answer_is_given_up(tmp_path):
         process.wait(60)
 
 
+@contextlib.contextmanager
+def inference_engine(base, tokenizer):
+    """Serves a base on a free port while the context lasts, as an inference engine does, and yields its address."""
+    app = FakeEngine(base, tokenizer, context=300)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield app, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def test_the_base_may_run_elsewhere(pair, nudged, monkeypatch):
+    """A client asks this server, which asks an inference engine over a socket."""
+    spans, output = nudged(max_new_tokens=60)
+    replies = {}
+
+    def run(server):
+        app, chat = server.config.app, {"messages": CHAT, "max_tokens": 60}
+
+        async def ask():
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as asking:
+                posts = [{}, {"stream": True}, {"logprobs": True}, {"presence_penalty": 1}, {"max_tokens": 290}]
+                found = await asyncio.gather(
+                    *(asking.post("/v1/chat/completions", json=chat | more) for more in posts)
+                )
+                replies.update(zip(("whole", "stream", "logprobs", "penalty", "long"), found, strict=True))
+                replies["metrics"] = await asking.get("/metrics")
+                await server._engine.shutdown(0)
+
+        asyncio.run(ask())
+
+    monkeypatch.setattr(GracefulServer, "run", run)
+    with inference_engine(pair.base, pair.tokenizer) as (engine, url):
+        arguments = ["serve", "--base", MINI / "base", "--nudging-model", MINI / "nudging", "--base-url", url]
+        assert cli.main([str(each) for each in arguments] + ["--base-model", "base", "--base-template", TEMPLATE]) == 0
+    (choice,) = replies["whole"].json()["choices"]
+    assert choice["message"]["content"] == text_of(spans)
+    assert choice["nudging"]["spans"] == [[span.start, span.end] for span in spans if span.nudged]
+    assert replies["whole"].json()["usage"]["completion_tokens"] == output.nudged_mask.shape[1]
+    events = [json.loads(line[6:]) for line in replies["stream"].text.split("\n\n") if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == text_of(spans)
+    for name, said in (("logprobs", "`logprobs`"), ("penalty", "`presence_penalty`"), ("long", "context has 300")):
+        assert replies[name].status_code == 400 and said in replies[name].json()["error"]["message"]
+    assert 'nudging_hf_forward_passes_total{model="base"} 0.0' not in replies["metrics"].text
+    assert {body["model"] for body in engine.bodies} == {"base"}
+
+
 def test_without_the_extra_an_error_names_it(monkeypatch, capsys):
     for name in ("nudging_hf.server.app", "nudging_hf.server.serving"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -284,6 +342,10 @@ def test_without_the_extra_an_error_names_it(monkeypatch, capsys):
 @pytest.mark.parametrize("options, said", [
     (["--base-template", "no field"], "{user}"), (["--threshold", "-1"], "nudge_threshold"),
     (["--base", "./nowhere"], "nowhere"),
+    (["--retry-for", "3"], "--base-url"),
+    (["--base-url", "http://127.0.0.1:9/v1", "--num-draft-tokens", "3"], "--num-draft-tokens"),
+    (["--base-url", "http://127.0.0.1:9/v1", "--retry-for", "0"], "cannot be reached"),
+    (["--base-url", "http://127.0.0.1:9/v1", "--gate", "entropy"], "probabilities of all tokens"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_anything_is_served(options, said, capsys):
     models = ["--base", str(MINI / "base"), "--nudging-model", str(MINI / "nudging")]

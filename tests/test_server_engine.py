@@ -1,6 +1,11 @@
-"""The engine in the process: each of many answers at once is that of a call of its own, and nothing is left of it."""
+"""Both engines: each of many answers at once is that of a call of its own, and nothing is left of it.
+
+The base of the remote one runs in an inference engine in the test's own process.
+"""
 
 import asyncio
+import dataclasses
+import functools
 import gc
 import inspect
 import random
@@ -17,7 +22,16 @@ import nudging_hf
 from nudging_hf.core.vocabulary import Vocabulary
 from nudging_hf.pair import Pair
 from nudging_hf.server.engine import AnswerFailed, AnswerRequest, QueueFull, Unavailable
-from nudging_hf.server.in_process import InProcessEngine, StopText
+from nudging_hf.server.in_process import InProcessEngine
+from nudging_hf.server.row_engine import StopText
+
+pytest.importorskip("openai")
+from fake_engine import FakeEngine, Fault
+
+from nudging_hf.integrations.openai import RemoteBase, session
+from nudging_hf.server.remote import RemoteEngine
+
+ENGINES = ["in process", "remote"]
 
 KNOBS = [
     {},
@@ -35,7 +49,11 @@ WAYS = [
     {"do_sample": False, "repetition_penalty": 1.3},
     {"do_sample": False, "min_new_tokens": 6},
     {"do_sample": False, "suppress_tokens": [5, 6, 7]},
+    {"do_sample": False, "penalties": (0.7, 0.4)},
+    {"do_sample": True, "penalties": (-0.5, 1.5)},
 ]
+# A remote base draws by itself, and is greedy in these tests.
+REMOTE_WAYS, REMOTE_KNOBS = WAYS[:1], [knobs for knobs in KNOBS if knobs.get("nudge_gate") != "entropy"]
 STOPS = [(), (), ("e",), (" t", "zq")]
 
 
@@ -44,14 +62,18 @@ def pair_of(kind, seed=0):
     return Pair(chosen.base, chosen.tokenizer, chosen.nudging_model, chosen.nudging_tokenizer)
 
 
-def some_requests(kind, number, seed):
+def some_requests(kind, number, seed, engine):
     """Requests that differ in all that a client may set."""
     chosen, draw = tiny.pair("llama", 0, kind), random.Random(seed)
+    ways, knobs, logprobs = (
+        (REMOTE_WAYS, REMOTE_KNOBS, [None]) if engine == "remote" else (WAYS, KNOBS, [None, None, 2])
+    )
     prompts = zip(*tiny.prompts(chosen, number, seed), strict=True)
     requests = []
     for ids, nudging_ids in prompts:
-        way = draw.choice(WAYS)
-        arguments = {"max_new_tokens": draw.choice([1, 5, 12, 40]), **way, **draw.choice(KNOBS)}
+        way = dict(draw.choice(ways))
+        presence, frequency = way.pop("penalties", (0.0, 0.0))
+        arguments = {"max_new_tokens": draw.choice([1, 5, 12, 24]), **way, **draw.choice(knobs)}
         if arguments["max_new_tokens"] < way.get("min_new_tokens", 0):
             arguments["max_new_tokens"] = 12
         requests.append(
@@ -62,10 +84,24 @@ def some_requests(kind, number, seed):
                 n=draw.choice([1, 1, 3]) if way["do_sample"] else 1,
                 seed=draw.randrange(2**64),
                 stop=draw.choice(STOPS),
-                top_logprobs=draw.choice([None, None, 2]),
+                presence_penalty=presence,
+                frequency_penalty=frequency,
+                top_logprobs=draw.choice(logprobs),
             )
         )
     return requests
+
+
+def penalized(presence, frequency, prompt_length):
+    """The penalties by OpenAI's formula, written for one row."""
+
+    def penalize(input_ids, scores):
+        counts = torch.zeros_like(scores[0])
+        for token in input_ids[0, prompt_length:].tolist():
+            counts[token] += 1
+        return scores - presence * (counts > 0) - frequency * counts
+
+    return penalize
 
 
 def single_answers(pair, request):
@@ -77,6 +113,9 @@ def single_answers(pair, request):
         inputs["nudging_input_ids"] = torch.tensor([request.nudging_input_ids])
     if request.stop:
         inputs["stopping_criteria"] = [StopText(Vocabulary(pair.tokenizer), request.stop, len(request.input_ids))]
+    penalties = request.presence_penalty, request.frequency_penalty
+    if any(penalties):
+        inputs["logits_processor"] = [penalized(*penalties, len(request.input_ids))]
     output = pair.generate(
         inputs,
         **request.arguments,
@@ -106,14 +145,42 @@ async def read(answers, n=1):
     return [(ids, nudged, *reasons, logprobs) for ids, nudged, reasons, logprobs in found]
 
 
+def remote_engine(pair, inference, max_running=8, **settings):
+    base = RemoteBase(
+        "http://engine/v1", "base", pair.base, pair.tokenizer, max_concurrency=max_running, timeout=20,
+        http_client=inference.client(),
+    )  # fmt: skip
+    return RemoteEngine(base, pair.nudging_model, pair.nudging_tokenizer, **settings)
+
+
+@functools.cache
+def known(kind):
+    """What the inference engines of these tests have computed."""
+    return {}
+
+
 @asynccontextmanager
-async def engine_of(pair, **settings):
-    engine = InProcessEngine(pair, **settings)
+async def engine_of(pair, engine="in process", inference=None, pause=0.0, **settings):
+    if engine == "remote":
+        inference = inference or FakeEngine(pair.base, pair.tokenizer, known=known(id(pair.base)), pause=pause)
+        made = remote_engine(pair, inference, **settings)
+    else:
+        made = InProcessEngine(pair, **settings)
     try:
-        yield engine
+        yield made
     finally:
-        await engine.shutdown(0)
+        await made.shutdown(0)
         assert not any(thread.name.startswith("nudging-decoder") for thread in threading.enumerate())
+        assert made.stats().running == made.stats().waiting == 0
+        assert inference is None or inference.open == 0
+
+
+def holds_nothing(engine):
+    """Whether an engine that writes no answer has let go of them all."""
+    if isinstance(engine, InProcessEngine):
+        return engine._decoder is None
+    [[writer, *_]] = engine._base._session()._writers.values()
+    return not (engine._tasks or writer.decoder.rows or writer.decoder.nudging._cached_ids)
 
 
 async def until(condition):
@@ -137,23 +204,22 @@ def compare(request, found, expected):
 
 
 @pytest.mark.parametrize("kind", ["shared", "two"])
-@pytest.mark.parametrize("seed", range(3))
-def test_many_answers_at_once_are_those_of_single_calls(kind, seed):
-    pair, requests = pair_of(kind), some_requests(kind, 14, seed)
+@pytest.mark.parametrize(("engine", "seed"), [*(("in process", seed) for seed in range(3)), ("remote", 3)])
+def test_many_answers_at_once_are_those_of_single_calls(kind, engine, seed):
+    pair, requests = pair_of(kind), some_requests(kind, 14, seed, engine)
     expected = [single_answers(pair, request) for request in requests]
-
     running = []
 
-    async def answer(engine, number, request):
+    async def answer(served, number, request):
         await asyncio.sleep(random.Random(number).random() / 5)
-        return await read(await engine.submit(request), request.n)
+        answers = await served.submit(request)
+        running.append(served.stats().running)
+        return await read(answers, request.n)
 
     async def run():
-        async with engine_of(pair, max_running=4) as engine:
-            step = engine._step
-            engine._step = lambda decoder: (step(decoder), running.append(len(engine._running)))
-            found = await asyncio.gather(*(answer(engine, *each) for each in enumerate(requests)))
-            stats = engine.stats()
+        async with engine_of(pair, engine, max_running=4) as served:
+            found = await asyncio.gather(*(answer(served, *each) for each in enumerate(requests)))
+            stats = served.stats()
             assert stats.running == stats.waiting == 0 and stats.base_forward_passes and stats.nudging_forward_passes
             return found
 
@@ -204,66 +270,68 @@ def test_the_prompt_has_no_stop_strings():
 
 def long_request(number=400, **fields):
     """A request for an answer that only its limit ends."""
-    prompt = tuple(tiny.prompts(tiny.pair("llama", 0, "shared"), 1, 0)[0][0])
-    arguments = {"do_sample": False, "max_new_tokens": number, "min_new_tokens": number}
-    return AnswerRequest(prompt, arguments=arguments | fields)
+    prompt = tuple(tiny.prompts(tiny.pair("llama", 0, "shared"), 3, 0)[0][2])
+    return AnswerRequest(prompt, arguments={"do_sample": False, "max_new_tokens": number} | fields)
 
 
-def test_whoever_leaves_makes_room_and_leaves_nothing():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_whoever_leaves_makes_room_and_leaves_nothing(engine):
     pair = pair_of("shared")
     rows = []
 
     async def run():
-        async with engine_of(pair, max_running=2) as engine:
-            prepare = engine._prepare
-            engine._prepare = lambda request: [rows.append(weakref.ref(row)) or row for row in prepare(request)]
-            first, second = await engine.submit(long_request(4000)), await engine.submit(long_request(4000))
+        async with engine_of(pair, engine, pause=0.02, max_running=2) as served:
+            prepare = served._prepare
+            served._prepare = lambda request: [rows.append(weakref.ref(row)) or row for row in prepare(request)]
+            first, second = await served.submit(long_request(900)), await served.submit(long_request(900))
             await anext(first)
-            third, fourth = await engine.submit(long_request(20)), await engine.submit(long_request(4000))
-            assert engine.stats().running == 2 and engine.stats().waiting == 2
+            third, fourth = await served.submit(long_request(20)), await served.submit(long_request(900))
+            assert served.stats().running == 2 and served.stats().waiting == 2
             fourth.close()
             first.close()
             assert (await read(third))[0][2] == "length"
-            assert engine.stats().running == 1 and engine.stats().waiting == 0
+            assert served.stats().running == 1 and served.stats().waiting == 0
             second.close()
             second.close()
             with pytest.raises(StopAsyncIteration):
                 await anext(second)
-            await until(lambda: engine.stats().running == 0 and engine._decoder is None)
+            await until(lambda: served.stats().running == 0 and holds_nothing(served))
             del first, second, third, fourth
             gc.collect()
             assert len(rows) == 4 and not any(row() for row in rows)
-            passes = engine.stats()
-            assert (await read(await engine.submit(long_request(20))))[0][2] == "length"
-            assert engine.stats().base_forward_passes > passes.base_forward_passes
+            passes = served.stats()
+            assert (await read(await served.submit(long_request(20))))[0][2] == "length"
+            assert served.stats().base_forward_passes > passes.base_forward_passes
 
     asyncio.run(run())
 
 
-def test_too_many_are_turned_away():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_too_many_are_turned_away(engine):
     async def run():
-        async with engine_of(pair_of("shared"), max_running=1, max_waiting=1) as engine:
-            taken = [await engine.submit(long_request(4000)) for _ in range(2)]
+        async with engine_of(pair_of("shared"), engine, pause=0.02, max_running=1, max_waiting=1) as served:
+            taken = [await served.submit(long_request(900)) for _ in range(2)]
             with pytest.raises(QueueFull):
-                await engine.submit(long_request())
+                await served.submit(long_request())
             with pytest.raises(ValueError, match="room for 2"):
-                await engine.submit(AnswerRequest((1,), n=3))
+                await served.submit(AnswerRequest((1,), n=3))
             taken[0].close()
-            await until(lambda: engine.stats().waiting == 0)
-            (await engine.submit(long_request(4000))).close()
+            await until(lambda: served.stats().waiting == 0)
+            (await served.submit(long_request(900))).close()
 
     asyncio.run(run())
 
 
-def test_what_generate_refuses_is_refused_and_takes_no_place():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_generate_refuses_is_refused_and_takes_no_place(engine):
     async def run():
-        async with engine_of(pair_of("shared"), max_running=1, max_waiting=0) as engine:
+        async with engine_of(pair_of("shared"), engine, max_running=1, max_waiting=0) as served:
             for _ in range(3):
                 with pytest.raises(ValueError, match="nudge_threshold"):
-                    await engine.submit(long_request(nudge_threshold=-1))
+                    await served.submit(long_request(nudge_threshold=-1))
                 with pytest.raises(ValueError, match="has the id"):
-                    await engine.submit(AnswerRequest((10**6,), arguments={"max_new_tokens": 3}))
-            assert (await read(await engine.submit(long_request(9))))[0][2] == "length"
+                    await served.submit(AnswerRequest((10**6,), arguments={"max_new_tokens": 3}))
+            assert (await read(await served.submit(long_request(9))))[0][2] == "length"
 
     asyncio.run(run())
 
@@ -308,7 +376,7 @@ def test_after_a_pass_that_failed_the_engine_goes_on(monkeypatch, caplog):
 
     async def run():
         async with engine_of(pair, max_running=2) as engine:
-            taken = [await engine.submit(long_request(4000)) for _ in range(2)]
+            taken = [await engine.submit(long_request(900)) for _ in range(2)]
             await anext(taken[0])
             broken.set()
             for answers in taken:
@@ -322,46 +390,129 @@ def test_after_a_pass_that_failed_the_engine_goes_on(monkeypatch, caplog):
     assert "out of memory" in caplog.text
 
 
-def test_at_the_end_running_answers_are_finished_and_waiting_ones_given_up():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_at_the_end_running_answers_are_finished_and_waiting_ones_given_up(engine):
     async def run():
-        engine = InProcessEngine(pair_of("shared"), max_running=1)
-        running, waiting = await engine.submit(long_request(600)), await engine.submit(long_request(60))
-        await anext(running)
-        ending = asyncio.ensure_future(engine.shutdown(30))
-        with pytest.raises(Unavailable):
-            await read(waiting)
-        with pytest.raises(Unavailable):
-            await engine.submit(long_request())
-        assert not engine.is_ready
-        assert (await read(running))[0][2] == "length"
-        await asyncio.wait_for(ending, 5)
-        await engine.shutdown(0)
+        async with engine_of(pair_of("shared"), engine, pause=0.01, max_running=1) as served:
+            running, waiting = await served.submit(long_request(150)), await served.submit(long_request(60))
+            await anext(running)
+            ending = asyncio.ensure_future(served.shutdown(30))
+            with pytest.raises(Unavailable):
+                await read(waiting)
+            with pytest.raises(Unavailable):
+                await served.submit(long_request())
+            assert not served.is_ready
+            assert (await read(running))[0][2] == "length"
+            await asyncio.wait_for(ending, 5)
 
     asyncio.run(run())
 
 
-def test_at_the_end_of_the_grace_running_answers_are_given_up():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_at_the_end_of_the_grace_running_answers_are_given_up(engine):
     async def run():
-        engine = InProcessEngine(pair_of("shared"), max_running=1)
-        running = await engine.submit(long_request(4000))
-        await anext(running)
-        await engine.shutdown(0.05)
-        with pytest.raises(Unavailable):
-            await read(running)
+        async with engine_of(pair_of("shared"), engine, pause=0.01, max_running=1) as served:
+            running = await served.submit(long_request(900))
+            await anext(running)
+            await served.shutdown(0.05)
+            with pytest.raises(Unavailable):
+                await read(running)
 
     asyncio.run(run())
 
 
-def test_the_defaults_of_the_server_hold_where_a_request_does_not_say():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_defaults_of_the_server_hold_where_a_request_does_not_say(engine):
     pair = pair_of("shared")
     requests = [long_request(40), long_request(40, nudge_threshold=0.2)]
     often = long_request(40, nudge_threshold=1.1)
 
     async def run():
-        async with engine_of(pair, parameters={"nudge_threshold": 1.1, "num_draft_tokens": 0}) as engine:
-            return [await read(await engine.submit(request)) for request in requests]
+        parameters = {"nudge_threshold": 1.1, "num_draft_tokens": 0}
+        async with engine_of(pair, engine, parameters=parameters) as served:
+            return [await read(await served.submit(request)) for request in requests]
 
     found = asyncio.run(run())
     compare(often, found[0], single_answers(pair, often))
     compare(requests[1], found[1], single_answers(pair, requests[1]))
     assert nudging_hf.NudgingConfig().nudge_threshold == 0.4
+
+
+# A base elsewhere
+
+
+@pytest.mark.parametrize(("fields", "arguments", "message"), [
+    ({"top_logprobs": 2}, {}, "`logprobs` cannot be had"),
+    ({"presence_penalty": 0.5}, {}, "`presence_penalty` and"),
+    ({}, {"min_new_tokens": 3}, "cannot be passed on"),
+    ({}, {"repetition_penalty": 1.2}, "cannot be passed on"),
+    ({}, {"suppress_tokens": [5]}, "cannot be passed on"),
+    ({}, {"nudge_gate": "entropy"}, "probabilities of all tokens"),
+    ({}, {"nudge_gate": "margin"}, "--max-logprobs"),
+])  # fmt: skip
+def test_what_a_base_elsewhere_cannot_do_is_refused_and_takes_no_place(fields, arguments, message):
+    pair = pair_of("shared")
+    inference = FakeEngine(pair.base, pair.tokenizer, most_logprobs=1)
+
+    async def run():
+        async with engine_of(pair, "remote", inference, max_running=1, max_waiting=0) as served:
+            for _ in range(2):
+                with pytest.raises(ValueError, match=message):
+                    await served.submit(dataclasses.replace(long_request(**arguments), **fields))
+
+    asyncio.run(run())
+
+
+def test_a_base_elsewhere_that_fails_costs_time_or_its_own_answer(monkeypatch, caplog):
+    monkeypatch.setattr(session, "_FIRST_DELAY", 0.01)
+    pair, number = pair_of("shared"), 60
+    expected = single_answers(pair, long_request(number))
+    inference = FakeEngine(pair.base, pair.tokenizer, known=known(id(pair.base)))
+
+    async def run():
+        async with engine_of(pair, "remote", inference, max_running=8) as served:
+            await served._base.check()
+            inference.faults = [Fault(503), Fault(after=3), Fault(429), Fault(after=1, how="error"), Fault(after=2)]
+            answers = [read(await served.submit(long_request(number))) for _ in range(6)]
+            for found in await asyncio.gather(*answers):
+                compare(long_request(number), found, expected)
+            assert not inference.faults
+            inference.refuses = lambda body: Fault(400, message="too long") if len(body["prompt"]) > 40 else None
+            with pytest.raises(AnswerFailed, match="too long"):
+                await read(await served.submit(long_request(number)))
+            inference.refuses = lambda body: None
+            compare(long_request(number), await read(await served.submit(long_request(number))), expected)
+            inference.down, served._base._retry_for = True, 0.2
+            with pytest.raises(AnswerFailed, match="in vain"):
+                await read(await served.submit(long_request(number)))
+            inference.down = False
+            compare(long_request(number), await read(await served.submit(long_request(number))), expected)
+
+    asyncio.run(run())
+    assert "An answer failed" in caplog.text
+
+
+def test_a_base_elsewhere_draws_n_answers_by_their_seeds():
+    pair = pair_of("shared")
+    drawn = long_request(12, do_sample=True, temperature=3.0, nudge_threshold=0.0)
+
+    async def run():
+        async with engine_of(pair, "remote") as served:
+            asked = [dataclasses.replace(drawn, n=3, seed=seed) for seed in (1, 1, 2)]
+            return [await read(await served.submit(request), 3) for request in asked]
+
+    first, again, other = asyncio.run(run())
+    assert first == again != other and len({tuple(ids) for ids, *_ in first}) == 3
+
+
+def test_penalties_reach_the_base():
+    often, rarely = (dataclasses.replace(long_request(40, nudge_threshold=0.0), **fields) for fields in (
+        {}, {"presence_penalty": 2.0, "frequency_penalty": 2.0}))  # fmt: skip
+    pair = pair_of("shared")
+
+    async def run():
+        async with engine_of(pair) as served:
+            return [(await read(await served.submit(request)))[0][0] for request in (often, rarely)]
+
+    plain, penalized_ids = asyncio.run(run())
+    assert len(set(penalized_ids)) > len(set(plain))

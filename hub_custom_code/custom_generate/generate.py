@@ -44,7 +44,6 @@ from .validation import (
     validate_multimodal_inputs,
     validate_prompt_tensors,
     validate_streamer,
-    validate_weights,
 )
 from .vocabulary import Vocabulary
 
@@ -127,7 +126,6 @@ def generate(
         if is_plain:
             raise ValueError("`nudging_model=None` says not to nudge: leave out `custom_generate` too.")
         validate_causal_lm(model, "base", "model")
-        validate_weights(model, "base")
         given = arguments_of_caller()
         arguments["nudging_call"] = _checked_call(model, own, hub, arguments["generation_config"], given, len(args[0]))
         return _decode(model, *args, **arguments)
@@ -135,7 +133,6 @@ def generate(
         return plain_generate(model)(model, *args, **arguments)
 
     validate_causal_lm(model, "base", "model")
-    validate_weights(model, "base")
     return _through_transformers(model, args, arguments, own, hub, loop=_decode)
 
 
@@ -154,7 +151,7 @@ def prepare(model: PreTrainedModel, *args: Any, **kwargs: Unpack[GenerateArgumen
     """
     check_version()
     model = without_wrapper(model)
-    validate_causal_lm(model, "base", "model")
+    validate_causal_lm(model, "base", "model", needs_weights=False)
     own, hub, arguments = _divided(kwargs)
     return _through_transformers(model, args, arguments, own, hub, loop=_prepare)
 

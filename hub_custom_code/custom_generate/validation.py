@@ -21,8 +21,8 @@ from .transformers_private import (
 )
 
 
-def validate_causal_lm(model: Any, whose: str, argument: str) -> None:
-    """Raises a `ValueError` unless a model is a decoder-only language model of transformers.
+def validate_causal_lm(model: Any, whose: str, argument: str, needs_weights: bool = True) -> None:
+    """Raises a `ValueError` unless a model is a decoder-only language model of transformers, with weights if needed.
 
     Args:
         model: the argument that was given.
@@ -40,18 +40,10 @@ def validate_causal_lm(model: Any, whose: str, argument: str) -> None:
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"The {whose} is an encoder-decoder model, {name}: give a decoder-only one.")
-
-
-def validate_weights(model: Any, whose: str) -> None:
-    """Raises a `ValueError` if a model has no weights.
-
-    Args:
-        whose: how the error calls the model.
-    """
-    if has_no_weights(model):
+    if needs_weights and has_no_weights(model):
         raise ValueError(
-            f"The {whose}, {type(model).__name__}, is on the meta device, where it has no weights: load it with "
-            "`from_pretrained`, or call its `to_empty(device=...)` and load the weights."
+            f"The {whose}, {name}, is on the meta device, where it has no weights: load it with `from_pretrained`, or "
+            "call its `to_empty(device=...)` and load the weights."
         )
 
 
@@ -70,7 +62,6 @@ def validate_call(model: Any, nudging_model: Any, config: Any, arguments: Mappin
             "the base's generation_config.json."
         )
     validate_causal_lm(nudging_model, "nudging model", "nudging_model")
-    validate_weights(nudging_model, "nudging model")
     models: dict[str, Any] = {"base": model, "nudging model": nudging_model}
     for whose, lm in models.items():
         if not reading_mode(lm).is_causal:

@@ -129,26 +129,23 @@ def add_models(parser: argparse.ArgumentParser, required: bool = True) -> Any:
 
 
 def load_pair(args: argparse.Namespace) -> Pair:
-    """The models that `--base` and `--nudging-model` name.
-
-    Raises:
-        ValueError: if one cannot be loaded or moved to its device, naming the option.
-    """
-    return Pair(*_load(args, "base"), *_load(args, "nudging_model"))
+    """The models that `--base` and `--nudging-model` name: see [`load_named`]."""
+    return Pair(*load_named(args, "base"), *load_named(args, "nudging_model"))
 
 
 def load_reader(args: argparse.Namespace, name: str, chat: bool = True) -> Any:
-    """The [`Reader`] of the model that an option names, such as "large_aligned"; `None` if it was not given.
+    """The [`Reader`] of the model that an option names, such as "large_aligned"; `None` if it was not given."""
+    if getattr(args, name) is None:
+        return None
+    return Reader(*load_named(args, name), chat, args.base_template)
+
+
+def load_named(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
+    """The model that an option names, such as "nudging_model", and its tokenizer.
 
     Raises:
         ValueError: if it cannot be loaded or moved to its device, naming the option.
     """
-    if getattr(args, name) is None:
-        return None
-    return Reader(*_load(args, name), chat, args.base_template)
-
-
-def _load(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
     if args.device is not None and args.device_map is not None:
         raise ValueError("--device and --device-map both say where the models run: give one of them.")
     with loading_bars(sys.stderr.isatty() and not getattr(args, "quiet", False)):

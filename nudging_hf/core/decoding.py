@@ -115,7 +115,7 @@ class NudgedDecoder:
         if work is None:
             return False
         if isinstance(work, _Write):
-            write(self.nudging, work.rows, self.drafter, len(self._open_rows()), work.is_forced)
+            write(self.nudging, work.rows, self.drafter, work.is_forced)
         else:
             self._read(work)
         self._take_in(self._open_rows())

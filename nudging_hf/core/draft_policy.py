@@ -51,6 +51,7 @@ _RATE_DECAY = 0.99  # Each newer draft token, of whatever bin, multiplies the we
 _OPTIMISM = 0.01  # The weight of a token that could have been drafted, was not, and might have been accepted.
 
 _NEW_PASS_WEIGHT = 0.15  # The weight of a pass in the mean time of passes of its size.
+_MAX_SLOWDOWN = 2.0  # A pass that takes longer than so many means was held up by other work on the machine.
 _STALE_TIME_DECAY = 0.998  # Old timings shrink by 0.2 % for each newer one, so that untried sizes are tried again.
 _STEP_DECAY = 0.95  # Each newer step of the nudging model multiplies the weight of an older one.
 # The ratio of achieved to predicted tokens: its prior, the prior's weight in tokens, and the decay for each pass.
@@ -156,6 +157,16 @@ class PassTime:
         self._means: dict[int, _MeanTime] = {}
         self._observed = 0
         self._points: list[tuple[float, float]] | None = None  # Tokens and seconds, sorted: what is interpolated.
+
+    def undisturbed(self, tokens: int, seconds: float) -> float:
+        """The seconds of a pass without those for which other work on the machine held it up.
+
+        Such a pass tells nothing about others. Without this bound, one that took ten times as long could end drafts
+        for hundreds of passes. If all passes of a size take longer from now on, their mean soon follows. A pass takes
+        at most as long as a longer one, and in proportion to a shorter one.
+        """
+        means = self._means.values()
+        return min([seconds, *(_MAX_SLOWDOWN * each.seconds * max(1.0, tokens / each.tokens) for each in means)])
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Adds a pass."""
@@ -280,6 +291,7 @@ class DraftLength:
         """
         if self._base_pass.is_known:
             self._mean_forced_seconds += _NEW_PASS_WEIGHT * (self._forced_seconds - self._mean_forced_seconds)
+        seconds = self._base_pass.undisturbed(tokens, seconds)
         self._base_pass.observe(tokens, seconds)
         self._costs.clear()
         choice, self._choice = self._choice, None
@@ -299,6 +311,7 @@ class DraftLength:
             written: how many tokens each row wrote.
             drafts: whether the pass was made for drafts alone, and not for a row that had to write.
         """
+        seconds = self.guesses.pass_time.undisturbed(tokens, seconds)
         self.guesses.observe_pass(tokens, seconds, written)
         if drafts:
             self._draft_seconds += seconds

@@ -26,20 +26,17 @@ from .sampling import Positions, choose, fold_in, joined, processed_scores
 logger = logging.get_logger(__name__)
 
 
-def write(
-    nudging: CachedLM | SeparateRows, rows: Sequence[Row], drafter: Drafter, num_open: int, is_forced: bool
-) -> None:
+def write(nudging: CachedLM | SeparateRows, rows: Sequence[Row], drafter: Drafter, is_forced: bool) -> None:
     """Lets the nudging model write a token in each row, and before it whatever was guessed right.
 
     Args:
         nudging: the nudging model.
         rows: the answers, of which what was written ahead is aligned to the answer.
         drafter: says how many tokens are guessed, and learns from the outcome and from the time.
-        num_open: how many rows are open.
         is_forced: whether some row must write, so that the others draft for free.
     """
     began = time.perf_counter()
-    guess_length = drafter.guess_length(num_open)
+    guess_length = drafter.guess_length(len(rows))
     # While a token count forbids it to end the answer, it writes one token at a time.
     may_end = [not _may_not_end(row) for row in rows]
     guesses, readings = [], {}

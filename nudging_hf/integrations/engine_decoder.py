@@ -92,7 +92,9 @@ class EngineDecoder:
         """The tokens that the answer has accepted and the engine was not told."""
         return row.answer.ids[self._told[row] :]
 
-    def decide(self, passes: Mapping[Row, EnginePass], seconds: float | None = None) -> dict[Row, list[int]]:
+    def decide(
+        self, passes: Mapping[Row, EnginePass], seconds: float | None = None, draft_length: int = 0
+    ) -> dict[Row, list[int]]:
         """Takes in what the engine's pass predicts, and lets the nudging model write what is then wanted.
 
         These are [`take_in`], [`write`] and [`tell`] in turn, which an engine whose requests do not run in step calls
@@ -101,6 +103,8 @@ class EngineDecoder:
         Args:
             passes: for each row that the engine has run, with all its prompt read.
             seconds: what the pass took, if it read no prompts. The draft length is chosen by it.
+            draft_length: how long the drafts of the next pass can be. While some row must write, the others write
+                ahead for these drafts in the same passes of the nudging model.
 
         Returns:
             The ids by which each row's text grows in the engine: between one and `len(draft) + 1`. It is empty only
@@ -112,9 +116,8 @@ class EngineDecoder:
             self._drafter.time_pass((len(passes), math.ceil(fed / len(passes))), seconds, reads_prompts=False)
         for row, engine_pass in passes.items():
             self.take_in(row, engine_pass)
-        short = list(passes)
-        while short := [row for row in short if row.is_open and must_write(row)]:
-            self.write(short)
+        while forced := [row for row in passes if row.is_open and must_write(row)]:
+            self.write(self._plan([row for row in passes if row.is_open], draft_length, forced)[0])
         self._outcomes = []
         grown = {row: self.tell(row, read) for row, (read, _) in passes.items()}
         for row in passes:
@@ -133,7 +136,7 @@ class EngineDecoder:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Lets the nudging model write in rows that wait for it, in one pass, and runs their algorithm on."""
-        write(self.nudging, rows, self._drafter, len(self._writing), is_forced=True)
+        write(self.nudging, rows, self._drafter, is_forced=True)
         for row in rows:
             self._guarded(row, advance)
 
@@ -159,7 +162,12 @@ class EngineDecoder:
         """
         if self._drafter.awaits_verification:
             self._drafter.verified(self._outcomes, self._tokens)
-        read = self._write_drafts([row for row in rows if row.is_open], length)
+        open_rows, read = [row for row in rows if row.is_open], 0
+        while open_rows:
+            writing, read = self._plan(open_rows, length)
+            if not writing:
+                break
+            write(self.nudging, writing, self._drafter, is_forced=False)
         drafts = {}
         for row in rows:
             pending = self.pending(row)[:length]
@@ -169,16 +177,14 @@ class EngineDecoder:
             drafts[row] = [*pending, *more]
         return drafts
 
-    def _write_drafts(self, rows: Sequence[Row], length: int) -> int:
-        """Lets the nudging model write as far as the drafter plans, and returns how much of it the base reads."""
-        while rows:
-            progress = [self._progress(row, length) for row in rows]
-            plan = self._drafter.plan(progress, steps_are_free=False, reread=lambda: None)
-            short = [row for row, each in zip(rows, progress, strict=True) if each.is_shorter_than(plan.write)]
-            if not short:
-                return plan.read
-            write(self.nudging, short, self._drafter, len(self._writing), is_forced=False)
-        return 0
+    def _plan(self, rows: Sequence[Row], length: int, forced: Sequence[Row] = ()) -> tuple[list[Row], int]:
+        """Returns the rows that write next, and how many tokens of their drafts the base reads once none is left."""
+        progress = [self._progress(row, length) for row in rows]
+        plan = self._drafter.plan(progress, steps_are_free=bool(forced), reread=lambda: None)
+        writing = [
+            row for row, each in zip(rows, progress, strict=True) if row in forced or each.is_shorter_than(plan.write)
+        ]
+        return writing, plan.read
 
     def _progress(self, row: Row, length: int) -> DraftProgress:
         written, limit = draft_progress(row)

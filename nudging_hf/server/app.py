@@ -122,7 +122,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def refuse(http: Request, error: RequestValidationError) -> Response:
         if endpoint := _ENDPOINTS.get(http.url.path):
-            service.metrics.ended(endpoint, "refused")
+            service.metrics.requests.labels(endpoint, "refused").inc()
         return _api_error(first_error(list(error.errors()))).response()
 
     @app.exception_handler(HTTPException)
@@ -217,7 +217,7 @@ class _Service:
 
     async def answer(self, http: Request, body: ChatRequest | CompletionRequest, form: ReplyForm) -> Response:
         """The response to a request, or to one that is streamed, its beginning."""
-        watch = self.metrics.watch(form.endpoint)
+        watch = RequestWatch(self.metrics, form.endpoint)
         try:
             return await _unless_gone(http, self._respond(body, form, watch))
         except _ClientGone:
@@ -269,6 +269,8 @@ class _Service:
                 n=body.answers,
                 seed=body.seed,
                 stop=body.stop_strings,
+                presence_penalty=body.presence_penalty or 0.0,
+                frequency_penalty=body.frequency_penalty or 0.0,
                 top_logprobs=body.wanted_logprobs,
             )
             for prompt in prompts
@@ -282,7 +284,7 @@ class _Service:
                 answers.close()
             raise
         prompt_tokens = sum(len(prompt.input_ids) for prompt in prompts)
-        self.metrics.add_prompt(prompt_tokens)
+        self.metrics.prompt_tokens.inc(prompt_tokens)
         choices = [
             Choice(index, self.vocabulary, body.stop_strings, body.wanted_logprobs is not None)
             for index in range(len(prompts) * body.answers)

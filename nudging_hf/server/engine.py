@@ -21,6 +21,8 @@ class AnswerRequest:
         seed: the seed of the draws. The answers are those of `torch.manual_seed(seed)` and `generate`. `None` takes
             a new one.
         stop: strings that end an answer once its text has one of them. The prompt does not count.
+        presence_penalty, frequency_penalty: how much less a token counts because the answer has it, and each time
+            that it has it: see [`CountPenalties`].
         top_logprobs: how many of the base's most probable tokens are told at each token, besides the token itself;
             `None` if no log-probabilities are wanted.
     """
@@ -31,6 +33,8 @@ class AnswerRequest:
     n: int = 1
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     top_logprobs: int | None = None
 
 
@@ -79,7 +83,8 @@ class Stats:
     Args:
         running: how many answers are being written.
         waiting: how many answers wait for a place.
-        base_forward_passes, nudging_forward_passes: of both models.
+        base_forward_passes, nudging_forward_passes: of both models. An engine elsewhere counts one for each token of
+            the base that it has sent.
     """
 
     running: int = 0

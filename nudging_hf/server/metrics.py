@@ -33,7 +33,7 @@ class _EngineCollector(Collector):
 
 
 class Metrics:
-    """The numbers of one server, in a registry of their own.
+    """The numbers of one server, in a registry of their own. docs/server.md describes them.
 
     Args:
         stats: what the engine is doing.
@@ -42,29 +42,29 @@ class Metrics:
     def __init__(self, stats: Callable[[], Stats]):
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(stats))
-        self._requests = Counter(
+        self.requests = Counter(
             "nudging_hf_requests",
             "Requests for answers that have ended, by how they ended",
             ["endpoint", "outcome"],
             registry=self._registry,
         )
-        self._tokens = Counter(
+        self.tokens = Counter(
             "nudging_hf_tokens",
             "Tokens of answers in the base's vocabulary, by the model that wrote them",
             ["author"],
             registry=self._registry,
         )
-        self._prompt_tokens = Counter(
+        self.prompt_tokens = Counter(
             "nudging_hf_prompt_tokens", "Tokens of the base's prompts", registry=self._registry
         )
-        self._first_token = Histogram(
+        self.first_token = Histogram(
             "nudging_hf_time_to_first_token_seconds",
             "From the arrival of a request to its first token",
             ["endpoint"],
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self._duration = Histogram(
+        self.duration = Histogram(
             "nudging_hf_request_duration_seconds",
             "From the arrival of a request to the end of its answers, for requests that were answered",
             ["endpoint"],
@@ -72,40 +72,20 @@ class Metrics:
             registry=self._registry,
         )
         for author in ("base", "nudging"):
-            self._tokens.labels(author)
+            self.tokens.labels(author)
 
     def text(self) -> bytes:
         """All numbers in the text format of Prometheus."""
         return generate_latest(self._registry)
 
-    def ended(self, endpoint: str, outcome: Outcome) -> None:
-        """A request has ended."""
-        self._requests.labels(endpoint, outcome).inc()
-
-    def watch(self, endpoint: str) -> RequestWatch:
-        """A request has arrived."""
-        return RequestWatch(self, endpoint)
-
-    def add_prompt(self, tokens: int) -> None:
-        """A prompt has been taken."""
-        self._prompt_tokens.inc(tokens)
-
-    def add_tokens(self, base: int, nudging: int) -> None:
-        """Both models have written so many tokens."""
-        self._tokens.labels("base").inc(base)
-        self._tokens.labels("nudging").inc(nudging)
-
-    def observe_first_token(self, endpoint: str, seconds: float) -> None:
-        """A request has its first token."""
-        self._first_token.labels(endpoint).observe(seconds)
-
-    def observe_duration(self, endpoint: str, seconds: float) -> None:
-        """A request has been answered."""
-        self._duration.labels(endpoint).observe(seconds)
-
 
 class RequestWatch:
-    """One request, from its arrival to its end, which is counted once."""
+    """One request, from its arrival to its end, which is counted once.
+
+    Args:
+        metrics: where it is counted.
+        endpoint: which kind of request it is.
+    """
 
     def __init__(self, metrics: Metrics, endpoint: str):
         self._metrics = metrics
@@ -117,14 +97,15 @@ class RequestWatch:
         """The models have written so many tokens of its answers."""
         if not self._has_token and base + nudging:
             self._has_token = True
-            self._metrics.observe_first_token(self._endpoint, time.monotonic() - self._began)
-        self._metrics.add_tokens(base, nudging)
+            self._metrics.first_token.labels(self._endpoint).observe(time.monotonic() - self._began)
+        self._metrics.tokens.labels("base").inc(base)
+        self._metrics.tokens.labels("nudging").inc(nudging)
 
     def end(self, outcome: Outcome) -> None:
         """The request has ended; only the first call counts."""
         if self._has_ended:
             return
         self._has_ended = True
-        self._metrics.ended(self._endpoint, outcome)
+        self._metrics.requests.labels(self._endpoint, outcome).inc()
         if outcome == "answered":
-            self._metrics.observe_duration(self._endpoint, time.monotonic() - self._began)
+            self._metrics.duration.labels(self._endpoint).observe(time.monotonic() - self._began)

@@ -30,10 +30,7 @@ class _Refusal(NamedTuple):
 
 
 _NO_TOOLS = "the base writes plain text and cannot call tools"
-_NO_PENALTY = "transformers has no such penalty: use `repetition_penalty`"
-_NO_FORMAT = "answers are text, without a schema: leave it out"
 _TEXT_ONLY = "prompts and answers are text"
-_NOTHING_STORED = "this server stores nothing"
 _REFUSALS = {
     "tools": _Refusal(_NO_TOOLS, ([],)),
     "tool_choice": _Refusal(_NO_TOOLS, ("none", "auto")),
@@ -41,9 +38,7 @@ _REFUSALS = {
     "functions": _Refusal(_NO_TOOLS, ([],)),
     "function_call": _Refusal(_NO_TOOLS, ("none", "auto")),
     "web_search_options": _Refusal(_NO_TOOLS),
-    "response_format": _Refusal(_NO_FORMAT, ({"type": "text"},)),
-    "presence_penalty": _Refusal(_NO_PENALTY, (0,)),
-    "frequency_penalty": _Refusal(_NO_PENALTY, (0,)),
+    "response_format": _Refusal("answers are text, without a schema: leave it out", ({"type": "text"},)),
     "modalities": _Refusal(_TEXT_ONLY, (["text"],)),
     "audio": _Refusal(_TEXT_ONLY),
     "prediction": _Refusal("the nudging model's words are the prediction that is verified"),
@@ -51,7 +46,7 @@ _REFUSALS = {
         "there is no such setting: set what the chat template takes in `chat_template_kwargs`"
     ),
     "verbosity": _Refusal("there is no such setting", ("medium",)),
-    "store": _Refusal(_NOTHING_STORED, (False,)),
+    "store": _Refusal("this server stores nothing", (False,)),
     "service_tier": _Refusal("there is only one", ("auto", "default")),
     "echo": _Refusal("a reply holds the answer alone: put the prompt before it", (False,)),
     "suffix": _Refusal("the base writes from left to right and sees no text after the answer", ("",)),
@@ -88,6 +83,8 @@ class RequestFields(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
 
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
@@ -106,11 +103,9 @@ class RequestFields(BaseModel):
         if not isinstance(given, Mapping):
             return given
         for name, (reason, neutral) in _REFUSALS.items():
-            if name in given and name not in cls.model_fields:
-                value = given[name]
-                if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
-                    if not (_is_number(value) and any(_is_number(one) and value == one for one in neutral)):
-                        raise refusal(name, f"`{name}` is not supported: {reason}.")
+            value = given.get(name)
+            if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
+                raise refusal(name, f"`{name}` is not supported: {reason}.")
         return {name: value for name, value in given.items() if name not in (*_REFUSALS, *_NOTES)}
 
     @field_validator("stop", mode="before")
@@ -349,10 +344,6 @@ def _lists_of_ids(given: Any) -> list[list[int]]:
         isinstance(each, list) and each and all(type(i) is int and 0 <= i < _MOST for i in each) for each in lists
     )
     return lists if are_ids else []
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _quote(value: Any) -> str:

@@ -33,7 +33,6 @@ from ..core.validation import (
     validate_cache,
     validate_causal_lm,
     validate_prompt_tensors,
-    validate_weights,
 )
 from ..core.vocabulary import Vocabulary
 
@@ -300,7 +299,6 @@ def _generate_mixed(
     if arguments.get("custom_generate") is not None:
         raise ValueError("`custom_generate` replaces the loop in which models are mixed: leave it out.")
     validate_causal_lm(model, "base", "model")
-    validate_weights(model, "base")
     vocabulary = loaded_vocabulary(tokenizer, model, "tokenizer", "base")
     use_cache = bool(config.use_cache)
     small_models = [
@@ -347,7 +345,6 @@ def _checked(name: str, given: _Given, base: Any, vocabulary: Vocabulary, rows: 
     model, tokenizer, input_ids, attention_mask = given
     model, tokenizer = resolved_model(base, model, tokenizer)
     validate_causal_lm(model, f"{name} model", f"{name}_model")
-    validate_weights(model, f"{name} model")
     if use_cache:
         validate_cache(model, f"{name} model")
     own = loaded_vocabulary(tokenizer, model, f"{name}_tokenizer", f"{name} model")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "examples" / "mini"
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 
 @pytest.fixture(scope="session")

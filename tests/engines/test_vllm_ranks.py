@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_server import ENVIRONMENT
 
 import nudging_hf
 
@@ -58,16 +59,7 @@ def test_answers_of_two_ranks_are_those_in_process(models, questions, tmp_path):
     given = {"base": str(models / "base"), "nudging": str(models / "nudging"), "prompts": prompts}
     script = tmp_path / "ask.py"
     script.write_text(ASK)
-    environment = {
-        **os.environ,
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_USE_V2_MODEL_RUNNER": "0"}
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(given)], env=environment, capture_output=True, text=True, timeout=600
     )

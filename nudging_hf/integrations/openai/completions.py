@@ -96,7 +96,7 @@ class Completions:
         http_client: an `AsyncClient` of httpx to be used instead of one's own. It is not closed.
 
     Attributes:
-        requests (`int`): how many requests were sent.
+        tokens (`int`): how many tokens the engine has sent.
     """
 
     def __init__(self, base_url: str, model: str, api_key: str | None, timeout: float, http_client: Any = None):
@@ -109,23 +109,21 @@ class Completions:
             max_retries=0,  # Whoever asks tries again, also after half an answer.
             http_client=http_client,
         )
-        self.requests = 0
+        self.tokens = 0
 
     async def close(self) -> None:
         if self._owns_client:
             await self._client.close()
 
-    async def owner(self) -> str | None:
-        """Who says to own the model: "vllm", "sglang", "llamacpp", ...; `None` if the engine does not say."""
+    async def card(self) -> Mapping[str, Any]:
+        """What the engine says of the model: who owns it ("vllm", "sglang", "llamacpp", ...), its context length."""
         try:
             listed = await self._client.get("/models", cast_to=object)
         except openai.OpenAIError:
-            return None
+            return {}
         models = listed.get("data") if isinstance(listed, Mapping) else None
-        for each in models if isinstance(models, list) else ():
-            if isinstance(each, Mapping) and isinstance(each.get("owned_by"), str):
-                return each["owned_by"]
-        return None
+        cards = [each for each in models if isinstance(each, Mapping)] if isinstance(models, list) else []
+        return next((each for each in cards if each.get("id") == self._model), cards[0] if cards else {})
 
     async def stream(
         self, prompt: Sequence[int] | str, max_tokens: int, logprobs: int, **more: Any
@@ -155,7 +153,6 @@ class Completions:
             "stream": True,
             **more,
         }
-        self.requests += 1
         finished = False
         try:
             events = await self._client.post(
@@ -165,6 +162,7 @@ class Completions:
                 async for event in events:
                     chunk = _chunk_of(event)
                     finished = finished or chunk.finish_reason is not None
+                    self.tokens += len(chunk.tokens)
                     yield chunk
             finally:
                 await events.close()

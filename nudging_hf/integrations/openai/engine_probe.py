@@ -24,9 +24,11 @@ class Abilities(NamedTuple):
 
     Args:
         decodes_eos: whether the engine tells EOS like any other token if it is asked to with `ignore_eos`.
+        context_length: how many tokens a prompt and its answer may have together, if it says so.
     """
 
     decodes_eos: bool
+    context_length: int | None = None
 
 
 async def probe(
@@ -62,9 +64,11 @@ async def probe(
         if sum(len(chunk.tokens) for chunk in chunks) != 1:
             raise EngineError(
                 "The engine does not stop where the base is unsure: start vLLM with `--logits-processors "
-                "nudging_hf.integrations.vllm_stop:StopWhenUnsure`, or leave out `stops_when_unsure`."
+                "nudging_hf.integrations.vllm.stop_when_unsure:StopWhenUnsure`, or leave out `stops_when_unsure`."
             )
-    return Abilities(decodes_eos=await completions.owner() in _DECODE_EOS)
+    card = await completions.card()
+    length = card.get("max_model_len")
+    return Abilities(card.get("owned_by") in _DECODE_EOS, length if isinstance(length, int) else None)
 
 
 async def _complete(completions: Completions, prompt: Sequence[int], text: str, logprobs: int) -> list[Chunk]:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import random
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -21,44 +19,26 @@ from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import (
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.utils import logging
 
 from ...core.advance import end
-from ...core.config import AUTO
 from ...core.generate import loaded_vocabulary, prepare
 from ...core.prompts import unpad
 from ...core.rounds import Question
 from ...core.row import Prediction, Row
 from ...core.sampling import fold_in
-from ...core.vocabulary import Vocabulary
 from ...provenance import PieceReader
 from ..described_base import described_base
 from ..engine_decoder import EnginePass
-from .completions import Completions, EngineError, EngineUnavailable, Token
-from .engine_probe import Abilities, probe
+from .completions import Completions, EngineUnavailable
+from .engine_probe import Abilities
+from .row_requests import RowRequests, num_logprobs
+from .session import Counts, Session, Waiting
 from .shared_writer import SharedWriter, waits
 
-__all__ = ["EngineError", "RemoteAnswer", "RemoteBase"]
-
-logger = logging.get_logger(__name__)
-
 _MAX_REQUEST_TOKENS = 256  # An engine that does not notice that a request is cancelled decodes this many in vain.
-_FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0  # Seconds between tries.
 _SEEDS = 1 << 31  # llama.cpp takes 32 bits.
 # What stands where the nudging model has written and the base was not asked.
 _UNASKED = Prediction(token=-1, score=math.nan, top1=math.nan, best=math.nan)
-_WARPERS = {
-    TemperatureLogitsWarper: "temperature",
-    TopKLogitsWarper: "top_k",
-    TopPLogitsWarper: "top_p",
-    MinPLogitsWarper: "min_p",
-}
 _NOT_TOLD = {
     "streamer": "call `stream`",
     "return_dict_in_generate": "each answer is a `RemoteAnswer`",
@@ -115,11 +95,17 @@ class RemoteBase:
             How many seconds the engine may be silent in a request.
         retry_for (`float`, defaults to 600):
             How many seconds an answer waits for an engine that is busy, broken or gone, before it ends with an error.
+            They begin anew with each token. Give more than a restart of the engine takes.
         stops_when_unsure (`bool`, defaults to `False`):
             Whether the engine itself ends a request where the base is unsure: see
-            [`~integrations.vllm_stop`]. For greedy answers, the gate "top1" and a threshold that is a number.
+            [`~integrations.vllm.stop_when_unsure`]. This is for greedy answers, the gate "top1" and a threshold that
+            is a number.
         http_client (*optional*):
             An `AsyncClient` of httpx to be used instead of one's own. It is not closed.
+
+    Attributes:
+        described (`PreTrainedModel`): the base with its configs, perhaps without its weights.
+        requests (`RowRequests`): what the engine is asked for a row, which refuses what it cannot be told.
 
     Example:
         async with RemoteBase("http://localhost:8000/v1", "allenai/OLMo-2-1124-7B") as base:
@@ -143,12 +129,14 @@ class RemoteBase:
         if max_concurrency < 1:
             raise ValueError(f"`max_concurrency` must be >= 1, got {max_concurrency!r}.")
         base = model if base is None else base
-        self._described: Any = base if isinstance(base, PreTrainedModel) else described_base(base)
-        self._vocabulary = loaded_vocabulary(tokenizer, self._described, "tokenizer", "base")
+        self.described: Any = base if isinstance(base, PreTrainedModel) else described_base(base)
+        self.max_concurrency = max_concurrency
+        self._vocabulary = loaded_vocabulary(tokenizer, self.described, "tokenizer", "base")
+        self.requests = RowRequests(self.described, self._vocabulary, stops_when_unsure)
         self._url, self._model, self._key_variable = base_url, model, api_key_variable
-        self._max_concurrency, self._timeout, self._retry_for = max_concurrency, timeout, retry_for
+        self._timeout, self._retry_for = timeout, retry_for
         self._stops_when_unsure, self._http_client = stops_when_unsure, http_client
-        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, _Session] = WeakKeyDictionary()
+        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, Session] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         parts = urlsplit(self._url)
@@ -172,13 +160,27 @@ class RemoteBase:
         if session is not None:
             await session.close()
 
-    async def check(self, nudge_gate: str = "top1") -> None:
-        """Tries the engine, as the first answer with a gate does.
+    async def check(self, nudge_gate: str = "top1", waits: bool = False) -> Abilities:
+        """Tries the engine, as the first answer with a gate does, and returns what it can do.
+
+        Args:
+            nudge_gate: of the answers.
+            waits: whether to wait up to `retry_for` seconds for an engine that is busy or not there.
 
         Raises:
             EngineError: if it cannot be used. The message says what is wrong, and which argument or flag mends it.
         """
-        await self._session().abilities(_num_logprobs(nudge_gate))
+        session, waiting = self._session(), Waiting(self._retry_for if waits else 0.0)
+        while True:
+            try:
+                return await session.abilities(num_logprobs(nudge_gate))
+            except EngineUnavailable as error:
+                await waiting.after(error)
+
+    def counts(self) -> Counts:
+        """What the answers of the running event loop have taken so far."""
+        session = self._sessions.get(asyncio.get_running_loop())
+        return Counts(0, 0) if session is None else session.counts()
 
     async def generate(
         self,
@@ -210,11 +212,10 @@ class RemoteBase:
             EngineError: if the engine cannot be used at all.
         """
         calls = self._calls(prompts, nudging_prompts)
-        session = self._session()
-        writer = session.writer(nudging_model, kwargs.get("nudging_tokenizer"))
         rows = await asyncio.to_thread(self._prepare_all, calls, nudging_model, kwargs)
-        await self._try_engine(session, rows)
-        tasks = [asyncio.create_task(self._answer(row, session, writer)) for row in rows]
+        await self._try_engine(rows)
+        pair = nudging_model, kwargs.get("nudging_tokenizer")
+        tasks = [asyncio.create_task(self._answer(row, *pair)) for row in rows]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -250,17 +251,13 @@ class RemoteBase:
         calls = self._calls(prompt, None if nudging_prompt is None else [nudging_prompt])
         if len(calls) != 1:
             raise ValueError(f"`stream` takes one prompt, got {len(calls)}: call it once for each.")
-        session = self._session()
-        writer = session.writer(nudging_model, kwargs.get("nudging_tokenizer"))
         [row, *more] = await asyncio.to_thread(self._prepare_all, calls, nudging_model, kwargs)
         if more:
             raise ValueError(f"`stream` writes one answer, got `num_return_sequences={len(more) + 1}`: leave it out.")
-        await self._try_engine(session, [row])
-        if isinstance(row, Exception):
-            raise row
+        assert isinstance(row, Row)  # If there are none at all, the reason is raised.
+        await self._try_engine([row])
         reader, done = PieceReader(self.tokenizer), 0
-        work = _Work(row, self._fields(row))
-        async with aclosing(self._write(work, session, writer)) as steps:
+        async with aclosing(self.write(Work(row), nudging_model, kwargs.get("nudging_tokenizer"))) as steps:
             async for _ in steps:
                 ids, nudged = row.answer.ids[done:], row.nudged[done:]
                 done += len(ids)
@@ -274,13 +271,13 @@ class RemoteBase:
 
     # Before an answer: prompts, rows, and what the engine is asked for.
 
-    def _session(self) -> _Session:
+    def _session(self) -> Session:
         loop = asyncio.get_running_loop()
         if loop not in self._sessions:
             key = os.environ.get(self._key_variable) or None
             completions = Completions(self._url, self._model, key, self._timeout, self._http_client)
-            stop_fields = self._stop_fields(2.0) if self._stops_when_unsure else None
-            self._sessions[loop] = _Session(completions, self._vocabulary, self._max_concurrency, stop_fields)
+            stop_fields = self.requests.stop_fields(2.0) if self._stops_when_unsure else None
+            self._sessions[loop] = Session(completions, self._vocabulary, self.max_concurrency, stop_fields)
         return self._sessions[loop]
 
     def _calls(self, prompts: Any, nudging_prompts: Sequence[Sequence[int]] | None) -> list[dict[str, Any]]:
@@ -323,10 +320,10 @@ class RemoteBase:
         for call in calls:
             try:
                 own = prepare(
-                    self._described, **call, nudging_model=nudging_model, tokenizer=self.tokenizer, **kwargs
+                    self.described, **call, nudging_model=nudging_model, tokenizer=self.tokenizer, **kwargs
                 ).rows
                 for row in own:
-                    self._fields(row)
+                    self.requests.fields(row)
                 rows += own
             except Exception as error:
                 rows.append(error)
@@ -335,63 +332,17 @@ class RemoteBase:
             raise rows[0]
         return rows
 
-    async def _try_engine(self, session: _Session, rows: Sequence[Row | Exception]) -> None:
-        gates = {row.request.config.nudge_gate for row in rows if isinstance(row, Row)}
-        for gate in gates:
-            waited = _Waiting(self._retry_for)
-            while True:
-                try:
-                    await session.abilities(_num_logprobs(gate))
-                    break
-                except EngineUnavailable as error:
-                    await waited.after(error)
-
-    def _fields(self, row: Row) -> dict[str, Any]:
-        """The fields of the requests of a row: sampling, and where the engine is to stop.
-
-        Raises:
-            ValueError: for what an engine cannot be told.
-        """
-        config, samples = row.request.config, row.request.rules.base_samples
-        _num_logprobs(config.nudge_gate)
-        fields: dict[str, Any] = {"temperature": 1.0} if samples else {}
-        for processor in row.base.processors:
-            name = _WARPERS.get(type(processor)) if samples else None
-            if name is None:
-                raise ValueError(
-                    f"The engine runs the base, and a {type(processor).__name__} cannot be passed on to it: leave out "
-                    "the argument (or the field of the base's generation config) that asks for it."
-                )
-            fields[name] = getattr(processor, name)
-        if self._stops_when_unsure:
-            if samples or config.nudge_gate != "top1" or config.nudge_threshold == AUTO:
-                raise ValueError(
-                    "`stops_when_unsure` is for greedy answers, `nudge_gate='top1'` and a `nudge_threshold` that is a "
-                    "number: leave it out."
-                )
-            fields |= self._stop_fields(float(config.nudge_threshold))
-        return fields
-
-    def _stop_fields(self, threshold: float) -> dict[str, Any]:
-        eos = self._described.generation_config.eos_token_id
-        stop = eos[0] if isinstance(eos, (list, tuple)) else eos
-        stop = self.tokenizer.eos_token_id if stop is None else stop
-        if stop is None:
-            raise ValueError(
-                "The base has no EOS token, with which the engine could stop: leave out `stops_when_unsure`."
-            )
-        return {
-            "stop_token_ids": [int(stop)],
-            "vllm_xargs": {"nudge_threshold": threshold, "nudge_stop_id": int(stop)},
-        }
+    async def _try_engine(self, rows: Sequence[Row | Exception]) -> None:
+        for gate in {row.request.config.nudge_gate for row in rows if isinstance(row, Row)}:
+            await self.check(gate, waits=True)
 
     # One answer.
 
-    async def _answer(self, row: Row | Exception, session: _Session, writer: SharedWriter) -> RemoteAnswer:
+    async def _answer(self, row: Row | Exception, nudging_model: Any, nudging_tokenizer: Any) -> RemoteAnswer:
         if isinstance(row, Exception):
             return RemoteAnswer([], [], [], "error", "", row)
-        work = _Work(row, self._fields(row))
-        async with aclosing(self._write(work, session, writer)) as steps:
+        work = Work(row)
+        async with aclosing(self.write(work, nudging_model, nudging_tokenizer)) as steps:
             async for _ in steps:
                 pass
         assert row.finish_reason is not None
@@ -404,14 +355,20 @@ class RemoteBase:
             list(ids), list(row.nudged), top1, row.finish_reason, text, row.error, work.requests, work.base_tokens
         )
 
-    async def _write(self, work: _Work, session: _Session, writer: SharedWriter) -> AsyncGenerator[None, None]:
-        """Writes an answer to its end, and yields after each step. An error ends it, and is not raised."""
-        row = work.row
-        async with session.place():
+    async def write(self, work: Work, nudging_model: Any, nudging_tokenizer: Any = None) -> AsyncGenerator[None, None]:
+        """Writes an answer to its end, and yields after each step. An error ends it, and is not raised.
+
+        Args:
+            work: a row that [`~core.generate.prepare`] has made with [`RemoteBase.described`].
+            nudging_model, nudging_tokenizer: with which it was prepared.
+        """
+        session, row = self._session(), work.row
+        writer = session.writer(nudging_model, nudging_tokenizer)
+        async with session.places:
             try:
                 await writer.admit(row)
                 yield
-                waiting = _Waiting(self._retry_for)
+                waiting = Waiting(self._retry_for)
                 while row.is_open:
                     if row.request.limits.time_is_up():
                         end(row, "time")
@@ -423,10 +380,10 @@ class RemoteBase:
                                 yield
                         await writer.write(row)
                         yield
-                        waiting = _Waiting(self._retry_for)
+                        waiting = Waiting(self._retry_for)
                     except EngineUnavailable as error:
                         if work.base_tokens > before:
-                            waiting = _Waiting(self._retry_for)
+                            waiting = Waiting(self._retry_for)
                         await waiting.after(error)
             except Exception as error:
                 row.error = error
@@ -436,26 +393,32 @@ class RemoteBase:
                 writer.forget(row)
         yield
 
-    async def _phase(self, work: _Work, session: _Session, writer: SharedWriter) -> AsyncGenerator[None, None]:
+    async def _phase(self, work: Work, session: Session, writer: SharedWriter) -> AsyncGenerator[None, None]:
         """One request: takes in its tokens until the answer leaves them, and cancels it there."""
-        row, fields = work.row, dict(work.fields)
-        num_logprobs = _num_logprobs(row.request.config.nudge_gate)
-        abilities = await session.abilities(num_logprobs)
+        row, fields = work.row, self.requests.fields(work.row)
+        logprobs = num_logprobs(row.request.config.nudge_gate)
+        abilities = await session.abilities(logprobs)
         draft, start = writer.decoder.pending(row), len(row.answer.ids)
+        prompt = [*row.answer.prompt, *row.answer.ids]
         most = int(min(row.room, _MAX_REQUEST_TOKENS))
+        if abilities.context_length is not None:
+            most = min(most, abilities.context_length - len(prompt))
+        if most < 1:
+            end(row, "length")
+            return
         if abilities.decodes_eos:
             fields["ignore_eos"] = True
         if row.request.rules.base_samples:
             fields["seed"] = (fold_in(row.seed, 0) + start) % _SEEDS
         work.requests += 1
-        prompt = [*row.answer.prompt, *row.answer.ids]
         taken = 0
-        async with aclosing(session.completions.stream(prompt, most, num_logprobs, **fields)) as chunks:
+        async with aclosing(session.completions.stream(prompt, most, logprobs, **fields)) as chunks:
             async for chunk in chunks:
                 work.base_tokens += len(chunk.tokens)
-                said = [(token.id, self._prediction(token, row)) for token in chunk.tokens]
+                said = [(token.id, self.requests.prediction(token, row)) for token in chunk.tokens]
                 if chunk.finish_reason == "stop" and not said:
-                    eos = self._untold_eos(work)
+                    eos = self.requests.untold_eos(row)
+                    work.untold.add(len(row.answer.ids))
                     said = [(eos.token, eos)]
                 for decoded, prediction in said:
                     writer.decoder.take_in(row, EnginePass(draft, [*[_UNASKED] * len(draft), prediction]))
@@ -469,67 +432,10 @@ class RemoteBase:
         if not taken:
             raise EngineUnavailable("The engine ended a request without a token.")
 
-    def _prediction(self, token: Token, row: Row) -> Prediction:
-        """What a token of the engine says, as the base's prediction.
-
-        Raises:
-            EngineError: if the engine has left out a token before this one, or does not tell enough.
-        """
-        own = self._vocabulary.bytes_of(token.id)
-        if token.spelling is not None and own and token.spelling != own and token.spelling.endswith(own):
-            raise EngineError(
-                f"The engine has left out a token before id {token.id}, as llama.cpp's server does inside of "
-                "characters that take several tokens: run the base in vLLM or SGLang for such texts."
-            )
-        tops = token.top_logprobs
-        if len(tops) < _num_logprobs(row.request.config.nudge_gate):
-            raise EngineError(
-                f"The engine told the probabilities of {len(tops)} tokens at a place, and that is too few."
-            )
-        top1 = math.exp(max(tops[0], token.logprob))
-        score = top1
-        if row.request.config.nudge_gate == "margin":
-            score = math.exp(tops[0]) - math.exp(tops[1])
-        elif row.request.config.nudge_gate in ("rejection", "kad"):
-            score = math.exp(token.logprob)
-        chosen: int | None = token.id
-        if (
-            self._stops_when_unsure
-        ):  # The engine has forced a stop token there, and its own token is the most probable.
-            chosen = token.top_id
-            if chosen is None:
-                raise EngineError("The engine does not tell the id of the most probable token: update vLLM.")
-        assert chosen is not None
-        return Prediction(chosen, score, top1, best=0.0)
-
-    def _untold_eos(self, work: _Work) -> Prediction:
-        """The base's EOS, which has ended a request of an engine that does not send it. Its probability is not told.
-
-        Raises:
-            EngineError: if the base has no EOS, or the threshold sets itself by all probabilities.
-        """
-        eos = work.row.request.rules.base_eos
-        if not eos:
-            raise EngineError(
-                "The engine has ended the text, and the base's generation config names no EOS: give the folder or Hub "
-                "name of the model that the engine runs as `base=`."
-            )
-        if work.row.request.config.nudge_threshold == AUTO:
-            raise EngineError(
-                "The engine does not tell how probable EOS is, and `nudge_threshold='auto'` learns from all "
-                "probabilities: give a number."
-            )
-        work.untold.add(len(work.row.answer.ids))
-        return Prediction(eos[0], score=0.0, top1=0.0, best=0.0)
-
 
 @dataclass(eq=False)
-class _Work:
-    """An answer and what it took.
-
-    Args:
-        row: the answer.
-        fields: of its requests.
+class Work:
+    """An answer that is being written, and what it has taken.
 
     Attributes:
         requests, base_tokens: see [`RemoteAnswer`].
@@ -537,81 +443,9 @@ class _Work:
     """
 
     row: Row
-    fields: Mapping[str, Any]
     requests: int = 0
     base_tokens: int = 0
     untold: set[int] = field(default_factory=set)
-
-
-class _Session:
-    """What the answers of one event loop share: connections, places, writers, and what is known of the engine."""
-
-    def __init__(
-        self, completions: Completions, vocabulary: Vocabulary, places: int, stop_fields: dict[str, Any] | None
-    ):
-        self.completions = completions
-        self._vocabulary, self._stop_fields = vocabulary, stop_fields
-        self._places = asyncio.Semaphore(places)
-        self._writers: dict[tuple[int, int], tuple[SharedWriter, Any, Any]] = {}
-        self._abilities: dict[int, Abilities] = {}
-        self._trying = asyncio.Lock()
-
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """One of the answers that are written at the same time."""
-        async with self._places:
-            yield
-
-    def writer(self, nudging_model: Any, nudging_tokenizer: Any) -> SharedWriter:
-        """The writer of a nudging model. All answers that share it have the same token rules of the pair."""
-        key = (id(nudging_model), id(nudging_tokenizer))
-        if key not in self._writers:  # Both stay alive with it, so that no other gets the same id.
-            self._writers[key] = SharedWriter(nudging_model), nudging_model, nudging_tokenizer
-        return self._writers[key][0]
-
-    async def abilities(self, logprobs: int) -> Abilities:
-        """What the engine can do, tried once."""
-        async with self._trying:
-            if logprobs not in self._abilities:
-                self._abilities[logprobs] = await probe(
-                    self.completions, self._vocabulary, logprobs, self._stop_fields
-                )
-            return self._abilities[logprobs]
-
-    async def close(self) -> None:
-        for writer, _, _ in self._writers.values():
-            await writer.close()
-        await self.completions.close()
-
-
-class _Waiting:
-    """How long an answer waits before it asks again: exponentially longer, with jitter, and no longer than is given.
-
-    Args:
-        most: how many seconds the waiting may take in all.
-    """
-
-    def __init__(self, most: float):
-        self._most, self._tries = most, 0
-        self._began: float | None = None
-
-    async def after(self, error: EngineUnavailable) -> None:
-        """Waits after a failure.
-
-        Raises:
-            EngineError: if this has gone on for too long.
-        """
-        now = time.monotonic()
-        self._began = now if self._began is None else self._began
-        delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._tries) * random.uniform(0.5, 1.0)
-        delay = max(delay, error.retry_after * random.uniform(1.0, 1.1))
-        if now + delay > self._began + self._most:
-            raise EngineError(
-                f"The engine was asked for {self._most:g} seconds (`retry_for`) in vain. {error}"
-            ) from None
-        self._tries += 1
-        logger.info(f"Asking the engine again in {delay:.1f} s: {error}")
-        await asyncio.sleep(delay)
 
 
 def _follows(row: Row, length: int, token: int) -> bool:
@@ -622,17 +456,3 @@ def _follows(row: Row, length: int, token: int) -> bool:
         token: the last one that the engine has decoded.
     """
     return row.is_open and not waits(row) and len(row.answer.ids) == length and row.answer.ids[-1] == token
-
-
-def _num_logprobs(gate: str) -> int:
-    """Of how many tokens a gate needs the probabilities.
-
-    Raises:
-        ValueError: if it needs those of all tokens.
-    """
-    if gate == "entropy":
-        raise ValueError(
-            "`nudge_gate='entropy'` needs the probabilities of all tokens, and an engine tells those of a few: take "
-            "'top1', 'margin', 'rejection' or 'kad'."
-        )
-    return 2 if gate == "margin" else 1

@@ -229,7 +229,7 @@ class Nudger:
         going = [(step, row) for step in steps if isinstance(row := self._rows[step.request_id], Row)]
         try:
             passes = self._passes(going, logits)
-            ids = self.decoder.decide(passes, seconds)
+            ids = self.decoder.decide(passes, seconds, self.num_draft_tokens)
             grown |= {step.request_id: ids[row] for step, row in going if ids.get(row)}
         except Exception:  # Of a forward pass of the nudging model: no row of its cache can be trusted.
             for request_id, row in self._rows.items():

@@ -6,14 +6,13 @@ other fields of `NudgingConfig`, `nudging_input_ids` (the nudging model's prompt
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers import AutoTokenizer, GenerationConfig
 
 from ...core.config import NudgingConfig
+from ...count_penalties import CountPenalties
 
 # The draft length belongs to the engine, whose step runs all requests.
 KNOBS = tuple(name for name in NudgingConfig.field_names() if name != "num_draft_tokens")
@@ -30,31 +29,6 @@ _REFUSED = (
     ("logprob_token_ids", "`logprob_token_ids`", "only the most probable tokens are reported"),
     ("watermarking", "`watermarking`", "it would mark the base's tokens alone"),
 )
-
-
-class CountPenalties(LogitsProcessor):
-    """OpenAI's penalties: a token's logit falls with the number of times that the answer has it.
-
-    logit -= presence * (count > 0) + frequency * count, as in OpenAI's documentation of `/v1/completions`.
-
-    Args:
-        presence, frequency: the two penalties, from -2 to 2.
-        prompt_length: how many ids come before the answer.
-    """
-
-    def __init__(self, presence: float, frequency: float, prompt_length: int):
-        self.presence = presence
-        self.frequency = frequency
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            counts = Counter(ids)
-            places = torch.tensor(list(counts), dtype=torch.long, device=scores.device)
-            number = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)
-            scores[row, places] -= self.presence + self.frequency * number
-        return scores
 
 
 def hub_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
