@@ -35,7 +35,9 @@ def as_table(rows, delimiter):
 
 
 @settings(max_examples=25)
-@given(st.lists(st.tuples(TEXT, st.integers() | st.sampled_from(["Paris", "B", "no"])), min_size=1), LINE_ENDS, st.data())
+@given(
+    st.lists(st.tuples(TEXT, st.integers() | st.sampled_from(["Paris", "B", "no"])), min_size=1), LINE_ENDS, st.data()
+)
 def test_every_form_of_a_file_gives_the_same_prompts(tmp_path_factory, rows, end, data):
     folder = tmp_path_factory.mktemp("forms")
     rows = [{"question": question, "answer": answer} for question, answer in rows]
@@ -91,7 +93,7 @@ CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "
         ({"instruction": "Say hello.", "input": "", "output": ""}, Prompt(messages_of("Say hello."))),
         ({"question": "Who?", "context": "Ann came."}, Prompt(messages_of("Who?\n\nAnn came."))),
         ({"input": "1 + 1 =", "target": 2, "score": 0.5}, Prompt(messages_of("1 + 1 ="), answer="2")),
-        ({"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}, Prompt(messages_of("How many?"), answer="18")),
+        ({"question": "How?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}, Prompt(messages_of("How?"), answer="18")),
         ({"question": "Is it?", "answer": True}, Prompt(messages_of("Is it?"), answer="yes")),
         ({"Question ": "Who?", "ANSWER": 0.5, "task": 7}, Prompt(messages_of("Who?"), answer="0.5", task="7")),
         ({"question": "Who?", "system": "Be brief.", "answer": None}, Prompt(messages_of("Who?", "Be brief."))),
@@ -189,13 +191,13 @@ def test_what_was_read_is_told_in_one_line(tmp_path):
     prompts, said = read_prompts(tmp_path / "a.jsonl")
     assert said == (
         f"{tmp_path / 'a.jsonl'} (JSON lines): 4 chats, 3 with answers (1 read by the last number; 1 read by what the "
-        'text concludes with; 1 read by a judge alone, being too long for a rule); the first: "How many?" -> "18"'
+        "text concludes with; 1 read by a judge alone, being too long for a rule); the first: “How many?” -> “18”"
     )
     assert [prompt.is_labelled for prompt in prompts] == [True, True, False, False]
     with pytest.raises(ValueError, match="needs the right answer to each prompt, and 2 of 4 have none"):
         read_labelled_prompts(tmp_path / "a.jsonl")
     (tmp_path / "a.txt").write_text("Who?\n")
     assert read_prompts(tmp_path / "a.txt")[1].endswith(
-        '(plain text, a prompt a line): 1 chat, none with an answer; the first: "Who?"'
+        "(plain text, a prompt a line): 1 chat, none with an answer; the first: “Who?”"
     )
     assert "400 chats, 400 with answers (400 read by a pattern)" in read_prompts(MINI / "heldout.jsonl")[1]

@@ -40,9 +40,9 @@ def paired_difference(both: int, only_one: int, only_other: int, neither: int) -
     share_one, share_other = one / whole, other / whole
     spread = one * (whole - one) * other * (whole - other)
     together = both * neither - only_one * only_other
-    if together > 0:
-        together = max(0.0, together - whole / 2)  # Newcombe's correction for continuity.
-    phi = together / sqrt(spread) if spread else 0.0
+    # Newcombe's correction for continuity lessens a correlation that is positive.
+    corrected = max(0.0, together - whole / 2) if together > 0 else float(together)
+    phi = corrected / sqrt(spread) if spread else 0.0
 
     def reach(mine: float, its: float) -> float:
         return sqrt(max(0.0, mine * mine - 2 * phi * mine * its + its * its))

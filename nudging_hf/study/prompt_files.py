@@ -9,8 +9,8 @@ The extension tells the format where it is known, and the content tells it other
 A record is an object with these fields, a list of messages, or the text of a prompt. Further fields are ignored.
 
 - What is asked stands in one of `messages`, `conversations` (ShareGPT), `question`, `instruction`, `prompt` and
-  `input`. Beside `question`, `instruction` or `prompt`, `input` (Alpaca) or `context` is further text. Beside messages,
-  `prompt` is what the base is given. `system` is a system message.
+  `input`. Beside `question`, `instruction` or `prompt`, `input` (Alpaca) or `context` is further text. Beside
+  messages, `prompt` is what the base is given. `system` is a system message.
 - The right answer stands in one of `answer`, `target` and `output`, or else is the assistant's message at the end of a
   chat. It may be a number. Of an answer with a line `#### 18` (GSM8K) that line alone counts.
 - `pattern` and `task` are those of [`Prompt`].
@@ -69,8 +69,8 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], str]:
     path = Path(path)
     if path.suffix.lower() in _OTHER:
         raise ValueError(
-            f"{path}, line 1: a file of the kind {path.suffix.lower()} is not read; expected JSON lines, a JSON array, "
-            "CSV, TSV or plain text. In Python, `prompts` also takes a data set of the library datasets."
+            f"{path}, line 1: a file of the kind {path.suffix.lower()} is not read; expected JSON lines, a JSON "
+            "array, CSV, TSV or plain text. In Python, `prompts` also takes a data set of the library datasets."
         )
     form, records = _records_of(_text_of(path), path)
     prompts = []
@@ -109,8 +109,8 @@ def _rule_name(prompt: Prompt) -> str:
 
 
 def _short(text: str) -> str:
-    shown = json.dumps(" ".join(text.split()), ensure_ascii=False)
-    return shown if len(shown) <= 80 else f'{shown[:76]}..."'
+    text = " ".join(text.split())
+    return f"“{text if len(text) <= 80 else f'{text[:77]}...'}”"
 
 
 def _text_of(path: Path) -> str:

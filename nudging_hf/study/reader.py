@@ -55,6 +55,15 @@ class Answer:
         return cls(text, ids, finished, words=len(text.split()))
 
     @property
+    def pieces(self) -> list[Piece]:
+        """The text in pieces, each by one author."""
+        found, end = [], 0
+        for start, stop in self.nudged_spans:
+            found += [Piece(self.text[end:start], False), Piece(self.text[start:stop], True)]
+            end = stop
+        return [piece for piece in (*found, Piece(self.text[end:], False)) if piece.text]
+
+    @property
     def tokens(self) -> int:
         """How many tokens the answer has."""
         return len(self.ids)

@@ -126,8 +126,7 @@ def _scored(doc: Doc, answer: str, right: bool, question: str, reference: str) -
     """The accuracy by rule, and the judge's verdict if there is a judge."""
     scores = {"exact_match": float(right)}
     if judge.is_wanted():
-        fields = {"question": question, "reference": reference, "answer": answer}
-        scores["judged"] = float(judge.verdict(judge.CORRECT_PROMPT, {"correct": (0, 1)}, **fields)["correct"])
+        scores["judged"] = float(judge.grades(question, answer, reference)["correct"])
     return scores
 
 
