@@ -16,10 +16,11 @@ from nudging_hf import cli
 from nudging_hf.chats import messages_of
 from nudging_hf.core.config import NudgingConfig
 from nudging_hf.provenance import Piece
-from nudging_hf.study import comparison, demo
+from nudging_hf.study import comparison, demo, verdict
 from nudging_hf.study.comparison import Contestant, Result, Turn, compare, contestants_of
 from nudging_hf.study.journal import Journal
-from nudging_hf.study.prompts import Prompt, read_labelled_prompts, read_prompts
+from nudging_hf.study.prompt_files import read_labelled_prompts, read_prompts
+from nudging_hf.study.prompts import Prompt
 from nudging_hf.study.reader import Answer, Reader
 
 PROMPT = "What is the name of the thing?"
@@ -323,8 +324,8 @@ def test_an_argument_that_is_not_utf_8_is_one_line_and_exit_code_2(capsys, args)
         (b'{"messages": [{"role": "user", "content": "a"}], "prompt": "\\ud83d"}\n', "line 1, is no prompt"),
         (b'{"messages": [{"role": "user", "content": "a"}], "prompt": 7}\n', "`prompt` must be text, got 7"),
         (
-            b'{"messages": [{"role": "user", "content": "a"}], "pattern": "(a)", "answer": 7}\n',
-            "`answer` must be text",
+            b'{"messages": [{"role": "user", "content": "a"}], "pattern": "(a)", "answer": [7]}\n',
+            "`answer` must be text or a number, got [7]",
         ),
         (b'{"messages": "Why?"}\n', "A chat must be a list of messages"),
         (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n', "got a part {'type': 'text'}"),
@@ -343,7 +344,7 @@ def test_a_byte_order_mark_is_skipped_and_only_line_breaks_end_lines(tmp_path):
     path = tmp_path / "prompts"
     asked = ["one\u2028two", "three\x85four"]
     path.write_bytes("\ufeff{}\r\n{}\n".format(*asked).encode())
-    assert [prompt.messages[0]["content"] for prompt in read_prompts(path)] == asked
+    assert [prompt.messages[0]["content"] for prompt in read_prompts(path)[0]] == asked
     rows = [json.dumps({**QUESTIONS[0], "messages": messages_of(text)}, ensure_ascii=False) for text in asked]
     path.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
     assert [question.messages[0]["content"] for question in read_labelled_prompts(path)] == asked
@@ -538,12 +539,12 @@ def test_the_table_and_the_sentences_report_the_figures():
         return Result(contestant, questions, (Turn(1.0, passes, 7, answers, marks),))
 
     base, nudged = result(comparison.BASE, 2, 1000), result(NUDGED, 9, 400, nudged=True)
-    [said] = comparison.sentences([base, nudged])
-    assert f"{NUDGED} is above {comparison.BASE}: 90.0% against 20.0%, 70.0 points more" in said
-    lines = comparison.table([base, nudged]).splitlines()
+    [said] = verdict.sentences([base, nudged])
+    assert f"{NUDGED} is above {comparison.BASE}: 9 of 10 against 2 of 10, 70 points more" in said
+    lines = verdict.table([base, nudged]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert "1,000" in cells[2] and "400" in cells[3] and cells[3][3] == "50.0"
-    assert comparison.sentences([base]) == []
+    assert verdict.sentences([base]) == []
 
 
 def test_a_missing_pair_is_an_error_that_names_the_argument(capsys, tmp_path, monkeypatch):

@@ -111,8 +111,8 @@ def add_gate(parser: Any) -> None:
 PROMPT_FILE = (
     'JSON lines, a JSON array, CSV or TSV with the fields "messages", "conversations", "question", "instruction" (and '
     '"input") or "prompt", and "answer", "target" or "output" if the right answer is known; or plain text with a '
-    'prompt in each line. "pattern" is a regular expression with one group, whose last match is what a text answers. Beside '
-    '"messages", "prompt" is what the base is given, if that is something else than --base-template makes of them'
+    'prompt in each line. "pattern" is a regular expression with one group, whose last match is what a text answers. '
+    'Beside "messages", "prompt" is what the base is given, if --base-template is not to make it of them'
 )
 
 # Models -------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ def wilson(part: int, whole: int) -> Interval:
     middle = share + z2 / (2 * whole)
     reach = _Z * sqrt(share * (1 - share) / whole + z2 / (4 * whole * whole))
     scale = 1 + z2 / whole
-    return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
+    # Rounding may not move the end of an interval past the share itself.
+    return min(share, max(0.0, (middle - reach) / scale)), max(share, min(1.0, (middle + reach) / scale))
 
 
 def paired_difference(both: int, only_one: int, only_other: int, neither: int) -> Interval:

@@ -28,7 +28,7 @@ _LABELS = "ABCDEFGHIJ"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][-+]?\d+)?"
 # A minus after a letter, a digit or a bracket is a hyphen, a range or a difference.
 _NUMBER = re.compile(rf"(?:(?<![\w)\]}}.%])[-−+])?[$€£]?(?:(?<=[$€£])[-−])?{_DIGITS}")
-_WHOLE_NUMBER = re.compile(rf"\s*({_NUMBER.pattern})\s*%?[.]?\s*")
+_WHOLE_NUMBER = re.compile(rf"\s*({_NUMBER.pattern})\s*%?[.,;:!?]?\s*")
 _CONCLUSION = re.compile(r"(?i)\banswer(?:\s+is\b|:)|####|\\boxed\{")
 _AROUND = " \t\r\n.,;:!?\"'“”‘’()[]{}*_`$"
 

@@ -42,9 +42,14 @@ class Scores:
         return sum(counted) / len(counted)
 
     def __str__(self) -> str:
+        return f"{sum(self.marks)} of {len(self.marks)}" if self.marks else f"{self.value:.2f}"
+
+    @property
+    def statement(self) -> str:
+        """The value as a clause."""
         if self.marks:
-            return f"{sum(self.marks)} of {len(self.marks)} right"
-        return f"a mean grade of {self.value:.2f} of 5 for {len(self.grades)} answers"
+            return f"{self} answers are right"
+        return f"a judge's mean grade of {len(self.grades)} answers is {self} of 5"
 
 
 class Difference(NamedTuple):
@@ -64,7 +69,7 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         scale, digits = (100, 0) if self.in_points else (1, 2)
         said = f"{abs(self.gain) * scale:.{digits}f} {'points' if self.in_points else 'grades'}"
-        said += " more" if self.gain > 0 else " less" if self.gain < 0 else " of difference"
+        said += " less" if self.gain < 0 else " more"
         if self.interval is None:
             return f"{said} (on a single answer)"
         low, high = (f"{end * scale:+.{digits}f}".replace("-", "−") for end in self.interval)
@@ -112,8 +117,8 @@ def verdict(base: Scores, nudging: Scores, nudged: Sequence[Nudged]) -> str:
     over_base, over_nudging = difference(best.scores, base), difference(best.scores, nudging)
     opening, advice = _judged(over_base.direction, over_nudging.direction, best, len(nudged))
     return (
-        f"{opening}: with {best.setting} {best.scores}, {over_base} than the base alone ({base}; the nudging "
-        f"model alone: {nudging}), {_cost(best)}; {advice}."
+        f"{opening}: with {best.setting}, {best.scores.statement}, {over_base} than the base alone ({base}; the "
+        f"nudging model alone: {nudging}), {_cost(best)}; {advice}."
     )
 
 
