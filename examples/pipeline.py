@@ -17,8 +17,8 @@ import nudging_hf
 MINI = Path(__file__).parent / "mini" / "models"
 SYSTEM = {"role": "system", "content": "Answer the question and show every step on the way."}
 QUESTIONS = [
-    "Question: Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
-    'Question: Join the last letters of the words "Breto", "Dal".',
+    "Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
+    'Join the last letters of the words "Breto", "Dal".',
 ]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,7 +35,6 @@ pipe = pipeline(
     model=args.base,
     nudging_model=args.nudging_model,
     nudge_threshold=args.threshold,
-    base_template="{system}\n{user}\n",
     device_map=args.device_map,
 )
 chats = [[SYSTEM, {"role": "user", "content": question}] for question in QUESTIONS]

@@ -14,6 +14,9 @@ from .core.prompts import TemplateRefusal, templated_ids
 # The plain prompts of the nudging paper (arXiv 2410.09300).
 REASONING_TEMPLATE = "{system}\nQuestion: {user}\n"
 INSTRUCTION_TEMPLATE = "{system}\nInstruction: {user}\n"
+# All commands, functions and examples take this one, so that a threshold is found on prompts of the form in which it
+# is used.
+DEFAULT_TEMPLATE = REASONING_TEMPLATE
 
 Message = Mapping[str, Any]
 
@@ -33,7 +36,7 @@ def chat_inputs(
     chats: Sequence[Message] | Sequence[Sequence[Message]],
     tokenizer: Any,
     nudging_tokenizer: Any,
-    base_template: str = REASONING_TEMPLATE,
+    base_template: str = DEFAULT_TEMPLATE,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> BatchEncoding:
     """Makes the inputs of both models for one chat or several. Pass them to `generate` unchanged.
@@ -90,7 +93,7 @@ def chat_inputs(
     return BatchEncoding({**own, "nudging_input_ids": nudging_ids, "nudging_attention_mask": nudging_mask})
 
 
-def plain_prompt(messages: Sequence[Message], template: str = REASONING_TEMPLATE) -> str:
+def plain_prompt(messages: Sequence[Message], template: str = DEFAULT_TEMPLATE) -> str:
     r"""The base's prompt for a chat, as plain text.
 
     Each user turn fills in the template. After the first turn, and without a system message, `{system}` is left out

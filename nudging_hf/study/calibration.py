@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from ..chats import REASONING_TEMPLATE
+from ..chats import DEFAULT_TEMPLATE
 from ..core.config import NudgingConfig
 from ..core.gate import GATES
 from ..pair import Pair
@@ -199,7 +199,7 @@ def calibrate(
     by_score: bool = False,
     thresholds: Sequence[float] | None = None,
     nudging_config: NudgingConfig | None = None,
-    base_template: str = REASONING_TEMPLATE,
+    base_template: str = DEFAULT_TEMPLATE,
     max_new_tokens: int = 256,
     batch_size: int = 16,
     resume: str | Path | None = None,

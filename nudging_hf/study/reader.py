@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..chats import REASONING_TEMPLATE, chat_inputs, padded, plain_prompt
+from ..chats import DEFAULT_TEMPLATE, chat_inputs, padded, plain_prompt
 from ..core.answer import OneVocabulary, answer_class
 from ..core.config import NudgingConfig
 from ..core.gate import top1_probabilities
@@ -87,7 +87,7 @@ class Reader:
         base_template: the template of the base's prompt, where a [`Prompt`] does not say what that is.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, chat: bool, base_template: str = REASONING_TEMPLATE):
+    def __init__(self, model: Any, tokenizer: Any, chat: bool, base_template: str = DEFAULT_TEMPLATE):
         self.model = model
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
