@@ -44,7 +44,7 @@ for (record,) in pipe(chats, batch_size=2, return_full_text=False, return_nudged
 
 print("The plain task takes nudging_model= too; a string is the base's prompt as it is:\n")
 plain = pipeline("text-generation", model=args.base, device_map=args.device_map)
-prompt = f"{SYSTEM['content']}\n{QUESTIONS[0]}\n"
+prompt = nudging_hf.plain_prompt(chats[0])
 for model in (args.nudging_model, None):
     record = plain(prompt, nudging_model=model, max_new_tokens=80, do_sample=False, return_full_text=False)[0]
     print(f"nudging_model={model and Path(model).name}: {record['generated_text']!r}\n")
