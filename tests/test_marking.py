@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nudging_hf.chats import messages_of
-from nudging_hf.study.marking import LONGEST_ANSWER, number_of, rule_for
+from nudging_hf.study.marking import LONGEST_ANSWER, number_of, reference, rule_for
 from nudging_hf.study.prompts import Prompt
 
 
@@ -59,6 +59,21 @@ def test_the_answer_tells_how_a_text_is_read(answer, rule, right, wrong):
 def test_a_long_answer_is_a_reference_and_no_rule_marks_it():
     assert rule_for(" ".join(["a"] * LONGEST_ANSWER)) and rule_for(" ".join(["a"] * (LONGEST_ANSWER + 1))) is None
     assert rule_for("word " * 20, "(a)").name == "the last match of '(a)'"
+
+
+@pytest.mark.parametrize(
+    ("text", "due"),
+    [
+        ("9 + 9 = 18\n#### 1,018\n", "1,018"),
+        (r"So it is $\boxed{18}$.", "18"),
+        ("So the answer is 19.", "19."),
+        ("#### Steps\nFirst one, then the other, for the answer is in between, and so on and on.", None),
+        ("Paris", None),
+    ],
+)
+def test_of_a_worked_solution_the_conclusion_is_due(text, due):
+    assert reference(text) == (due or text)
+    assert rule_for(reference(text)) is None or is_right(f"Yes.\n{text}", reference(text))
 
 
 def test_what_a_pattern_takes_is_compared_as_text_or_as_a_number():

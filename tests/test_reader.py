@@ -196,6 +196,8 @@ def test_what_was_read_is_told_in_one_line(tmp_path):
     assert [prompt.is_labelled for prompt in prompts] == [True, True, False, False]
     with pytest.raises(ValueError, match="needs the right answer to each prompt, and 2 of 4 have none"):
         read_labelled_prompts(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_text("id,question,gold answer\n1,Who?,Ann\n")
+    assert read_prompts(tmp_path / "a.csv")[1].endswith("the first: “Who?”; ignored: `id`, `gold answer`")
     (tmp_path / "a.txt").write_text("Who?\n")
     assert read_prompts(tmp_path / "a.txt")[1].endswith(
         "(plain text, a prompt a line): 1 chat, none with an answer; the first: “Who?”"

@@ -109,8 +109,13 @@ class Calibration:
     def verdict(self) -> str:
         """What was found, what it rests on, and what was not measured, in one sentence."""
         point, target = self.chosen, self.target_nudge_rate
-        if target is None:
-            opening = f"The score is the best of {len(self.curve)} thresholds"
+        if target is None and not point.right:
+            opening = "No answer is right at any threshold"
+        elif target is None:
+            among = (
+                "the only one that was tried" if len(self.curve) == 1 else f"the best of {len(self.curve)} thresholds"
+            )
+            opening = f"The score is {among}"
         elif abs(point.nudge_rate - target) <= 2 * _CLOSE:
             opening = f"The rate is on target ({target:.1%})"
         else:

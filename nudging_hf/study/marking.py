@@ -7,7 +7,8 @@ how a text is read:
 - yes, no, true or false: the last verdict (see `tasks.scoring.last_verdict`);
 - a capital letter from A to J: the last choice that the text states or marks;
 - any other text of up to 12 words: what the text concludes with must contain it as whole words, whatever the case.
-  That is the rest of the sentence after the last "answer is", "answer:", "####" or "\\boxed{", or else the last line.
+  That is what a box (`\\boxed{18}`) or a last line `#### 18` holds, or the rest of the sentence after the last "answer
+  is" or "answer:", or else the last line.
 
 No rule marks a longer answer: it is a reference for a judge. Two answers that are both numbers are compared as
 numbers, with or without a pattern: "1,234", "1234.0" and "$1,234." are equal.
@@ -29,7 +30,8 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)
 # A minus after a letter, a digit or a bracket is a hyphen, a range or a difference.
 _NUMBER = re.compile(rf"(?:(?<![\w)\]}}.%])[-−+])?[$€£]?(?:(?<=[$€£])[-−])?{_DIGITS}")
 _WHOLE_NUMBER = re.compile(rf"\s*({_NUMBER.pattern})\s*%?[.,;:!?]?\s*")
-_CONCLUSION = re.compile(r"(?i)\banswer(?:\s+is\b|:)|####|\\boxed\{")
+_BOXED = re.compile(r".*\\boxed\{(.+?)\}|.*^####[ \t]*(\S[^\n]*?)\s*\Z", re.DOTALL | re.MULTILINE)
+_STATED = re.compile(r"(?i)\banswer(?:\s+is\b|:)")
 _AROUND = " \t\r\n.,;:!?\"'“”‘’()[]{}*_`$"
 
 
@@ -47,13 +49,27 @@ def last_number(text: str) -> str | None:
 
 def conclusion(text: str) -> str | None:
     """What a text concludes with, as the head of the module defines it."""
-    stated = list(_CONCLUSION.finditer(text))
-    if stated:
-        rest = text[stated[-1].end() :].strip()
-        found = re.split(r"(?<=[.!?])\s|\n", rest, maxsplit=1)[0]
-    else:
-        found = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-    return found.strip() or None
+    return _conclusion(text) or next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
+
+
+def _conclusion(text: str) -> str | None:
+    """What a text says that its answer is; `None` if it does not say that in so many words."""
+    if boxed := _BOXED.match(text):
+        return boxed[1] or boxed[2]
+    stated = list(_STATED.finditer(text))
+    rest = text[stated[-1].end() :].strip() if stated else ""
+    return re.split(r"(?<=[.!?])\s|\n", rest, maxsplit=1)[0] or None
+
+
+def reference(text: str) -> str:
+    """The answer that is due where a worked solution is given: what it concludes with, if it says so.
+
+    A text of more than 12 words counts as a whole unless it has a box or a last line `#### 18`, for "the answer is"
+    may stand in it by chance.
+    """
+    if _BOXED.match(text) or len(text.split()) <= LONGEST_ANSWER:
+        return (_conclusion(text) or text).strip()
+    return text.strip()
 
 
 class Rule(NamedTuple):

@@ -6,13 +6,14 @@ The extension tells the format where it is known, and the content tells it other
 - CSV and TSV, whose first line is a header: each row is a record;
 - plain text: each line is a prompt.
 
-A record is an object with these fields, a list of messages, or the text of a prompt. Further fields are ignored.
+A record is an object with these fields, a list of messages, or the text of a prompt. Further fields are ignored, and
+what was read is told with their names.
 
 - What is asked stands in one of `messages`, `conversations` (ShareGPT), `question`, `instruction`, `prompt` and
   `input`. Beside `question`, `instruction` or `prompt`, `input` (Alpaca) or `context` is further text. Beside
   messages, `prompt` is what the base is given. `system` is a system message.
 - The right answer stands in one of `answer`, `target` and `output`, or else is the assistant's message at the end of a
-  chat. It may be a number. Of an answer with a line `#### 18` (GSM8K) that line alone counts.
+  chat. It may be a number. Of a worked solution its conclusion counts, such as a last line `#### 18` (GSM8K).
 - `pattern` and `task` are those of [`Prompt`].
 """
 
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chats import messages_of, quoted
+from .marking import reference
 from .prompts import Prompt, validate_labelled
 
 _CHATS = ("messages", "conversations")
@@ -74,14 +76,18 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], str]:
         )
     form, records = _records_of(_text_of(path), path)
     prompts = []
+    ignored: dict[str, None] = {}
     for line, record in records:
         try:
             prompts.append(prompt_of(record))
+            if isinstance(record, Mapping):
+                ignored |= dict.fromkeys(name for name in record if _name(name) not in _KNOWN)
         except ValueError as error:
             raise ValueError(f"{path}, line {line}, is no prompt: {error}") from error
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")
-    return prompts, f"{path} ({form}): {description(prompts)}"
+    more = f"; ignored: {_listed(ignored)}" if ignored else ""
+    return prompts, f"{path} ({form}): {description(prompts)}{more}"
 
 
 def read_labelled_prompts(path: str | Path) -> list[Prompt]:
@@ -355,4 +361,4 @@ def _answer(value: Any, what: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{what} must be text or a number, got {quoted(value)}.")
-    return re.split(r"(?m)^####", value)[-1].strip()
+    return reference(value)
