@@ -42,15 +42,15 @@ def test_the_verdict_is_one_sentence_with_gain_uncertainty_share_cost_and_settin
     ]
     assert of_comparison(results) == (
         "Nudging helps: with γ = 0.4, 37 of 40 answers are right, 88 points more (95 % interval: +71 to +94) than the "
-        "base alone (2 of 40; the nudging model alone: 10 of 40), 10.0% of the words nudged, 3 times its time; take "
-        "γ = 0.4, the best of 2 that were tried on these."
+        "base alone (2 of 40; the nudging model alone: 10 of 40), 10.0% of the words nudged, 3 times the base's time "
+        "for an answer and 3 times for a word; take γ = 0.4, the best of 2 that were tried on these questions."
     )
 
 
 @pytest.mark.parametrize(
     ("base", "nudging", "nudged", "opening", "advice"),
     [
-        (2, 10, 37, "Nudging helps: ", "take γ = 0.4, the only setting that was tried."),
+        (2, 10, 37, "Nudging helps: ", "take γ = 0.4, the only one that was tried."),
         (30, 2, 10, "Nudging does not help: ", "take the base alone, or try another setting than γ = 0.4."),
         (2, 35, 10, "Nudging does not help: ", "take the nudging model alone, or try"),
         (
@@ -60,8 +60,8 @@ def test_the_verdict_is_one_sentence_with_gain_uncertainty_share_cost_and_settin
             "Nudging helps the base, but cannot be told apart from the nudging model alone: ",
             "take γ = 0.4,",
         ),
-        (20, 10, 22, "It cannot be told from so few questions whether nudging helps: ", "γ = 0.4 is the only setting"),
-        (0, 0, 0, "It cannot be told from so few questions whether nudging helps: ", "γ = 0.4 is the only setting"),
+        (20, 10, 22, "It cannot be told from so few questions whether nudging helps: ", "γ = 0.4 is the only one"),
+        (0, 0, 0, "It cannot be told from so few questions whether nudging helps: ", "γ = 0.4 is the only one"),
     ],
 )
 def test_the_verdict_says_no_more_than_can_be_told(base, nudging, nudged, opening, advice):
@@ -81,7 +81,7 @@ def test_what_was_not_measured_is_said_to_be_so():
     ]
     assert of_comparison(results) == (
         "Whether nudging helps, and which setting to take, was not measured: only the cost was (γ = 0.4: 10.0% of the "
-        "words nudged, 2.5 times its time)."
+        "words nudged, 2.5 times the base's time for an answer and 2.5 times for a word)."
     )
     assert sentences(results) == [] and nothing_right({"base alone": results[0].answered}) == []
     assert verdict(marks(0), marks(0), []) == "Whether nudging helps was not measured, because no nudged answer was."

@@ -91,13 +91,19 @@ def difference(one: Scores, other: Scores) -> Difference:
 
 @dataclass(frozen=True)
 class Nudged:
-    """A nudged base with one setting, such as "γ = 0.4": its scores, its share of nudged words, and its time as a
-    multiple of the base's; `None` for what was not measured."""
+    """A nudged base with one setting, such as "γ = 0.4"; `None` stands for what was not measured.
+
+    Args:
+        scores: how good its answers are.
+        nudge_rate: its share of nudged words.
+        relative_time, relative_time_per_word: its time for an answer and for a word, as multiples of the base's.
+    """
 
     setting: str
     scores: Scores
     nudge_rate: float | None
     relative_time: float | None = None
+    relative_time_per_word: float | None = None
 
 
 def verdict(base: Scores, nudging: Scores, nudged: Sequence[Nudged]) -> str:
@@ -115,33 +121,35 @@ def verdict(base: Scores, nudging: Scores, nudged: Sequence[Nudged]) -> str:
         return f"Whether nudging helps, and which setting to take, was not measured: only the cost was ({costs})."
     best = min(nudged, key=lambda each: (-each.scores.value, each.nudge_rate or 0.0))
     over_base, over_nudging = difference(best.scores, base), difference(best.scores, nudging)
-    opening, advice = _judged(over_base.direction, over_nudging.direction, best, len(nudged))
+    better = "the base" if base.value >= nudging.value else "the nudging model"
+    opening, advice = _judged(over_base.direction, over_nudging.direction, best.setting, len(nudged), better)
     return (
         f"{opening}: with {best.setting}, {best.scores.statement}, {over_base} than the base alone ({base}; the "
         f"nudging model alone: {nudging}), {_cost(best)}; {advice}."
     )
 
 
-def _judged(over_base: int, over_nudging: int, best: Nudged, tried: int) -> tuple[str, str]:
-    """How the verdict opens, and which setting it advises."""
-    among = "the only setting that was tried" if tried == 1 else f"the best of {tried} that were tried on these"
-    take = f"take {best.setting}, {among}"
+def _judged(over_base: int, over_nudging: int, setting: str, tried: int, better: str) -> tuple[str, str]:
+    """How the verdict opens, and what it advises. `better` is the model that is better when each is alone."""
+    among = f"the best of {tried} that were tried on these questions" if tried > 1 else "the only one that was tried"
     if over_base < 0 or over_nudging < 0:
-        better = "the base" if over_base < 0 else "the nudging model"
-        return "Nudging does not help", f"take {better} alone, or try another setting than {best.setting}"
+        return "Nudging does not help", f"take {better} alone, or try another setting than {setting}"
     if over_base > 0 and over_nudging > 0:
-        return "Nudging helps", take
+        return "Nudging helps", f"take {setting}, {among}"
     if over_base > 0:
-        return "Nudging helps the base, but cannot be told apart from the nudging model alone", take
-    return "It cannot be told from so few questions whether nudging helps", f"{best.setting} is {among}"
+        opening = "Nudging helps the base, but cannot be told apart from the nudging model alone"
+        return opening, f"take {setting}, {among}"
+    return "It cannot be told from so few questions whether nudging helps", f"{setting} is {among}"
 
 
 def _cost(each: Nudged) -> str:
-    words = (
-        "a share of words that was not measured" if each.nudge_rate is None else f"{each.nudge_rate:.1%} of the words"
-    )
-    time = "the time was not measured" if each.relative_time is None else f"{each.relative_time:.2g} times its time"
-    return f"{words} nudged, {time}"
+    words = "an unknown share" if each.nudge_rate is None else f"{each.nudge_rate:.1%}"
+    time = "the time was not measured"
+    if each.relative_time is not None:
+        time = f"{each.relative_time:.2g} times the base's time for an answer"
+        if each.relative_time_per_word is not None:
+            time += f" and {each.relative_time_per_word:.2g} times for a word"
+    return f"{words} of the words nudged, {time}"
 
 
 # A comparison -------------------------------------------------------------------------------------------------------
@@ -165,7 +173,13 @@ def of_comparison(results: Sequence[Result]) -> str:
     alone = {result.name: result for result in results}
     base = alone[BASE]
     nudged = [
-        Nudged(result.contestant.setting, scores_of(result), result.nudge_rate, result.seconds / base.seconds)
+        Nudged(
+            result.contestant.setting,
+            scores_of(result),
+            result.nudge_rate,
+            result.seconds / base.seconds,
+            _ratio(result.seconds_per_word, base.seconds_per_word),
+        )
         for result in results
         if result.contestant.nudged
     ]
@@ -192,7 +206,7 @@ def table(results: Sequence[Result]) -> str:
         row += [
             _number(result.nudge_rate),
             f"{result.seconds / base.seconds:.2f}",
-            _ratio(result.seconds_per_word, base.seconds_per_word),
+            "-" if (ratio := _ratio(result.seconds_per_word, base.seconds_per_word)) is None else f"{ratio:.2f}",
             f"{result.words:.0f}",
             *("-" if n is None else f"{n:,}" for n in (result.large_passes, result.small_passes)),
         ]
@@ -200,8 +214,8 @@ def table(results: Sequence[Result]) -> str:
     return markdown_table(["", *head], rows)
 
 
-def _ratio(one: float | None, other: float | None) -> str:
-    return "-" if one is None or other is None else f"{one / other:.2f}"
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other
 
 
 def _number(share: float | None) -> str:
