@@ -49,6 +49,7 @@ LAYERS = [
     {"pair", "study.baselines", "study.report", "page", "streaming", "tasks.scoring"},
     {"study.marking"},
     {"study.prompts"},
+    {"study.records"},
     {"study.prompt_files"},
     {"study.reader", "hub", "pipelines", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},
     {"study.comparison", "registration"},

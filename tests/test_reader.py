@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nudging_hf.chats import messages_of
-from nudging_hf.study.prompt_files import prompts_of, read_labelled_prompts, read_prompts
+from nudging_hf.study.prompt_files import read_labelled_prompts, read_prompts
 from nudging_hf.study.prompts import Prompt
+from nudging_hf.study.records import prompts_of
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 # Any character but surrogates, control characters and the carriage return, which a table does not keep.

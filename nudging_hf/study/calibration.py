@@ -21,9 +21,9 @@ from ..core.gate import GATES
 from ..pair import Pair
 from .intervals import wilson
 from .journal import Journal, digest, model_setup
-from .prompt_files import prompts_of
 from .prompts import Prompt, are_labelled, built_in_prompts, validate_labelled
 from .reader import Answer, Reader, nudged_answers
+from .records import prompts_of
 from .verdict import unread
 
 logger = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ def calibrate(
         base, nudging_model: the large base and the small aligned model.
         tokenizer, nudging_tokenizer: the tokenizer of each.
         prompts: texts, chats, rows with fields such as "question" and "answer", or a data set or column of the
-            library datasets: see [`~study.prompt_files.prompts_of`]. If they are left out, [`built_in_prompts`]. Some
+            library datasets: see [`~study.records.prompts_of`]. If they are left out, [`built_in_prompts`]. Some
             twenty of the kind that the pair is for are enough. On questions of another kind the same threshold may
             nudge much more or less.
         target_nudge_rate: the share of words, in (0, 1), that is to be nudged.
