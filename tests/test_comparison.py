@@ -407,7 +407,7 @@ def test_without_answers_nothing_is_said_about_quality(folder, tmp_path, capsys)
     (tmp_path / "prompts.txt").write_text("What is number?\nWhere is tree?\n")
     assert cli.main(arguments(folder, tmp_path, "--prompts", tmp_path / "prompts.txt")) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("Whether nudging helps, and which setting to take, was not measured: only the cost was (γ =")
+    assert out.startswith("Whether nudging helps, and which setting to take, was not measured, because no rule")
     assert " above " not in out and "95 %" not in out.partition("\n\n")[2].partition("\n\n")[0]
     assert "(plain text, a prompt a line): 2 chats, none with an answer; the first: “What is number?”" in err
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<article>") == 2 * 5

@@ -80,10 +80,13 @@ def test_what_was_not_measured_is_said_to_be_so():
         )
     ]
     assert of_comparison(results) == (
-        "Whether nudging helps, and which setting to take, was not measured: only the cost was (γ = 0.4: 10.0% of the "
-        "words nudged, 2.5 times the base's time for an answer and 2.5 times for a word)."
+        "Whether nudging helps, and which setting to take, was not measured, because no rule or judge marked the "
+        "answers; of the words, it nudges 10.0% with γ = 0.4 (2.5 times the base's time for an answer and 2.5 times "
+        "for a word)."
     )
     assert sentences(results) == [] and nothing_right({"base alone": results[0].answered}) == []
+    untimed = verdict(Scores(), Scores(), [Nudged("γ = 0.2", Scores(), 0.05), Nudged("γ = 0.4", Scores(), None)])
+    assert untimed.endswith("it nudges 5.0% with γ = 0.2, an unknown share with γ = 0.4; the time was not measured.")
     assert verdict(marks(0), marks(0), []) == "Whether nudging helps was not measured, because no nudged answer was."
 
 

@@ -155,12 +155,12 @@ def _tell(folder: Path, results: Sequence[comparison.Result], left_out: dict[str
     settings = "\n".join(f"- {name}: `{json.dumps(value, ensure_ascii=False)}`" for name, value in setup.items())
     parts = ["# Does nudging help here?", head, table, verdict.LEGEND, listed, "## Setup", settings]
     (folder / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    _write_page(folder / "page.html", results, head)
+    _write_page(folder / "page.html", results)
     print(f"The table: {folder / 'table.md'}; its figures: {folder / 'results.json'}")
     print(f"The answers side by side: {folder / 'page.html'}")
 
 
-def _write_page(path: Path, results: Sequence[comparison.Result], head: str) -> None:
+def _write_page(path: Path, results: Sequence[comparison.Result]) -> None:
     """Writes a page with the first questions, each with the answers of all contestants."""
     answers = []
     for place, question in enumerate(results[0].questions[:_ON_THE_PAGE]):
@@ -169,4 +169,4 @@ def _write_page(path: Path, results: Sequence[comparison.Result], head: str) -> 
             if (right := result.right[place]) is not None:
                 figures["marked"] = "right" if right else "wrong"
             answers.append(page.MarkedAnswer(question.question, result.answers[place].pieces, figures))
-    page.write(path, answers, None, head)
+    page.write(path, answers, None, "Answers side by side")

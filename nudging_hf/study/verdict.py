@@ -117,8 +117,14 @@ def verdict(base: Scores, nudging: Scores, nudged: Sequence[Nudged]) -> str:
     if not nudged:
         return "Whether nudging helps was not measured, because no nudged answer was."
     if not (base.are_measured and nudging.are_measured and all(each.scores.are_measured for each in nudged)):
-        costs = "; ".join(f"{each.setting}: {_cost(each)}" for each in nudged)
-        return f"Whether nudging helps, and which setting to take, was not measured: only the cost was ({costs})."
+        times = ["" if each.relative_time is None else f" ({_time(each)})" for each in nudged]
+        costs = ", ".join(
+            f"{_share(each)} with {each.setting}{time}" for each, time in zip(nudged, times, strict=True)
+        )
+        return (
+            "Whether nudging helps, and which setting to take, was not measured, because no rule or judge marked the "
+            f"answers; of the words, it nudges {costs}{'' if any(times) else '; the time was not measured'}."
+        )
     best = min(nudged, key=lambda each: (-each.scores.value, each.nudge_rate or 0.0))
     over_base, over_nudging = difference(best.scores, base), difference(best.scores, nudging)
     better = "the base" if base.value >= nudging.value else "the nudging model"
@@ -143,13 +149,20 @@ def _judged(over_base: int, over_nudging: int, setting: str, tried: int, better:
 
 
 def _cost(each: Nudged) -> str:
-    words = "an unknown share" if each.nudge_rate is None else f"{each.nudge_rate:.1%}"
-    time = "the time was not measured"
-    if each.relative_time is not None:
-        time = f"{each.relative_time:.2g} times the base's time for an answer"
-        if each.relative_time_per_word is not None:
-            time += f" and {each.relative_time_per_word:.2g} times for a word"
-    return f"{words} of the words nudged, {time}"
+    return f"{_share(each)} of the words nudged, {_time(each)}"
+
+
+def _share(each: Nudged) -> str:
+    return "an unknown share" if each.nudge_rate is None else f"{each.nudge_rate:.1%}"
+
+
+def _time(each: Nudged) -> str:
+    if each.relative_time is None:
+        return "the time was not measured"
+    time = f"{each.relative_time:.2g} times the base's time for an answer"
+    if each.relative_time_per_word is not None:
+        time += f" and {each.relative_time_per_word:.2g} times for a word"
+    return time
 
 
 # A comparison -------------------------------------------------------------------------------------------------------
