@@ -81,7 +81,7 @@ def expected(pair_folder, prompt=PROMPT, base_prompt=None, system=None, **kwargs
     base, nudging = Reader.load(pair_folder / "models/base"), Reader.load(pair_folder / "models/nudging")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    ids = base.tokenizer(base_prompt or prompt, return_tensors="pt").input_ids
+    ids = base.tokenizer(base_prompt or f"Question: {prompt}\n", return_tensors="pt").input_ids
     out = nudging_hf.generate(
         base.model,
         input_ids=ids,
