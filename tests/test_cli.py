@@ -13,13 +13,11 @@ import torch
 
 import nudging_hf
 from nudging_hf import cli
-from nudging_hf.chats import messages_of
 from nudging_hf.core.config import NudgingConfig
 from nudging_hf.provenance import Piece
 from nudging_hf.study import comparison, demo, verdict
 from nudging_hf.study.comparison import Contestant, Result, Turn, compare, contestants_of
 from nudging_hf.study.journal import Journal
-from nudging_hf.study.prompt_files import read_labelled_prompts, read_prompts
 from nudging_hf.study.prompts import Prompt
 from nudging_hf.study.reader import Answer, Reader
 
@@ -340,16 +338,6 @@ def test_an_invalid_file_of_prompts_is_one_line_and_exit_code_2(models, capsys, 
     assert err.startswith(f"nudging-hf: error: {path}, line ") and said in err and err.count("\n") == 1
 
 
-def test_a_byte_order_mark_is_skipped_and_only_line_breaks_end_lines(tmp_path):
-    path = tmp_path / "prompts"
-    asked = ["one\u2028two", "three\x85four"]
-    path.write_bytes("\ufeff{}\r\n{}\n".format(*asked).encode())
-    assert [prompt.messages[0]["content"] for prompt in read_prompts(path)[0]] == asked
-    rows = [json.dumps({**QUESTIONS[0], "messages": messages_of(text)}, ensure_ascii=False) for text in asked]
-    path.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
-    assert [question.messages[0]["content"] for question in read_labelled_prompts(path)] == asked
-
-
 @pytest.fixture
 def standard_output(monkeypatch):
     """Replaces standard output by one of a given encoding, and returns a function that reads it."""
@@ -431,15 +419,6 @@ def test_a_process_refuses_bytes_that_it_cannot_decode(models, args, data, strea
 
 
 # What the demonstration measures ------------------------------------------------------------------------------------
-
-
-def test_the_last_match_is_the_answer_given():
-    question = Prompt([{"role": "user", "content": "q"}], "p", r"(\d+)", "42", "sums")
-    assert question.answer_in("First 7, then 42.") == "42"
-    assert question.answer_in("42, no: 7.") == "7"
-    assert question.answer_in("Who knows?") is None
-    assert question.is_right("42")
-    assert not question.is_right("")
 
 
 def test_spans_are_where_the_nudging_model_wrote():
@@ -565,14 +544,3 @@ def test_the_pair_is_found_in_the_working_folder_or_beside_the_package(tmp_path,
     assert demo.find_folder().resolve() == tmp_path / "here" / "examples" / "mini"
     (tmp_path / "here" / "examples" / "mini" / "heldout.jsonl").unlink()
     assert demo.find_folder() == tmp_path / "examples" / "mini"
-
-
-@pytest.mark.parametrize(
-    "row", ["{", "[]", '{"task": "sums"}', json.dumps({**QUESTIONS[0], "pattern": "("}),
-            json.dumps({**QUESTIONS[0], "pattern": "a"}), json.dumps({**QUESTIONS[0], "messages": []})]
-)  # fmt: skip
-def test_a_row_that_is_not_a_question_is_named(tmp_path, row):
-    path = tmp_path / "heldout.jsonl"
-    path.write_text(json.dumps(QUESTIONS[0]) + "\n" + row + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2"):
-        read_labelled_prompts(path)

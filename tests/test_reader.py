@@ -121,6 +121,9 @@ def test_the_fields_in_use_are_understood(record, expected):
         ({"question": "a", "answer": "b", "output": "c"}, "`answer`, `output` differ"),
         ({"question": "a", "choices": ["b", "c"]}, "`choices` belongs to the question"),
         ({"question": "a", "pattern": "(a)"}, "`pattern` needs an `answer`"),
+        ({"question": "a", "pattern": "(", "answer": "a"}, "`pattern` is no regular expression"),
+        ({"question": "a", "pattern": "a", "answer": "a"}, "`pattern` must have one group, got 0"),
+        ({"messages": []}, "`messages`: A chat must be a list of messages"),
         ({"messages": [{"role": "user", "content": ""}]}, "`messages`: a content is empty"),
         ({"messages": [{"from": "human", "text": "a"}]}, "`messages`: a message must be"),
         ({"conversations": [{"from": "tool", "value": "a"}]}, "`conversations`: `from` must be one of .*, got 'tool'"),
@@ -170,7 +173,7 @@ def test_a_file_that_is_not_understood_is_refused_with_its_line(tmp_path, name, 
 
 
 def test_plain_text_with_commas_is_no_table(tmp_path):
-    lines = ["Who, and why?", "question, or answer?", "a,b"]
+    lines = ["Who, and why?", "question, or answer?", "a,b", "one\u2028two\x85three"]
     assert prompts_in(tmp_path, "a.txt", "\n".join(lines)) == prompts_of(lines)
 
 
