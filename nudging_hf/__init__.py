@@ -3,7 +3,7 @@
 Source: Fei, Razeghi, Singh, "Nudging: Inference-time Alignment of LLMs via Guided Decoding" (arXiv 2410.09300).
 """
 
-from .chats import INSTRUCTION_TEMPLATE, REASONING_TEMPLATE, chat_inputs, plain_prompt
+from .chats import DEFAULT_TEMPLATE, INSTRUCTION_TEMPLATE, REASONING_TEMPLATE, chat_inputs, plain_prompt
 from .core.config import NudgingConfig
 from .core.gate import StopWhenUnsure, Top1Recorder
 from .core.generate import generate
@@ -17,6 +17,7 @@ from .study.calibration import calibrate
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_TEMPLATE",
     "INSTRUCTION_TEMPLATE",
     "REASONING_TEMPLATE",
     "MarkingStreamer",

@@ -14,6 +14,9 @@ from .core.prompts import TemplateRefusal, templated_ids
 # The plain prompts of the nudging paper (arXiv 2410.09300).
 REASONING_TEMPLATE = "{system}\nQuestion: {user}\n"
 INSTRUCTION_TEMPLATE = "{system}\nInstruction: {user}\n"
+# All commands, functions and examples take this one, so that a threshold is found on prompts of the form in which it
+# is used.
+DEFAULT_TEMPLATE = REASONING_TEMPLATE
 
 Message = Mapping[str, Any]
 
@@ -33,7 +36,7 @@ def chat_inputs(
     chats: Sequence[Message] | Sequence[Sequence[Message]],
     tokenizer: Any,
     nudging_tokenizer: Any,
-    base_template: str = REASONING_TEMPLATE,
+    base_template: str = DEFAULT_TEMPLATE,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> BatchEncoding:
     """Makes the inputs of both models for one chat or several. Pass them to `generate` unchanged.
@@ -90,7 +93,7 @@ def chat_inputs(
     return BatchEncoding({**own, "nudging_input_ids": nudging_ids, "nudging_attention_mask": nudging_mask})
 
 
-def plain_prompt(messages: Sequence[Message], template: str = REASONING_TEMPLATE) -> str:
+def plain_prompt(messages: Sequence[Message], template: str = DEFAULT_TEMPLATE) -> str:
     r"""The base's prompt for a chat, as plain text.
 
     Each user turn fills in the template. After the first turn, and without a system message, `{system}` is left out
@@ -196,15 +199,15 @@ def _is_list(given: Any) -> bool:
 
 def _not_a_chat(given: Any) -> ValueError:
     one = isinstance(given, Mapping) and "role" in given
-    return ValueError(f"{_CHAT_FORM}, got {_quote(given)}{': put the message into a list' if one else ''}.")
+    return ValueError(f"{_CHAT_FORM}, got {quoted(given)}{': put the message into a list' if one else ''}.")
 
 
 def _role(message: Message) -> str:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise ValueError(f'A message must be {{"role": ..., "content": ...}}, got {_quote(message)}.')
+        raise ValueError(f'A message must be {{"role": ..., "content": ...}}, got {quoted(message)}.')
     role = message["role"]
     if not isinstance(role, str):
-        raise ValueError(f'The role of a message must be "system", "user" or "assistant", got {_quote(role)}.')
+        raise ValueError(f'The role of a message must be "system", "user" or "assistant", got {quoted(role)}.')
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             raise ValueError(
@@ -219,7 +222,7 @@ def _text(message: Message) -> str:
     content = message["content"]
     parts = [content] if isinstance(content, str) else content
     if not isinstance(parts, (list, tuple)):
-        raise ValueError(f"The content of a message must be text, got {_quote(content)}.")
+        raise ValueError(f"The content of a message must be text, got {quoted(content)}.")
     text = "".join(map(_text_of_part, parts))
     validate_no_surrogates(text, "The content of a message")
     return text
@@ -232,11 +235,12 @@ def _text_of_part(part: Any) -> str:
         return part["text"]
     raise ValueError(
         'The content of a message must be text, a string or a list of strings and of parts {"type": "text", '
-        f'"text": ...}}, got a part {_quote(part)}.'
+        f'"text": ...}}, got a part {quoted(part)}.'
     )
 
 
-def _quote(value: Any) -> str:
+def quoted(value: Any) -> str:
+    """A value as an error shows it."""
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
 from transformers import GenerationConfig
 
-from .chats import REASONING_TEMPLATE, turn_template
+from .chats import DEFAULT_TEMPLATE, turn_template
 from .core.config import NudgingConfig
 from .hub_readme import refresh_lists
 from .pair import is_folder, load_model
@@ -66,7 +66,7 @@ def export(
     nudging_model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    base_template: str = REASONING_TEMPLATE,
+    base_template: str = DEFAULT_TEMPLATE,
     overwrite: bool = False,
     **parameters: Any,
 ) -> Path:
@@ -214,7 +214,7 @@ def _why_not_saved(config: GenerationConfig) -> str | None:
 # Chats ---------------------------------------------------------------------------------------------------------------
 
 
-def plain_chat_template(base_template: str = REASONING_TEMPLATE, opening: str = "") -> str:
+def plain_chat_template(base_template: str = DEFAULT_TEMPLATE, opening: str = "") -> str:
     """The Jinja chat template that writes what [`plain_prompt`] writes, and refuses what it refuses.
 
     Args:

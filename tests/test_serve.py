@@ -24,7 +24,7 @@ import nudging_hf
 from nudging_hf import cli
 from nudging_hf.pair import Pair
 from nudging_hf.server.serving import GracefulServer
-from nudging_hf.study.prompts import read_labelled_prompts
+from nudging_hf.study.prompt_files import read_labelled_prompts
 
 pytest.importorskip("openai", reason="comes with transformers[serving]")
 import openai

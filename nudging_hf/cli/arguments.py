@@ -14,7 +14,7 @@ import transformers
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..chats import REASONING_TEMPLATE
+from ..chats import DEFAULT_TEMPLATE
 from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
 from ..pair import Pair, load_model
 from ..study.reader import Reader
@@ -108,6 +108,13 @@ def add_gate(parser: Any) -> None:
     )
 
 
+PROMPT_FILE = (
+    'JSON lines, a JSON array, CSV or TSV with the fields "messages", "conversations", "question", "instruction" (and '
+    '"input") or "prompt", and "answer", "target" or "output" if the right answer is known; or plain text with a '
+    'prompt in each line. "pattern" is a regular expression with one group, whose last match is what a text answers. '
+    'Beside "messages", "prompt" is what the base is given, if --base-template is not to make it of them'
+)
+
 # Models -------------------------------------------------------------------------------------------------------------
 
 
@@ -187,23 +194,23 @@ def answer_bar(total: int) -> Iterator[Callable[[str, int], None]]:
 # Prompts and parameters ---------------------------------------------------------------------------------------------
 
 
-def add_prompts(parser: argparse.ArgumentParser, base_template: str) -> None:
+def add_prompts(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--system",
         metavar="TEXT",
         help="the system message of the nudging model; the base sees it if --base-template has {system}",
     )
-    add_base_template(prompts, base_template)
+    add_base_template(prompts)
 
 
-def add_base_template(parser: Any, base_template: str) -> None:
-    shown = base_template.replace("\n", "\\n").replace("%", "%%")
+def add_base_template(parser: Any) -> None:
+    shown = DEFAULT_TEMPLATE.replace("\n", "\\n").replace("%", "%%")
     parser.add_argument(
         "--base-template",
         type=lambda text: text.replace("\\n", "\n"),
         metavar="TEXT",
-        default=base_template,
+        default=DEFAULT_TEMPLATE,
         help=f"the base's prompt, with the fields {{user}} and {{system}}; \\n is a line break (default: {shown})",
     )
 
@@ -212,7 +219,7 @@ def add_study(parser: argparse.ArgumentParser, title: str, prompts: str, require
     """Adds what a study asks and how it is answered, and returns the group. `prompts` is the help of `--prompts`."""
     asked = parser.add_argument_group(title)
     asked.add_argument("--prompts", type=Path, required=required, metavar="FILE", help=prompts)
-    add_base_template(asked, REASONING_TEMPLATE)
+    add_base_template(asked)
     add_number(asked, "--max-new-tokens", 256, "the limit on an answer, in tokens")
     add_number(asked, "--batch-size", 16, "how many prompts are answered at once")
     return asked

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..chats import INSTRUCTION_TEMPLATE, turn_template
+from ..chats import turn_template
 from ..pair import Pair
 from ..provenance import spans, text_of
 from ..terminal import TerminalWriter
@@ -33,7 +33,7 @@ from .streams import keep_undecoded_bytes_of_typed_lines, refuse_undecoded, stan
 def add_command(commands: Any) -> None:
     parser = command_parser(commands, "chat", "chat with a pair of models", run)
     add_models(parser)
-    add_prompts(parser, base_template=INSTRUCTION_TEMPLATE)
+    add_prompts(parser)
     add_decoding(parser)
     add_output(parser)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.config import NudgingConfig
 from ..streaming import MarkingStreamer
-from ..study import comparison, demo
+from ..study import comparison, demo, verdict
 from ..study.comparison import Models, Result
 from ..study.journal import Journal
 from ..study.prompts import Prompt, first_of_each_task
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.monotonic() - began
         if results:
             print(f"\nAnswers to {len(results[0].questions)} questions, {args.batch_size} at once:\n")
-            print(comparison.table(results), comparison.LEGEND, sep="\n\n", end="\n\n")
-            for sentence in comparison.sentences(results):
+            print(verdict.table(results), verdict.LEGEND, sep="\n\n", end="\n\n")
+            for sentence in verdict.sentences(results):
                 print(sentence)
         if args.json is not None:
             _write_json(folder, results, seconds, args)

@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ..chats import REASONING_TEMPLATE
 from ..hub import export, files_to_push, push, write_code
 from .arguments import add_base_template, add_gate, command_parser, drafts, loading_bars, parameters_of, positive
 
@@ -26,7 +25,7 @@ def add_command(commands: Any) -> None:
         **name,
         help="the small aligned model: a folder, which is copied, or a name on the Hub, which is recorded",
     )
-    add_base_template(parser, REASONING_TEMPLATE)
+    add_base_template(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder")
     nudging = parser.add_argument_group("nudging", "Only the options that are given are recorded.")
     add_gate(nudging)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..chats import REASONING_TEMPLATE, chat_inputs, turn_template
+from ..chats import DEFAULT_TEMPLATE, chat_inputs, turn_template
 from .protocol import ChatRequest, CompletionRequest, FieldError
 
 
@@ -34,7 +34,7 @@ class PromptEncoder:
         ValueError: for a malformed template.
     """
 
-    def __init__(self, tokenizer: Any, nudging_tokenizer: Any, base_template: str = REASONING_TEMPLATE):
+    def __init__(self, tokenizer: Any, nudging_tokenizer: Any, base_template: str = DEFAULT_TEMPLATE):
         turn_template(base_template)
         self._tokenizer = copy.deepcopy(tokenizer)
         self._nudging_tokenizer = copy.deepcopy(nudging_tokenizer)

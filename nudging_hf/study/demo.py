@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .comparison import Models, Result
-from .prompts import Prompt, read_labelled_prompts
+from .prompt_files import read_labelled_prompts
+from .prompts import Prompt
 from .reader import Reader
 
 MAX_NEW_TOKENS = 220  # One and a half times the length of the longest right answer of examples/mini, in tokens.
