@@ -335,6 +335,13 @@ def files_to_push(folder: str | os.PathLike[str]) -> dict[str, int]:
     }
 
 
+def validate_repo_name(repo_id: str) -> None:
+    """Raises a `ValueError` for a name to which [`push`] cannot upload."""
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"The repository {repo_id!r} has no owner: give a name such as owner/{repo_id}.")
+
+
 def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """Uploads a folder to a model repository on the Hugging Face Hub, which is created if there is none.
 
@@ -351,7 +358,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
         ValueError: for a folder without code, and a name that the Hub does not take.
     """
     files_to_push(folder)
-    validate_repo_id(repo_id)
+    validate_repo_name(repo_id)
     api = HfApi()
     # `None` leaves the choice to the owner's settings.
     api.create_repo(repo_id, private=private or None, exist_ok=True)

@@ -28,6 +28,7 @@ LAYERS = [
     *({f"core.{module}" for module in floor} for floor in CORE),
     {"core", "study", "provenance", "terminal", "chats", "html_page", "hub_readme", "integrations"},
     {
+        "encoded_chats",
         "integrations.described_base",
         "integrations.engine_decoder",
         "integrations.vllm",
@@ -53,8 +54,9 @@ LAYERS = [
     {"server.in_process", "server.replies", "server.serving"},
     {"__init__"},
     {"server.app"},
-    {"cli.arguments", "cli.files", "cli.streams"},
-    {"cli.answering"},
+    {"cli.files", "cli.streams", "cli.wrapping"},
+    {"cli.answering", "cli.arguments"},
+    {"cli.conversation"},
     {
         "cli.analyze",
         "cli.calibrate",
@@ -68,6 +70,7 @@ LAYERS = [
         "cli.vllm",
     },
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}
 CARRIED = sorted(module for module in FLOOR if module.startswith("core."))

@@ -25,7 +25,7 @@ from .files import versions
 
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "analyze", "look into a pair of models", run)
+    parser = command_parser(commands, "analyze", run)
     models = add_models(parser, required=False)
     models.add_argument(
         "--large-aligned",

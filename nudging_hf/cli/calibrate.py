@@ -17,7 +17,7 @@ from .files import refuse_missing_folders, versions, write_json
 
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "calibrate", "find the threshold for a pair", run)
+    parser = command_parser(commands, "calibrate", run)
     add_models(parser)
     add_study(
         parser,

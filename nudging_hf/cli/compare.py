@@ -21,7 +21,7 @@ from .files import versions, write_json
 
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "compare", "see whether nudging helps a pair, and against what", run)
+    parser = command_parser(commands, "compare", run)
     models = add_models(parser)
     models.add_argument(
         "--shared-nudging-model",

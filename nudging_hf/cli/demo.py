@@ -22,7 +22,7 @@ from .files import refuse_missing_folders, versions, write_json
 
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "demo", "see a pair of models at work, and measured", run)
+    parser = command_parser(commands, "demo", run)
     parser.add_argument(
         "--pair",
         type=Path,

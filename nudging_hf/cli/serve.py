@@ -25,7 +25,7 @@ KEY_VARIABLE = "NUDGING_HF_API_KEY"
 
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "serve", "serve a pair to clients of OpenAI's API", run)
+    parser = command_parser(commands, "serve", run)
     add_models(parser)
     served = parser.add_argument_group("server")
     served.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
@@ -70,7 +70,6 @@ def run(args: argparse.Namespace) -> None:
 
     turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
     parameters = parameters_of(args)
-    NudgingConfig(**parameters)
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     pair = load_pair(args)
     engine = InProcessEngine(pair, args.max_requests, args.max_queue, parameters, args.max_context)
