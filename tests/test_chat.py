@@ -226,7 +226,7 @@ def test_commands_and_file_names_are_completed(tmp_path):
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
 def test_lines_are_broken_between_words_and_nothing_else_changes(monkeypatch, pieces):
     monkeypatch.setenv("COLUMNS", "20")
-    text = "Let's go through it, \033[1;32mone step\033[0m at a time.\n\n  A\tand abcdefghijklmnopqrstuvwxyz 日本語 e\n"
+    text = "Let's go through it, \033[1;32mone step\033[0m at a time.\n\n  A\tand abcdefghijklmnopqrstuvwxyz 日本 e\n"
     out = io.StringIO()
     wrapper = WordWrapper(out)
     for start in range(0, len(text), pieces):

@@ -255,7 +255,7 @@ assert not {"torch", "transformers", "huggingface_hub", "tqdm"} & set(sys.module
 
 
 def test_help_imports_neither_torch_nor_transformers():
-    commands = "generate chat serve vllm hub".split()
+    commands = "generate chat demo serve vllm hub".split()
     done = subprocess.run([sys.executable, "-c", NO_TORCH, *commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -543,7 +543,7 @@ NUDGED, SHARED = f"{comparison.NUDGED}, γ = 0.4", f"{comparison.NUDGED} (shared
 
 def contestants_in(folder):
     """The contestants whose models a folder has, and its questions."""
-    models, questions = demo.load(folder)
+    models, questions = demo.load(folder), demo.read_questions(folder)
     return contestants_of(models, [NudgingConfig(0.4)], with_rivals=False)[0], questions
 
 
@@ -557,7 +557,9 @@ def test_the_demo_shows_examples_and_a_table_and_writes_json(pair_folder, capsys
     args = ["--questions", 2, "--batch-size", 3, "--json", report]
     code, out, err = run(capsys, "demo", "--pair", pair_folder, *args)
     assert code == 0
-    assert out.count("[names] ") == out.count("[sums] ") == 1 and out.count("\n-> ") == 2
+    assert err.count("Loading") == 0 and out.index("[names] ") < out.index("\nThe base alone:\n")
+    assert out.index("The base alone:") < out.index("The small model alone:") < out.index("The base, nudged by")
+    assert out.count("[names] ") == out.count("[sums] ") == 1 and out.count("\n-> ") == 6
     assert "⟦words like these⟧" in out
     lines = out.splitlines()
     for name in (comparison.BASE, comparison.NUDGING, NUDGED, SHARED, comparison.ALIGNED):
@@ -643,7 +645,8 @@ def test_a_missing_pair_is_an_error_that_names_the_argument(capsys, tmp_path, mo
     assert code == 2 and "--pair" in err
 
 
-def test_the_pair_is_found_in_the_working_folder_or_beside_the_package(tmp_path, monkeypatch):
+def test_the_pair_is_found_in_the_working_folder_or_beside_the_package_or_in_it(tmp_path, monkeypatch):
+    (tmp_path / "nudging_hf" / "mini").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "here"):
         (folder / "examples" / "mini").mkdir(parents=True)
         (folder / "examples" / "mini" / "heldout.jsonl").touch()
@@ -652,6 +655,8 @@ def test_the_pair_is_found_in_the_working_folder_or_beside_the_package(tmp_path,
     assert demo.find_folder().resolve() == tmp_path / "here" / "examples" / "mini"
     (tmp_path / "here" / "examples" / "mini" / "heldout.jsonl").unlink()
     assert demo.find_folder() == tmp_path / "examples" / "mini"
+    (tmp_path / "examples" / "mini" / "heldout.jsonl").rename(tmp_path / "nudging_hf" / "mini" / "heldout.jsonl")
+    assert demo.find_folder() == tmp_path / "nudging_hf" / "mini"
 
 
 @pytest.mark.parametrize(

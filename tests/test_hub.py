@@ -437,7 +437,8 @@ def test_pickled_weights_are_refused(pair, tmp_path):
     [
         ({"base": "./nowhere"}, "The base: there is no folder ./nowhere"),
         ({"nudging_model": "/nowhere/at/all"}, "The nudging model: there is no folder"),
-        ({"nudging_model": "a/b/c"}, "Repo id must be"),
+        ({"nudging_model": "a/b/c"}, "The nudging model: there is no folder a/b/c"),
+        ({"nudging_model": "a--b"}, "Cannot have -- or .. in repo_id"),
         ({"nudge_threshold": -1}, "`nudge_threshold`"),
         ({"base_template": "{question}"}, "may have the fields"),
         ({"base_template": "{user:>9}"}, "a name alone"),
