@@ -51,6 +51,7 @@ LAYERS = [
     {"study.reader", "hub", "pipelines", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},
     {"study.analysis", "study.bench", "study.calibration", "study.comparison", "registration"},
     {"study.demo", "integrations.vllm.launch"},
+    {"tasks.mini"},
     {"server.in_process", "server.replies", "server.serving"},
     {"__init__"},
     {"server.app"},
