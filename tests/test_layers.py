@@ -26,7 +26,7 @@ CORE = [
 ]
 LAYERS = [
     *({f"core.{module}" for module in floor} for floor in CORE),
-    {"core", "study", "provenance", "terminal", "chats", "html_page", "hub_readme", "integrations"},
+    {"core", "study", "provenance", "terminal", "chats", "html_page", "hub_card", "hub_readme", "integrations"},
     {
         "encoded_chats",
         "integrations.described_base",

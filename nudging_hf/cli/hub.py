@@ -24,6 +24,15 @@ def add_command(commands: Any) -> None:
         help="the small aligned model: a folder, which is copied, or a name on the Hub, which is recorded",
     )
     add_base_template(parser, REASONING_TEMPLATE)
+    parser.add_argument(
+        "--license", metavar="ID", help="of the weights, such as apache-2.0 (default: what the models' cards say)"
+    )
+    parser.add_argument(
+        "--base-models",
+        nargs="+",
+        metavar="NAME",
+        help="the models' names on the Hub, for the card (default: those above, and what the folders' cards name)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder")
     nudging = parser.add_argument_group("nudging", "Only the options that are given are recorded.")
     add_gate(nudging)
@@ -54,6 +63,8 @@ def _export(args: argparse.Namespace) -> None:
             args.out,
             base_template=args.base_template,
             overwrite=args.overwrite,
+            license=args.license,
+            base_models=args.base_models,
             **parameters_of(args),
         )
     _print_files(out)
