@@ -36,11 +36,8 @@ base = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto", device_map=
 nudging_tokenizer = AutoTokenizer.from_pretrained(args.nudging_model)
 nudging_model = AutoModelForCausalLM.from_pretrained(args.nudging_model, dtype="auto", device_map=args.device_map)
 
-chats = [
-    [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"Question: {question}"}]
-    for question in QUESTIONS
-]
-inputs = nudging_hf.chat_inputs(chats, tokenizer, nudging_tokenizer, base_template="{system}\n{user}\n")
+chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}] for question in QUESTIONS]
+inputs = nudging_hf.chat_inputs(chats, tokenizer, nudging_tokenizer)
 output = nudging_hf.generate(
     base,
     **inputs.to(base.device),

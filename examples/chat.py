@@ -19,8 +19,8 @@ import nudging_hf
 
 MINI = Path(__file__).parent / "mini" / "models"
 QUESTIONS = [
-    'Question: Join the last letters of the words "Breto", "Dal".',
-    "Question: Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
+    'Join the last letters of the words "Breto", "Dal".',
+    "Breto has 30 shells. Breto sells 10. Breto buys 5 more. How many shells does Breto have now?",
 ]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,7 +28,6 @@ parser.add_argument("questions", nargs="*", default=QUESTIONS, help="the user's 
 parser.add_argument("--base", default=MINI / "base")
 parser.add_argument("--nudging-model", default=MINI / "nudging")
 parser.add_argument("--threshold", type=float, default=0.4)
-parser.add_argument("--base-template", default="{system}\n{user}\n", help="the form in which the base reads a turn")
 parser.add_argument("--device-map", help='such as "auto"; needs accelerate')
 args = parser.parse_args()
 
@@ -41,7 +40,7 @@ messages = [{"role": "system", "content": "Answer the question and show every st
 for question in args.questions:
     messages.append({"role": "user", "content": question})
     print(f"\n> {question}")
-    inputs = nudging_hf.chat_inputs(messages, tokenizer, nudging_tokenizer, args.base_template)
+    inputs = nudging_hf.chat_inputs(messages, tokenizer, nudging_tokenizer)
     ids = nudging_hf.generate(
         base,
         **inputs.to(base.device),

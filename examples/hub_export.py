@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nudging_hf import hub
 
 MINI = Path(__file__).parent / "mini" / "models"
-QUESTION = "Question: Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?"
+QUESTION = "Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--base", default=MINI / "base")
@@ -29,7 +29,7 @@ args = parser.parse_args()
 
 with tempfile.TemporaryDirectory() as scratch:
     out = args.out or Path(scratch, "nudged")
-    hub.export(args.base, args.nudging_model, out, base_template="{system}\n{user}\n", nudge_threshold=args.threshold)
+    hub.export(args.base, args.nudging_model, out, nudge_threshold=args.threshold)
     for path, size in hub.files_to_push(out).items():
         print(f"{size:>12,}  {path}")
 

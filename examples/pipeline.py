@@ -17,8 +17,8 @@ import nudging_hf
 MINI = Path(__file__).parent / "mini" / "models"
 SYSTEM = {"role": "system", "content": "Answer the question and show every step on the way."}
 QUESTIONS = [
-    "Question: Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
-    'Question: Join the last letters of the words "Breto", "Dal".',
+    "Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
+    'Join the last letters of the words "Breto", "Dal".',
 ]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,7 +35,6 @@ pipe = pipeline(
     model=args.base,
     nudging_model=args.nudging_model,
     nudge_threshold=args.threshold,
-    base_template="{system}\n{user}\n",
     device_map=args.device_map,
 )
 chats = [[SYSTEM, {"role": "user", "content": question}] for question in QUESTIONS]
@@ -45,7 +44,7 @@ for (record,) in pipe(chats, batch_size=2, return_full_text=False, return_nudged
 
 print("The plain task takes nudging_model= too; a string is the base's prompt as it is:\n")
 plain = pipeline("text-generation", model=args.base, device_map=args.device_map)
-prompt = f"{SYSTEM['content']}\n{QUESTIONS[0]}\n"
+prompt = nudging_hf.plain_prompt(chats[0])
 for model in (args.nudging_model, None):
     record = plain(prompt, nudging_model=model, max_new_tokens=80, do_sample=False, return_full_text=False)[0]
     print(f"nudging_model={model and Path(model).name}: {record['generated_text']!r}\n")

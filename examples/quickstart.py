@@ -36,9 +36,9 @@ nudging_model = AutoModelForCausalLM.from_pretrained(args.nudging_model, dtype="
 # The base reads plain text, and the nudging model reads its chat template.
 messages = [
     {"role": "system", "content": "Answer the question and show every step on the way."},
-    {"role": "user", "content": f"Question: {args.question}"},
+    {"role": "user", "content": args.question},
 ]
-inputs = nudging_hf.chat_inputs(messages, tokenizer, nudging_tokenizer, base_template="{system}\n{user}\n")
+inputs = nudging_hf.chat_inputs(messages, tokenizer, nudging_tokenizer)
 
 output = base.generate(
     **inputs.to(base.device),

@@ -25,8 +25,8 @@ from nudging_hf.integrations.openai import RemoteBase
 MINI = Path(__file__).parent / "mini" / "models"
 SYSTEM = "Answer the question and show every step on the way."
 QUESTIONS = [
-    "Question: Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
-    'Question: Join the last letters of the words "Breto", "Dal".',
+    "Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
+    'Join the last letters of the words "Breto", "Dal".',
 ]
 
 
@@ -83,7 +83,7 @@ async def ask(url: str) -> None:
     nudging_tokenizer = AutoTokenizer.from_pretrained(args.nudging_model)
     nudging_model = AutoModelForCausalLM.from_pretrained(args.nudging_model, dtype="auto", device_map=args.device_map)
     chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": each}] for each in QUESTIONS]
-    inputs = nudging_hf.chat_inputs(chats, tokenizer, nudging_tokenizer, base_template="{system}\n{user}\n")
+    inputs = nudging_hf.chat_inputs(chats, tokenizer, nudging_tokenizer)
     nudging = {
         "nudging_model": nudging_model,
         "nudging_tokenizer": nudging_tokenizer,
@@ -91,7 +91,7 @@ async def ask(url: str) -> None:
         "max_new_tokens": 256,
     }
     async with RemoteBase(url, args.model or str(args.base), args.base, tokenizer) as base:
-        async for text, nudged in base.stream(nudging_hf.plain_prompt(chats[0], "{system}\n{user}\n"), **nudging):
+        async for text, nudged in base.stream(nudging_hf.plain_prompt(chats[0]), **nudging):
             print(f"⟦{text}⟧" if nudged else text, end="", flush=True)
         print("\n")
         for question, answer in zip(QUESTIONS, await base.generate(inputs, **nudging), strict=True):

@@ -28,7 +28,7 @@ MESSAGES = [
     {"role": "system", "content": "Answer the question and show every step on the way."},
     {
         "role": "user",
-        "content": "Question: Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
+        "content": "Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?",
     },
 ]
 
@@ -78,12 +78,6 @@ if args.url is not None:
     ask(args.url, args.model)
 else:
     with tempfile.TemporaryDirectory() as folder:
-        hub.export(
-            args.base,
-            args.nudging_model,
-            Path(folder, "nudged"),
-            base_template="{system}\n{user}\n",
-            nudge_threshold=0.4,
-        )
+        hub.export(args.base, args.nudging_model, Path(folder, "nudged"), nudge_threshold=0.4)
         with server(Path(folder, "nudged")) as url:
             ask(url, str(Path(folder, "nudged")))

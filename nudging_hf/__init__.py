@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chats import INSTRUCTION_TEMPLATE, REASONING_TEMPLATE, plain_prompt
+    from .chats import DEFAULT_TEMPLATE, INSTRUCTION_TEMPLATE, REASONING_TEMPLATE, plain_prompt
     from .core.config import NudgingConfig
     from .core.gate import StopWhenUnsure, Top1Recorder
     from .core.generate import generate
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 
 # Where the public names stand. Each is imported when it is first used, because torch takes seconds to import.
 _HOMES = {
+    "DEFAULT_TEMPLATE": "chats",
     "INSTRUCTION_TEMPLATE": "chats",
     "REASONING_TEMPLATE": "chats",
     "MarkingStreamer": "streaming",
@@ -44,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DEFAULT_TEMPLATE",
     "INSTRUCTION_TEMPLATE",
     "REASONING_TEMPLATE",
     "MarkingStreamer",

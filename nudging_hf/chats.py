@@ -9,6 +9,9 @@ from typing import Any
 # The plain prompts of the nudging paper (arXiv 2410.09300).
 REASONING_TEMPLATE = "{system}\nQuestion: {user}\n"
 INSTRUCTION_TEMPLATE = "{system}\nInstruction: {user}\n"
+# All commands, functions and examples take this one, so that a threshold is found on prompts of the form in which it
+# is used.
+DEFAULT_TEMPLATE = REASONING_TEMPLATE
 
 Message = Mapping[str, Any]
 
@@ -21,7 +24,7 @@ def messages_of(user: str, system: str | None = None) -> list[dict[str, str]]:
     return [question] if system is None else [{"role": "system", "content": system}, question]
 
 
-def plain_prompt(messages: Sequence[Message], template: str = REASONING_TEMPLATE) -> str:
+def plain_prompt(messages: Sequence[Message], template: str = DEFAULT_TEMPLATE) -> str:
     r"""The base's prompt for a chat, as plain text.
 
     Each user turn fills in the template. After the first turn, and without a system message, `{system}` is left out
@@ -128,15 +131,15 @@ def _is_list(given: Any) -> bool:
 
 def _not_a_chat(given: Any) -> ValueError:
     one = isinstance(given, Mapping) and "role" in given
-    return ValueError(f"{_CHAT_FORM}, got {_quote(given)}{': put the message into a list' if one else ''}.")
+    return ValueError(f"{_CHAT_FORM}, got {quoted(given)}{': put the message into a list' if one else ''}.")
 
 
 def _role(message: Message) -> str:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise ValueError(f'A message must be {{"role": ..., "content": ...}}, got {_quote(message)}.')
+        raise ValueError(f'A message must be {{"role": ..., "content": ...}}, got {quoted(message)}.')
     role = message["role"]
     if not isinstance(role, str):
-        raise ValueError(f'The role of a message must be "system", "user" or "assistant", got {_quote(role)}.')
+        raise ValueError(f'The role of a message must be "system", "user" or "assistant", got {quoted(role)}.')
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             raise ValueError(
@@ -151,7 +154,7 @@ def _text(message: Message) -> str:
     content = message["content"]
     parts = [content] if isinstance(content, str) else content
     if not isinstance(parts, (list, tuple)):
-        raise ValueError(f"The content of a message must be text, got {_quote(content)}.")
+        raise ValueError(f"The content of a message must be text, got {quoted(content)}.")
     text = "".join(map(_text_of_part, parts))
     validate_no_surrogates(text, "The content of a message")
     return text
@@ -164,10 +167,11 @@ def _text_of_part(part: Any) -> str:
         return part["text"]
     raise ValueError(
         'The content of a message must be text, a string or a list of strings and of parts {"type": "text", '
-        f'"text": ...}}, got a part {_quote(part)}.'
+        f'"text": ...}}, got a part {quoted(part)}.'
     )
 
 
-def _quote(value: Any) -> str:
+def quoted(value: Any) -> str:
+    """A value as an error shows it."""
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}..."

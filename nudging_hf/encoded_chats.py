@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
-from .chats import REASONING_TEMPLATE, Message, checked_messages, has_system, list_of_chats, plain_prompt
+from .chats import DEFAULT_TEMPLATE, Message, checked_messages, has_system, list_of_chats, plain_prompt
 from .core.prompts import TemplateRefusal, templated_ids
 
 # `chat_inputs` sets these arguments of a chat template itself, or they would change how it encodes the prompts.
@@ -20,7 +20,7 @@ def chat_inputs(
     chats: Sequence[Message] | Sequence[Sequence[Message]],
     tokenizer: Any,
     nudging_tokenizer: Any,
-    base_template: str = REASONING_TEMPLATE,
+    base_template: str = DEFAULT_TEMPLATE,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> BatchEncoding:
     """Makes the inputs of both models for one chat or several. Pass them to `generate` unchanged.

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
 from transformers import GenerationConfig
 
-from .chats import REASONING_TEMPLATE, turn_template
+from .chats import DEFAULT_TEMPLATE, turn_template
 from .core.config import NudgingConfig
 from .hub_card import common_licence, model_card, read_card
 from .hub_readme import refresh_lists
@@ -68,7 +68,7 @@ def export(
     nudging_model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    base_template: str = REASONING_TEMPLATE,
+    base_template: str = DEFAULT_TEMPLATE,
     overwrite: bool = False,
     license: str | None = None,
     base_models: Sequence[str] | None = None,
@@ -225,7 +225,7 @@ def _why_not_saved(config: GenerationConfig) -> str | None:
 # Chats ---------------------------------------------------------------------------------------------------------------
 
 
-def plain_chat_template(base_template: str = REASONING_TEMPLATE, opening: str = "") -> str:
+def plain_chat_template(base_template: str = DEFAULT_TEMPLATE, opening: str = "") -> str:
     """The Jinja chat template that writes what [`plain_prompt`] writes, and refuses what it refuses.
 
     Args:

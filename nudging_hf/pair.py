@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
-from .chats import REASONING_TEMPLATE, Message
+from .chats import DEFAULT_TEMPLATE, Message
 from .core.config import NudgingConfig
 from .core.generate import generate, loaded_vocabulary
 from .core.named_model import resolved_model
@@ -54,7 +54,7 @@ class Pair:
     def inputs(
         self,
         chats: Sequence[Message] | Sequence[Sequence[Message]],
-        base_template: str = REASONING_TEMPLATE,
+        base_template: str = DEFAULT_TEMPLATE,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> BatchEncoding:
         """The prompts of both models for one chat or several, on the base's device: see [`chat_inputs`]."""

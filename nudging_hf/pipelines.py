@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat
 
-from .chats import REASONING_TEMPLATE, turn_template, validate_no_surrogates
+from .chats import DEFAULT_TEMPLATE, turn_template, validate_no_surrogates
 from .core.generate import generate, loaded_vocabulary
 from .core.transformers_private import arguments_of_pipeline
 from .encoded_chats import chat_inputs
@@ -52,7 +52,7 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
             `nudging_model_name_or_path`.
         nudging_tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The nudging model's tokenizer; it is loaded from that model's `name_or_path` if it is left out.
-        base_template (`str`, *optional*, defaults to [`REASONING_TEMPLATE`]):
+        base_template (`str`, *optional*, defaults to [`DEFAULT_TEMPLATE`]):
             One turn of a chat as the base is given it: see [`plain_prompt`].
         kwargs:
             Arguments of [`TextGenerationPipeline`] and of [`nudging_hf.generate`], such as `nudge_threshold`; a call
@@ -138,7 +138,7 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
         pair = Pair.of(self.model, model, self.tokenizer, tokenizer)
         return {"nudging_model": pair.nudging_model, "nudging_tokenizer": pair.nudging_tokenizer}
 
-    def preprocess(self, prompt: Any, base_template: str = REASONING_TEMPLATE, **parameters: Any) -> Any:
+    def preprocess(self, prompt: Any, base_template: str = DEFAULT_TEMPLATE, **parameters: Any) -> Any:
         """Both models' prompts, of shape (1, length). For a string, `generate` makes the nudging model's prompt."""
         if isinstance(prompt, str):
             validate_no_surrogates(prompt, "The prompt")

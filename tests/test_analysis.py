@@ -11,6 +11,7 @@ from nudging_hf import cli
 from nudging_hf.chats import messages_of
 from nudging_hf.study import analysis, report
 from nudging_hf.study.analysis import Analysis, Positions, Unit, agree, tables
+from nudging_hf.study.intervals import wilson
 from nudging_hf.study.prompts import Prompt, spread
 from nudging_hf.study.reader import Answer, Prediction, Reader
 
@@ -186,7 +187,21 @@ def test_tables_of_a_case_that_can_be_counted_by_hand():
     assert found["agreement"] == {"alignment_related": 1 / 2, "elsewhere": 1, "alignment_related_compared": 2}
     [point] = found["curve"]
     assert (point["accuracy"], point["nudged_words"], point["nudged_tokens"]) == (1 / 2, 3 / 20, 6 / 40)
-    assert found["alone"] == {"base": 0, "nudging model": 1, "large aligned": 1 / 2}
+    accuracies = {name: alone["accuracy"] for name, alone in found["alone"].items()}
+    assert accuracies == {"base": 0, "nudging model": 1, "large aligned": 1 / 2}
+    assert found["alone"]["base"]["interval"] == list(wilson(0, 2)) and point["interval"] == list(wilson(1, 2))
+    assert found["verdict"].startswith(
+        "It cannot be told from so few questions whether nudging helps: with γ = 0.5, 1"
+    )
+    [said] = found["nothing_right"]
+    assert said.startswith("base alone is right on none of 2. Asked “?”, it wrote “5”; “4” was due")
+
+
+def test_only_prompts_whose_answer_is_known_are_marked():
+    prompts = [Prompt(messages_of("?"), answer="4"), Prompt(messages_of("?"))]
+    row = row_of("4", positions=Positions([0.5], [True], [True]))
+    found = tables(prompts, {Unit("along", 0): [row, row], Unit("base", 0): [row_of("5"), row_of("4")]})
+    assert (found["alone"]["base"]["accuracy"], found["alone"]["large aligned"]["accuracy"]) == (0, 1)
 
 
 def test_tables_add_up_and_shares_rise_with_the_threshold(trio_of_two_vocabularies):
@@ -288,7 +303,7 @@ def test_the_accuracy_is_that_of_the_answers_themselves(folder, tmp_path, quick_
         )
         right += Prompt(messages_of("?"), pattern=r"(\w)", answer="a").is_right(text)
     found = json.loads((tmp_path / "tables.json").read_text())
-    assert found["alone"]["large aligned"] == right / 5
+    assert found["alone"]["large aligned"]["accuracy"] == right / 5
     assert found["curve"] == []
 
 

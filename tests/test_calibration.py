@@ -23,12 +23,12 @@ from nudging_hf.study.calibration import (
     search_by_nudge_rate,
     search_by_score,
 )
-from nudging_hf.study.prompts import Prompt, built_in_prompts, read_prompts
+from nudging_hf.study.prompt_files import read_prompts
+from nudging_hf.study.prompts import Prompt, built_in_prompts
 
 MINI = Path(__file__).parents[1] / "examples" / "mini"
 QUESTIONS = ["What is the name of the thing?", "Where is the dog?", "How many trees were there?"]
 PROMPTS = [Prompt(messages_of(question), pattern=r"(\w)\w*", answer="t") for question in QUESTIONS]
-ROW = {"messages": messages_of("Where?"), "prompt": "Q: Where?\n", "pattern": "(a)", "answer": "a", "task": "places"}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,9 @@ def test_the_nearer_side_of_a_jump_is_chosen():
     low, high = (search_by_nudge_rate(attempt, target) for target in (0.1, 0.25))
     assert low.threshold < 0.33 and low.chosen.nudge_rate == 0.04
     assert high.threshold >= 0.33 and high.chosen.nudge_rate == 0.3
-    assert "No threshold comes nearer" in low.verdict
+    assert "No threshold comes nearer" in low.warnings[0] and low.verdict.startswith(
+        "The rate misses its target (10.0%)"
+    )
     assert {0.32, 0.33} <= {point.threshold for point in low.curve}  # The search tried both sides of the jump.
 
 
@@ -91,7 +93,7 @@ def test_an_unreachable_target_gives_a_warning_and_the_end_of_the_curve(rate, th
 def test_more_than_a_fifth_of_nudged_words_gives_a_warning(rate, warned):
     found = search_by_nudge_rate(curve_of(lambda threshold: rate), 0.2)
     assert any("quality falls" in warning for warning in found.warnings) == warned
-    assert ("in order" in found.verdict) != warned
+    assert found.verdict.startswith("The rate is on target (20.0%): at a threshold of ")
 
 
 def test_the_best_score_is_chosen_and_among_equals_the_one_with_the_fewest_nudges():
@@ -108,9 +110,27 @@ def test_the_best_score_is_chosen_and_among_equals_the_one_with_the_fewest_nudge
     assert tried == [0.1, 0.2, 0.3, 0.4, 0.5] == [point.threshold for point in found.curve]
 
 
-def test_a_score_of_zero_gives_a_warning():
-    found = search_by_score(lambda threshold: Point(threshold, 1, 100, 10, 0), [0.1, 0.2])
-    assert "No answer is right" in found.verdict
+def test_a_score_of_zero_gives_a_warning_that_shows_how_an_answer_was_read(pair):
+    found = calibrated(pair, [{"question": "Where?", "answer": 18}])
+    assert "No answer is right at any threshold" in found.warnings[-1]
+    assert (
+        "is right on none of 1. Asked “Where?”" in found.warnings[-1]
+        and "the last number found nothing" in found.warnings[-1]
+    )
+
+
+def test_the_verdict_says_what_it_rests_on_and_what_was_not_measured():
+    found = Calibration(0.4, (Point(0.4, 100, 1000, 20),), 0.1)
+    assert found.verdict == (
+        "The rate is on target (10.0%): at a threshold of 0.4, 10.0% of the words are nudged, measured on 20 prompts "
+        "with 1,000 words of answers; quality was not measured."
+    )
+    scored = Calibration(0.4, (Point(0.2, 10, 1000, 20, 3), Point(0.4, 100, 1000, 20, 20))).verdict
+    assert scored.startswith("The score is the best of 2 thresholds: ")
+    assert scored.endswith(
+        "; 20 of 20 answers are right (95 % interval: 84% to 100%), and what the base alone would score was not "
+        "measured."
+    )
 
 
 # On models ----------------------------------------------------------------------------------------------------------
@@ -265,39 +285,6 @@ def test_a_file_of_another_setup_or_kind_is_refused(pair, tmp_path):
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_read_from_lines_and_from_rows(tmp_path):
-    file = tmp_path / "prompts"
-    file.write_text("Where?\n\n  Who {is} it? \n", encoding="utf-8")
-    assert read_prompts(file) == [Prompt(messages_of("Where?")), Prompt(messages_of("Who {is} it?"))]
-    file.write_text(json.dumps(ROW) + "\n\n" + json.dumps({"messages": ROW["messages"]}) + "\n", encoding="utf-8")
-    assert read_prompts(file) == [
-        Prompt(ROW["messages"], "Q: Where?\n", "(a)", "a", task="places"), Prompt(ROW["messages"])
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "row",
-    [{}, [], {"messages": []}, {"messages": "Where?"}, {**ROW, "pattern": "a"}, {**ROW, "pattern": "("},
-     {**ROW, "answer": None}, {**ROW, "pattern": None}, {"messages": [{"role": "assistant", "content": "a"}]}],
-)  # fmt: skip
-def test_a_row_that_is_not_a_prompt_is_named(tmp_path, row):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps(ROW) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2"):
-        read_prompts(file)
-
-
-def test_a_file_without_prompts_is_refused(tmp_path):
-    (tmp_path / "empty").write_text(" \n\n")
-    with pytest.raises(ValueError, match="holds no prompts"):
-        read_prompts(tmp_path / "empty")
-
-
-def test_the_last_match_is_the_answer():
-    prompt = Prompt(messages_of("How many?"), pattern=r"(\d+)", answer="42")
-    assert prompt.is_right("First 7, then 42.") and not prompt.is_right("42, no: 7.") and not prompt.is_right("Many.")
-
-
 def test_the_built_in_prompts_are_twenty_different_questions():
     prompts = built_in_prompts()
     assert len({json.dumps(prompt.messages) for prompt in prompts}) == len(prompts) == 20
@@ -366,7 +353,11 @@ def test_the_mini_pair_meets_the_target_on_questions_that_it_was_not_calibrated_
     code, out, err = run(capsys, *args)
     assert code == 0
     saved = json.loads(figures.read_text(encoding="utf-8"))
-    assert f"nudge_threshold = {saved['threshold']:g}" in out and "in order" in out and "threshold 0.5" in err
+    assert (
+        f"nudge_threshold = {saved['threshold']:g}" in out
+        and out.startswith("The rate is on target")
+        and "threshold 0.5" in err
+    )
     assert out.count(" <- |\n") == 1 and out.count("% |") >= len(saved["curve"])
     assert len(resume.read_text().splitlines()) == 1 + len(saved["curve"])
 
@@ -379,7 +370,7 @@ def test_the_mini_pair_meets_the_target_on_questions_that_it_was_not_calibrated_
         model,
         AutoModelForCausalLM.from_pretrained(folders[1]),
         *(AutoTokenizer.from_pretrained(folder) for folder in folders),
-        read_prompts(unseen),
+        read_prompts(unseen)[0],
         by_score=True,
         thresholds=[saved["threshold"]],
     )

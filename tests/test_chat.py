@@ -85,7 +85,7 @@ def test_each_line_is_a_turn_and_each_answer_is_what_generate_writes(chat, folde
     pair = load_pair(args)
     for i in (2, 4):
         before = [{"role": message["role"], "content": message["content"]} for message in messages[:i]]
-        inputs = pair.inputs(before, nudging_hf.INSTRUCTION_TEMPLATE)
+        inputs = pair.inputs(before, nudging_hf.DEFAULT_TEMPLATE)
         output = nudging_hf.generate(
             pair.base, **inputs, **pair.arguments, max_new_tokens=12, return_dict_in_generate=True
         )

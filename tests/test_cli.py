@@ -16,14 +16,13 @@ import torch
 
 import nudging_hf
 from nudging_hf import cli
-from nudging_hf.chats import messages_of
 from nudging_hf.cli.arguments import automatic_device
 from nudging_hf.core.config import NudgingConfig
 from nudging_hf.provenance import Piece
-from nudging_hf.study import comparison, demo
+from nudging_hf.study import comparison, demo, verdict
 from nudging_hf.study.comparison import Contestant, Result, Turn, compare, contestants_of
 from nudging_hf.study.journal import Journal
-from nudging_hf.study.prompts import Prompt, read_labelled_prompts, read_prompts
+from nudging_hf.study.prompts import Prompt
 from nudging_hf.study.reader import Answer, Reader
 
 PROMPT = "What is the name of the thing?"
@@ -84,7 +83,7 @@ def expected(pair_folder, prompt=PROMPT, base_prompt=None, system=None, **kwargs
     base, nudging = Reader.load(pair_folder / "models/base"), Reader.load(pair_folder / "models/nudging")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    ids = base.tokenizer(base_prompt or prompt, return_tensors="pt").input_ids
+    ids = base.tokenizer(base_prompt or f"Question: {prompt}\n", return_tensors="pt").input_ids
     out = nudging_hf.generate(
         base.model,
         input_ids=ids,
@@ -411,8 +410,8 @@ def test_an_argument_that_is_not_utf_8_is_one_line_and_exit_code_2(capsys, args)
         (b'{"messages": [{"role": "user", "content": "a"}], "prompt": "\\ud83d"}\n', "line 1, is no prompt"),
         (b'{"messages": [{"role": "user", "content": "a"}], "prompt": 7}\n', "`prompt` must be text, got 7"),
         (
-            b'{"messages": [{"role": "user", "content": "a"}], "pattern": "(a)", "answer": 7}\n',
-            "`answer` must be text",
+            b'{"messages": [{"role": "user", "content": "a"}], "pattern": "(a)", "answer": [7]}\n',
+            "`answer` must be text or a number, got [7]",
         ),
         (b'{"messages": "Why?"}\n', "A chat must be a list of messages"),
         (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n', "got a part {'type': 'text'}"),
@@ -425,16 +424,6 @@ def test_an_invalid_file_of_prompts_is_one_line_and_exit_code_2(models, capsys, 
     code, printed, err = run(capsys, command, *models, "--prompts", path, *out)
     assert (code, printed) == (2, "")
     assert err.startswith(f"nudging-hf: error: {path}, line ") and said in err and err.count("\n") == 1
-
-
-def test_a_byte_order_mark_is_skipped_and_only_line_breaks_end_lines(tmp_path):
-    path = tmp_path / "prompts"
-    asked = ["one\u2028two", "three\x85four"]
-    path.write_bytes("\ufeff{}\r\n{}\n".format(*asked).encode())
-    assert [prompt.messages[0]["content"] for prompt in read_prompts(path)] == asked
-    rows = [json.dumps({**QUESTIONS[0], "messages": messages_of(text)}, ensure_ascii=False) for text in asked]
-    path.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
-    assert [question.messages[0]["content"] for question in read_labelled_prompts(path)] == asked
 
 
 @pytest.fixture
@@ -518,15 +507,6 @@ def test_a_process_refuses_bytes_that_it_cannot_decode(models, args, data, strea
 
 
 # What the demonstration measures ------------------------------------------------------------------------------------
-
-
-def test_the_last_match_is_the_answer_given():
-    question = Prompt([{"role": "user", "content": "q"}], "p", r"(\d+)", "42", "sums")
-    assert question.answer_in("First 7, then 42.") == "42"
-    assert question.answer_in("42, no: 7.") == "7"
-    assert question.answer_in("Who knows?") is None
-    assert question.is_right("42")
-    assert not question.is_right("")
 
 
 def test_spans_are_where_the_nudging_model_wrote():
@@ -628,12 +608,12 @@ def test_the_table_and_the_sentences_report_the_figures():
         return Result(contestant, questions, (Turn(1.0, passes, 7, answers, marks),))
 
     base, nudged = result(comparison.BASE, 2, 1000), result(NUDGED, 9, 400, nudged=True)
-    [said] = comparison.sentences([base, nudged])
-    assert f"{NUDGED} is above {comparison.BASE}: 90.0% against 20.0%, 70.0 points more" in said
-    lines = comparison.table([base, nudged]).splitlines()
+    [said] = verdict.sentences([base, nudged])
+    assert f"{NUDGED} is above {comparison.BASE}: 9 of 10 against 2 of 10, 70 points more" in said
+    lines = verdict.table([base, nudged]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert "1,000" in cells[2] and "400" in cells[3] and cells[3][3] == "50.0"
-    assert comparison.sentences([base]) == []
+    assert verdict.sentences([base]) == []
 
 
 def test_a_missing_pair_is_an_error_that_names_the_argument(capsys, tmp_path, monkeypatch):
@@ -657,14 +637,3 @@ def test_the_pair_is_found_in_the_working_folder_or_beside_the_package_or_in_it(
     assert demo.find_folder() == tmp_path / "examples" / "mini"
     (tmp_path / "examples" / "mini" / "heldout.jsonl").rename(tmp_path / "nudging_hf" / "mini" / "heldout.jsonl")
     assert demo.find_folder() == tmp_path / "nudging_hf" / "mini"
-
-
-@pytest.mark.parametrize(
-    "row", ["{", "[]", '{"task": "sums"}', json.dumps({**QUESTIONS[0], "pattern": "("}),
-            json.dumps({**QUESTIONS[0], "pattern": "a"}), json.dumps({**QUESTIONS[0], "messages": []})]
-)  # fmt: skip
-def test_a_row_that_is_not_a_question_is_named(tmp_path, row):
-    path = tmp_path / "heldout.jsonl"
-    path.write_text(json.dumps(QUESTIONS[0]) + "\n" + row + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2"):
-        read_labelled_prompts(path)

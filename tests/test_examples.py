@@ -32,7 +32,7 @@ WHAT_IS_SHOWN = {
     "quickstart.py": ["So the answer is 19.", 'The nudging model wrote: ["Let\'s"', "forward passes"],
     "batch.py": ["So the answer is 19.", '"ol"', "ended by eos", "for all 4 answers"],
     "streaming.py": ["⟦Let's⟧ go", "nudging model: 'Let'", "base:          ' go'", "\n\nLet's go"],
-    "chat.py": ["> Question: Join", "⟦Let's⟧ go", '"ol"', "> Question: Mido"],
+    "chat.py": ["> Join", "⟦Let's⟧ go", 'answer is "ol".', "> Breto has", "answer is 25."],
     "pipeline.py": ["So the answer is 19.", 'nudged: ["Let\'s"', "nudging_model=None: 'Question: "],
     "remote_base.py": ["⟦Let⟧⟦'s⟧ go", "So the answer is 19.", '"ol"', " nudged; ", "; eos)"],
     "hub_export.py": ["custom_generate/generate.py", "Nudged: Let's go", "The base alone: Question: "],

@@ -82,6 +82,9 @@ def test_the_figures_and_their_source_are_on_the_page():
     text = re.sub(r"\s+", " ", page.text)  # This also matches non-breaking spaces.
     for expected in ("arXiv 2410.09300", "66.7 %", "37.5 %", "30.0 %", "6 positions", "4 are alignment-related"):
         assert expected in text
+    assert (
+        "It cannot be told from so few questions whether nudging helps: with γ = 0.2, 2 of 2 answers are right" in text
+    )
     assert "<b>base</b> & co" in text and "b" not in page.tags  # Texts about models are escaped.
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import nudging_hf
 from nudging_hf import cli
 from nudging_hf.pair import Pair
-from nudging_hf.study.prompts import read_labelled_prompts
+from nudging_hf.study.prompt_files import read_labelled_prompts
 
 openai = pytest.importorskip("openai", reason="comes with transformers[serving]")
 

@@ -24,15 +24,19 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # -------------------------------------------------------------------------------------------------- tokenizers
+# All documents and answers that the models read put "Question: " before a question, so the templates do.
+ASKED = "{{ 'Question: ' if message['role'] == 'user' and 'Question: ' not in message['content'] }}"
 CONTROL_TOKENS_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
-    "{% endfor %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
+    f"{ASKED}"
+    "{{ message['content'] + '<|end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 # The base's vocabulary has no control tokens for turns, so this template marks them in plain text.
 PLAIN_TEXT_TEMPLATE = (
-    "{% for message in messages %}{{ '[' + message['role'] + ']\\n' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '[' + message['role'] + ']\\n' }}"
+    f"{ASKED}"
+    "{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]\\n' }}{% endif %}"
 )
 

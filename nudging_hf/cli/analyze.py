@@ -19,8 +19,9 @@ from ..chats import turn_template
 from ..core.config import NudgingConfig
 from ..study import analysis, demo, report
 from ..study.journal import Journal, digest
-from ..study.prompts import Prompt, built_in_prompts, read_prompts, spread
-from .arguments import add_models, add_study, command_parser, load_reader, positive
+from ..study.prompt_files import description, read_prompts
+from ..study.prompts import Prompt, built_in_prompts, spread
+from .arguments import PROMPT_FILE, add_models, add_study, command_parser, load_reader, positive
 from .files import versions
 
 
@@ -35,9 +36,8 @@ def add_command(commands: Any) -> None:
     asked = add_study(
         parser,
         "prompts",
-        'a question in each line, or JSON lines: {"messages": [...]}, with "prompt" if the base is given something '
-        'else than --base-template makes of it, and "pattern" and "answer" if the right answer is known (default: '
-        "the dev questions of examples/mini for its own models, and 20 built-in questions for others)",
+        f"{PROMPT_FILE} (default: the dev questions of examples/mini for its own models, and 20 built-in questions "
+        "for others)",
     )
     asked.add_argument("--limit", type=positive, metavar="N", help="take N of the prompts, spread over the file")
     measured = parser.add_argument_group("measurements")
@@ -77,11 +77,17 @@ def run(args: argparse.Namespace) -> None:
     report.require_matplotlib()
     args.out.mkdir(parents=True, exist_ok=True)
     _choose_models_and_prompts(args)
-    prompts = read_prompts(args.prompts) if args.prompts else built_in_prompts()
+    if args.prompts:
+        prompts, said = read_prompts(args.prompts)
+    else:
+        prompts = built_in_prompts()
+        said = f"Built-in prompts: {description(prompts)}"
     prompts = spread(prompts, args.limit or len(prompts))
+    print(said, file=sys.stderr)
     journal = Journal(args.out / "units.jsonl", _settings(args, prompts))
     tables = analysis.tables(prompts, _measure(args, prompts, thresholds, journal))
     page = report.write(args.out, tables, _about(args))
+    print(tables["verdict"], *tables["nothing_right"], sep="\n", end="\n\n")
     for what, paper, here in report.paper_comparison(tables):
         print(f"{what}: {here} (the paper: {paper})")
     print(f"The report: {page}")

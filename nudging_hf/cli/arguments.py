@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chats import REASONING_TEMPLATE
+from ..chats import DEFAULT_TEMPLATE
 from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
 from ..terminal import CLOSING, OPENING
 from .streams import say
@@ -122,6 +122,13 @@ def add_gate(parser: Any) -> None:
         help=f"the share of words that --threshold auto aims at (default: {NudgingConfig.target_nudge_rate})",
     )
 
+
+PROMPT_FILE = (
+    'JSON lines, a JSON array, CSV or TSV with the fields "messages", "conversations", "question", "instruction" (and '
+    '"input") or "prompt", and "answer", "target" or "output" if the right answer is known; or plain text with a '
+    'prompt in each line. "pattern" is a regular expression with one group, whose last match is what a text answers. '
+    'Beside "messages", "prompt" is what the base is given, if --base-template is not to make it of them'
+)
 
 # Models -------------------------------------------------------------------------------------------------------------
 
@@ -232,23 +239,23 @@ def answer_bar(total: int) -> Iterator[Callable[[str, int], None]]:
 # Prompts and parameters ---------------------------------------------------------------------------------------------
 
 
-def add_prompts(parser: argparse.ArgumentParser, base_template: str) -> None:
+def add_prompts(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--system",
         metavar="TEXT",
         help="the system message of the nudging model; the base sees it if --base-template has {system}",
     )
-    add_base_template(prompts, base_template)
+    add_base_template(prompts)
 
 
-def add_base_template(parser: Any, base_template: str) -> None:
-    shown = base_template.replace("\n", "\\n").replace("%", "%%")
+def add_base_template(parser: Any) -> None:
+    shown = DEFAULT_TEMPLATE.replace("\n", "\\n").replace("%", "%%")
     parser.add_argument(
         "--base-template",
         type=lambda text: text.replace("\\n", "\n"),
         metavar="TEXT",
-        default=base_template,
+        default=DEFAULT_TEMPLATE,
         help=f"the base's prompt, with the fields {{user}} and {{system}}; \\n is a line break (default: {shown})",
     )
 
@@ -257,7 +264,7 @@ def add_study(parser: argparse.ArgumentParser, title: str, prompts: str, require
     """Adds what a study asks and how it is answered, and returns the group. `prompts` is the help of `--prompts`."""
     asked = parser.add_argument_group(title)
     asked.add_argument("--prompts", type=Path, required=required, metavar="FILE", help=prompts)
-    add_base_template(asked, REASONING_TEMPLATE)
+    add_base_template(asked)
     add_number(asked, "--max-new-tokens", 256, "the limit on an answer, in tokens")
     add_number(asked, "--batch-size", 16, "how many prompts are answered at once")
     return asked

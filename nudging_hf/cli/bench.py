@@ -7,11 +7,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..chats import REASONING_TEMPLATE, turn_template
+from ..chats import turn_template
 from ..core.config import NudgingConfig
-from ..study.prompts import built_in_prompts, read_prompts, spread
+from ..study.prompt_files import read_prompts
+from ..study.prompts import built_in_prompts, spread
 from ..study.tables import markdown_table
 from .arguments import (
+    PROMPT_FILE,
     add_base_template,
     add_gate,
     add_models,
@@ -31,10 +33,10 @@ def add_command(commands: Any) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="prompts of the kind that the pair is for, as `compare` takes them (default: built-in questions)",
+        help=f"{PROMPT_FILE} (default: built-in questions)",
     )
     add_number(asked, "--limit", 5, "take N of the prompts, spread over the file")
-    add_base_template(asked, REASONING_TEMPLATE)
+    add_base_template(asked)
     add_number(asked, "--max-new-tokens", 256, "the limit on an answer, in tokens")
     add_number(asked, "--rounds", 3, "how often each prompt is answered")
     add_gate(parser.add_argument_group("nudging"))
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     turn_template(args.base_template)
     parameters = parameters_of(args)
     refuse_missing_folders({"--json": args.json})
-    prompts = read_prompts(args.prompts) if args.prompts else built_in_prompts()
+    prompts = read_prompts(args.prompts)[0] if args.prompts else built_in_prompts()
     prompts = spread(prompts, args.limit)
     base, nudging = load_reader(args, "base", chat=False), load_reader(args, "nudging_model")
     config = NudgingConfig.resolve([parameters, base.model.generation_config.to_dict()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from ..chats import turn_template
 from ..core.config import NudgingConfig
 from ..core.gate import GATES
 from ..study import calibration, report
-from ..study.prompts import built_in_prompts, read_prompts
+from ..study.prompt_files import description, read_prompts
+from ..study.prompts import built_in_prompts, validate_labelled
 from ..study.tables import markdown_table, percent
-from .arguments import add_models, add_study, answer_bar, command_parser, load_pair
+from .arguments import PROMPT_FILE, add_models, add_study, answer_bar, command_parser, load_pair
 from .files import refuse_missing_folders, versions, write_json
 
 
@@ -22,9 +24,7 @@ def add_command(commands: Any) -> None:
     add_study(
         parser,
         "prompts",
-        'a question in each line, or JSON lines: {"messages": [...]}, with "prompt" if the base is given something '
-        'else than --base-template makes of it, and "pattern" and "answer" for --by-score (default: 20 built-in '
-        "questions; some twenty of the kind that the pair is for are better)",
+        f"{PROMPT_FILE} (default: 20 built-in questions; some twenty of the kind that the pair is for are better)",
     )
     search = parser.add_argument_group("search")
     search.add_argument(
@@ -77,7 +77,14 @@ def run(args: argparse.Namespace) -> None:
         report.require_matplotlib()
     if args.save_to is not None:
         calibration.check_model_folder(args.save_to)
-    prompts = read_prompts(args.prompts) if args.prompts else built_in_prompts()
+    if args.prompts:
+        prompts, said = read_prompts(args.prompts)
+    else:
+        prompts = built_in_prompts()
+        said = f"Built-in prompts: {description(prompts)}"
+    print(said, file=sys.stderr)
+    if args.by_score:
+        validate_labelled(prompts, "--by-score")
     pair = load_pair(args)
     with answer_bar(len(prompts)) as show:
         found = calibration.calibrate(
@@ -96,11 +103,9 @@ def run(args: argparse.Namespace) -> None:
             resume=args.resume,
             progress=lambda threshold, answered: show(f"threshold {threshold:g}", answered),
         )
-    print(table(found), end="\n\n")
+    print(found.verdict, table(found), sep="\n\n", end="\n\n")
     gate = "" if found.nudge_gate == NudgingConfig.nudge_gate else f"nudge_gate = {found.nudge_gate}, "
     print(f"{gate}nudge_threshold = {found.threshold:g}")
-    if not found.warnings:  # These have been logged, to standard error.
-        print(found.verdict)
     _write(found, len(prompts), args)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..chats import INSTRUCTION_TEMPLATE, turn_template
+from ..chats import turn_template
 from .arguments import (
     add_decoding,
     add_models,
@@ -25,7 +25,7 @@ from .streams import keep_undecoded_bytes_of_typed_lines, refuse_undecoded, say,
 def add_command(commands: Any) -> None:
     parser = command_parser(commands, "chat", run)
     add_models(parser)
-    add_prompts(parser, base_template=INSTRUCTION_TEMPLATE)
+    add_prompts(parser)
     add_decoding(parser)
     add_output(parser)
 

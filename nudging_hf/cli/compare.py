@@ -5,19 +5,34 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .. import page
 from ..chats import turn_template
 from ..core.config import NudgingConfig
 from ..core.gate import GATES
-from ..study import comparison
+from ..study import comparison, verdict
 from ..study.journal import Journal, digest, model_setup
-from ..study.prompts import Prompt, first_of_each_task, read_labelled_prompts
-from .arguments import add_models, add_study, answer_bar, command_parser, load_reader, positive, threshold_or_auto
+from ..study.prompt_files import description, read_prompts
+from ..study.prompts import Prompt, are_labelled, first_of_each_task
+from ..tasks import judge
+from .arguments import (
+    PROMPT_FILE,
+    add_models,
+    add_study,
+    answer_bar,
+    command_parser,
+    load_reader,
+    positive,
+    threshold_or_auto,
+)
 from .files import versions, write_json
+
+_ON_THE_PAGE = 20  # Questions whose answers are put side by side.
 
 
 def add_command(commands: Any) -> None:
@@ -38,9 +53,8 @@ def add_command(commands: Any) -> None:
     asked = add_study(
         parser,
         "questions",
-        'JSON lines: {"messages": [...], "pattern": a regular expression with one group, "answer": what its last '
-        'match in a right answer holds}, with "prompt" if the base is given something else than --base-template '
-        'makes of the messages, and "task" for a column of its own',
+        f"{PROMPT_FILE}. Without answers, and without a judge that {judge.VARIABLE} names, quality is not measured, "
+        'and the answers are put side by side on a page. "task" gives a column of its own',
         required=True,
     )
     asked.add_argument("--limit", type=positive, metavar="N", help="take the first N questions of each task")
@@ -59,7 +73,8 @@ def add_command(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="the folder for table.md, results.json, and answers.jsonl, from which a run that was broken off goes on",
+        help="the folder for table.md, results.json, page.html with the first answers of all, and answers.jsonl, from "
+        "which a run that was broken off goes on",
     )
 
 
@@ -69,16 +84,20 @@ def _gate_and_threshold(text: str) -> tuple[str, float | str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tells whether nudging helps a pair of models, and against what: on questions with known answers, the base
-    alone, the nudging model alone, the base nudged, an ensemble, proxy tuning, in-context alignment, and the large
-    aligned model if there is one. Writes one table, and says in plain words what it shows."""
+    """Tells whether nudging helps a pair of models, and against what: on your questions, the base alone, the nudging
+    model alone, the base nudged, an ensemble, proxy tuning, in-context alignment, and the large aligned model if
+    there is one. Says what it found in one sentence, with one table, and puts the answers side by side on a page."""
     turn_template(args.base_template)
     gates = [{"nudge_gate": gate, "nudge_threshold": threshold} for gate, threshold in dict.fromkeys(args.threshold)]
     for each in gates:
         NudgingConfig(**each)  # It is refused now, not after the models are loaded.
-    questions = read_labelled_prompts(args.prompts)
+    questions, said = read_prompts(args.prompts)
+    print(said, file=sys.stderr)
     if args.limit is not None:
         questions = first_of_each_task(questions, args.limit)
+        print(f"Taken: {description(questions)}", file=sys.stderr)
+    if judge.is_wanted() and not are_labelled(questions):
+        judge.validate()
     args.out.mkdir(parents=True, exist_ok=True)
     models = comparison.Models(
         base=load_reader(args, "base", chat=False),
@@ -123,14 +142,31 @@ def _setup(
 
 
 def _tell(folder: Path, results: Sequence[comparison.Result], left_out: dict[str, str], setup: dict[str, Any]) -> None:
-    """Prints the table and the sentences, and writes them and all figures into a folder."""
-    table, said = comparison.table(results), comparison.sentences(results)
+    """Prints the verdict, the table and the sentences, and writes them and all figures into a folder."""
+    head, table = verdict.of_comparison(results), verdict.table(results)
+    said = verdict.sentences(results)
+    said += verdict.nothing_right({result.name: result.answered for result in results})
     said += [f"{name} is left out: {why}." for name, why in left_out.items()]
-    print(table, comparison.LEGEND, "\n".join(said), sep="\n\n", end="\n\n")
+    print(head, table, verdict.LEGEND, "\n".join(said), sep="\n\n", end="\n\n")
     figures = [result.as_dict(base=results[0]) for result in results]
-    write_json(folder / "results.json", {"setup": setup, "contestants": figures, "left_out": left_out, "says": said})
+    saved = {"setup": setup, "verdict": head, "contestants": figures, "left_out": left_out, "says": said}
+    write_json(folder / "results.json", saved)
     listed = "\n".join(f"- {sentence}" for sentence in said)
     settings = "\n".join(f"- {name}: `{json.dumps(value, ensure_ascii=False)}`" for name, value in setup.items())
-    page = ["# Does nudging help here?", table, comparison.LEGEND, listed, "## Setup", settings]
-    (folder / "table.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    parts = ["# Does nudging help here?", head, table, verdict.LEGEND, listed, "## Setup", settings]
+    (folder / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    _write_page(folder / "page.html", results)
     print(f"The table: {folder / 'table.md'}; its figures: {folder / 'results.json'}")
+    print(f"The answers side by side: {folder / 'page.html'}")
+
+
+def _write_page(path: Path, results: Sequence[comparison.Result]) -> None:
+    """Writes a page with the first questions, each with the answers of all contestants."""
+    answers = []
+    for place, question in enumerate(results[0].questions[:_ON_THE_PAGE]):
+        for result in results:
+            figures = {"written by": result.name}
+            if (right := result.right[place]) is not None:
+                figures["marked"] = "right" if right else "wrong"
+            answers.append(page.MarkedAnswer(question.question, result.answers[place].pieces, figures))
+    page.write(path, answers, None, "Answers side by side")

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         _show_question(examples[0])  # Before torch is imported, which takes seconds.
     import torch
 
-    from ..study import comparison
+    from ..study import verdict
 
     if args.pair is None:
         torch.set_num_threads(1)  # Models as small as these gain nothing from a second thread.
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.monotonic() - began
         if results:
             print(f"\nAnswers to {len(results[0].questions)} questions, {args.batch_size} at once:\n")
-            print(comparison.table(results), comparison.LEGEND, sep="\n\n", end="\n\n")
-            for sentence in comparison.sentences(results):
+            print(verdict.table(results), verdict.LEGEND, sep="\n\n", end="\n\n")
+            for sentence in verdict.sentences(results):
                 print(sentence)
         if args.json is not None:
             _write_json(folder, results, seconds, args)
@@ -116,8 +116,8 @@ def _show_answers(models: Models, question: Prompt, args: argparse.Namespace) ->
 
 def _mark(question: Prompt, answer: Answer) -> None:
     given = question.answer_in(answer.text)
-    verdict = "right" if question.is_right(answer.text) else f"wrong, it is {question.answer}"
-    print(f"-> {'no answer' if given is None else given}: {verdict}", flush=True)
+    mark = "right" if question.is_right(answer.text) else f"wrong, it is {question.answer}"
+    print(f"-> {'no answer' if given is None else given}: {mark}", flush=True)
 
 
 def _compare(models: Models, questions: Sequence[Prompt], args: argparse.Namespace, results: list[Result]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,18 @@ from .arguments import (
 )
 from .streams import refuse_undecoded, standard_input
 
+_EXAMPLE = """\
+for example, in a checkout of the project:
+  nudging-hf generate --base examples/mini/models/base --nudging-model examples/mini/models/nudging \\
+    "Mido has 12 pens. Mido finds 13 more. Mido sells 6. How many pens does Mido have now?"
+"""
+
 
 def add_command(commands: Any) -> None:
     parser = command_parser(commands, "generate", run)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # An example that is wrapped cannot be copied.
+    parser.description = inspect.cleandoc(run.__doc__ or "")
+    parser.epilog = _EXAMPLE
     parser.add_argument(
         "prompt",
         nargs="?",
@@ -31,7 +41,7 @@ def add_command(commands: Any) -> None:
         help='the prompt; it is read from standard input if it is left out or "-"',
     )
     add_models(parser)
-    add_prompts(parser, base_template="{user}")
+    add_prompts(parser)
     add_decoding(parser)
     add_output(parser).add_argument(
         "--html",

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..chats import REASONING_TEMPLATE
 from .arguments import add_base_template, add_gate, command_parser, drafts, loading_bars, parameters_of, positive
 
 
@@ -23,7 +22,7 @@ def add_command(commands: Any) -> None:
         **name,
         help="the small aligned model: a folder, which is copied, or a name on the Hub, which is recorded",
     )
-    add_base_template(parser, REASONING_TEMPLATE)
+    add_base_template(parser)
     parser.add_argument(
         "--license", metavar="ID", help="of the weights, such as apache-2.0 (default: what the models' cards say)"
     )

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from ..chats import INSTRUCTION_TEMPLATE, turn_template
+from ..chats import turn_template
 from ..core.config import NudgingConfig
 from .arguments import (
     add_base_template,
@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
         metavar="N",
         help="how many tokens a prompt and its answer may have (default: what the base was trained on)",
     )
-    add_base_template(parser.add_argument_group("prompts"), INSTRUCTION_TEMPLATE)
+    add_base_template(parser.add_argument_group("prompts"))
     nudging = parser.add_argument_group("nudging, where a request does not say")
     add_gate(nudging)
     nudging.add_argument(

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("This needs inspect-ai: pip install 'nudging-hf[inspect-ai]'.") from error
 
-from ..chats import REASONING_TEMPLATE, turn_template
+from ..chats import DEFAULT_TEMPLATE, turn_template
 from ..core.config import NudgingConfig
 from ..pair import Pair, load_model, nudging_model_named_in
 from ..provenance import count_nudged_words, pieces_of, text_of
@@ -38,7 +38,7 @@ class NudgingAPI(inspect.ModelAPI):
         super().__init__(model_name, base_url, api_key, config=config or GenerateConfig())
         self.parameters = {name: args.pop(name) for name in NudgingConfig.field_names() if name in args}
         NudgingConfig(**self.parameters)  # A bad value is refused now, not after the base is loaded.
-        template = args.pop("base_template", REASONING_TEMPLATE).replace("\\n", "\n")
+        template = args.pop("base_template", DEFAULT_TEMPLATE).replace("\\n", "\n")
         turn_template(template)
         self.prompting = {"base_template": template, "chat_template_kwargs": args.pop("chat_template_kwargs", None)}
         named = args.pop("nudging_model", None)

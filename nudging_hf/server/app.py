@@ -23,7 +23,7 @@ except ImportError as error:
     raise ImportError("The server needs further packages: pip install 'nudging-hf[serve]'.") from error
 
 from .. import __version__
-from ..chats import REASONING_TEMPLATE
+from ..chats import DEFAULT_TEMPLATE
 from ..core.vocabulary import Vocabulary
 from .engine import AnswerFailed, AnswerRequest, Answers, Chunk, Engine, QueueFull, Unavailable
 from .metrics import Metrics, Outcome, RequestWatch
@@ -64,7 +64,7 @@ class ServerSettings:
     """
 
     served_name: str
-    base_template: str = REASONING_TEMPLATE
+    base_template: str = DEFAULT_TEMPLATE
     default_max_tokens: int = 1024
     max_answers: int = 128
     api_key: str | None = field(default=None, repr=False)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..chats import REASONING_TEMPLATE, turn_template
+from ..chats import DEFAULT_TEMPLATE, turn_template
 from ..encoded_chats import chat_inputs
 from .protocol import ChatRequest, CompletionRequest, FieldError
 
@@ -35,7 +35,7 @@ class PromptEncoder:
         ValueError: for a malformed template.
     """
 
-    def __init__(self, tokenizer: Any, nudging_tokenizer: Any, base_template: str = REASONING_TEMPLATE):
+    def __init__(self, tokenizer: Any, nudging_tokenizer: Any, base_template: str = DEFAULT_TEMPLATE):
         turn_template(base_template)
         self._tokenizer = copy.deepcopy(tokenizer)
         self._nudging_tokenizer = copy.deepcopy(nudging_tokenizer)

@@ -25,9 +25,11 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from ..core.answer import answer_class
-from .prompts import Prompt, are_labelled
+from .intervals import wilson
+from .prompts import Prompt
 from .reader import Answer, Prediction, Reader, nudged_answers, share_vocabulary
 from .tables import share_of
+from .verdict import Nudged, Scores, nothing_right, verdict
 
 BINS = tuple(i / 10 for i in range(11))  # The paper's bins: tenths of the base's top-1 probability; 1 is in the last.
 THRESHOLDS = tuple(i / 20 for i in range(1, 21))  # The thresholds at which nudges are counted.
@@ -108,7 +110,7 @@ class Analysis:
         """All units, each independent of the others."""
         kinds: list[tuple[str, float | None]] = [("along", self.threshold if self.large is None else None)]
         kinds += [("nudged", gamma) for gamma in self.thresholds]
-        if are_labelled(self.prompts):
+        if any(prompt.is_labelled for prompt in self.prompts):
             kinds += [("base", None), ("nudging model", None)]
         starts = range(0, len(self.prompts), self.batch_size)
         return [Unit(kind, start, threshold) for kind, threshold in kinds for start in starts]
@@ -176,7 +178,9 @@ def tables(prompts: Sequence[Prompt], measured: Mapping[Unit, list[dict[str, Any
         - `thresholds`: what p < γ would catch.
         - `agreement`: how often the nudging model and the large aligned one agree.
         - `curve`: the nudged answers at each γ that was measured.
-        - `alone`: the accuracy of each model alone.
+        - `alone`: the accuracy of each model alone, and its interval.
+        - `verdict`: whether nudging helps, in one sentence.
+        - `nothing_right`: how an answer was read, for whoever is right on no question.
     """
     answers: dict[tuple[str, float | None], list[Answer]] = {}
     along: list[Positions] = []
@@ -190,12 +194,21 @@ def tables(prompts: Sequence[Prompt], measured: Mapping[Unit, list[dict[str, Any
     (threshold,) = [gamma for kind, gamma in answers if kind == "along"]
     large = threshold is None
 
-    def accuracy(kind: str, gamma: float | None = None) -> float | None:
-        if (kind, gamma) not in answers or not are_labelled(prompts):
-            return None
-        pairs = zip(prompts, answers[kind, gamma], strict=True)
-        return _mean(prompt.is_right(answer.text) for prompt, answer in pairs)
+    def scores(kind: str, gamma: float | None = None) -> Scores:
+        pairs = zip(prompts, answers.get((kind, gamma), [None] * len(prompts)), strict=True)
+        return Scores([prompt.is_right(answer.text) for prompt, answer in pairs if answer and prompt.is_labelled])
 
+    alone = {"base": scores("base"), "nudging model": scores("nudging model")}
+    curve = {gamma: its for (kind, gamma), its in answers.items() if kind == "nudged" and gamma is not None}
+    rates = {
+        gamma: share_of(sum(a.nudged_words for a in its), sum(a.words for a in its)) for gamma, its in curve.items()
+    }
+    nudged = [Nudged(f"γ = {gamma:g}", scores("nudged", gamma), rate) for gamma, rate in rates.items()]
+    written = {
+        f"{kind} alone" if gamma is None else f"{kind}, γ = {gamma:g}": list(zip(prompts, its, strict=True))
+        for (kind, gamma), its in answers.items()
+        if kind != "along"
+    }
     return {
         "prompts": len(prompts),
         "along": {
@@ -214,20 +227,26 @@ def tables(prompts: Sequence[Prompt], measured: Mapping[Unit, list[dict[str, Any
         "curve": [
             {
                 "threshold": gamma,
-                "accuracy": accuracy("nudged", gamma),
-                "nudged_words": share_of(sum(a.nudged_words for a in its), sum(a.words for a in its)),
+                **_accuracy(scores("nudged", gamma)),
+                "nudged_words": rates[gamma],
                 "nudged_tokens": share_of(sum(a.nudged_tokens for a in its), sum(a.tokens for a in its)),
                 "unfinished": sum(not a.finished for a in its),
             }
-            for (kind, gamma), its in answers.items()
-            if kind == "nudged"
+            for gamma, its in curve.items()
         ],
         "alone": {
-            "base": accuracy("base"),
-            "nudging model": accuracy("nudging model"),
-            "large aligned": accuracy("along") if large else None,
+            name: _accuracy(its)
+            for name, its in (alone | {"large aligned": scores("along") if large else Scores()}).items()
         },
+        "verdict": verdict(alone["base"], alone["nudging model"], nudged),
+        "nothing_right": nothing_right(written),
     }
+
+
+def _accuracy(scores: Scores) -> dict[str, Any]:
+    """The share of right answers and its interval; `None` if none was marked."""
+    right, marked = sum(scores.marks), len(scores.marks)
+    return {"accuracy": share_of(right, marked), "interval": list(wilson(right, marked)) if marked else None}
 
 
 # A position: the base's top-1 probability, and two marks, each as [`Positions`] has it.

@@ -8,20 +8,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from ..chats import REASONING_TEMPLATE
+from ..chats import DEFAULT_TEMPLATE
 from ..core.config import NudgingConfig
 from ..core.gate import GATES
 from ..pair import Pair
+from .intervals import wilson
 from .journal import Journal, digest, model_setup
-from .prompts import Prompt, built_in_prompts
-from .reader import Reader, nudged_answers
+from .prompts import Prompt, are_labelled, built_in_prompts, validate_labelled
+from .reader import Answer, Reader, nudged_answers
+from .records import prompts_of
+from .verdict import unread
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ _CLOSE = 0.01
 class Point:
     """How many answers there are at one threshold, and words in them, and how many of each are nudged or right.
 
-    `right` is `None` if that is not known.
+    `right` is `None` if that is not known. If it is 0, `unread` shows how an answer was read.
     """
 
     threshold: float
@@ -43,6 +46,7 @@ class Point:
     words: int
     answers: int
     right: int | None = None
+    unread: str | None = field(default=None, compare=False)
 
     @property
     def nudge_rate(self) -> float:
@@ -96,15 +100,38 @@ class Calibration:
                 "Take a threshold that nudges less, or another pair."
             )
         if target is None and self.chosen.score == 0:
-            found.append("No answer is right at any threshold, so that the score cannot choose one.")
+            found.append(
+                f"No answer is right at any threshold, so that the score cannot choose one. {self.chosen.unread or ''}"
+            )
         return tuple(found)
 
     @property
     def verdict(self) -> str:
-        """One text about the pair: that it is in order, or all that speaks against it."""
-        return " ".join(self.warnings) or (
-            f"The pair is in order: at a threshold of {self.threshold:g}, {self.chosen.nudge_rate:.1%} of the words "
-            "are nudged."
+        """What was found, what it rests on, and what was not measured, in one sentence."""
+        point, target = self.chosen, self.target_nudge_rate
+        if target is None and not point.right:
+            opening = "No answer is right at any threshold"
+        elif target is None:
+            among = (
+                "the only one that was tried" if len(self.curve) == 1 else f"the best of {len(self.curve)} thresholds"
+            )
+            opening = f"The score is {among}"
+        elif abs(point.nudge_rate - target) <= 2 * _CLOSE:
+            opening = f"The rate is on target ({target:.1%})"
+        else:
+            opening = f"The rate misses its target ({target:.1%})"
+        if point.right is None:
+            quality = "quality was not measured"
+        else:
+            low, high = wilson(point.right, point.answers)
+            quality = (
+                f"{point.right} of {point.answers} answers are right (95 % interval: {low:.0%} to {high:.0%}), and "
+                "what the base alone would score was not measured"
+            )
+        prompts = f"{point.answers} prompt{'' if point.answers == 1 else 's'}"
+        return (
+            f"{opening}: at a threshold of {self.threshold:g}, {point.nudge_rate:.1%} of the words are nudged, "
+            f"measured on {prompts} with {point.words:,} words of answers; {quality}."
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -171,13 +198,13 @@ def calibrate(
     nudging_model: Any,
     tokenizer: Any,
     nudging_tokenizer: Any,
-    prompts: Sequence[Prompt] | None = None,
+    prompts: Iterable[Any] | None = None,
     *,
     target_nudge_rate: float = 0.1,
     by_score: bool = False,
     thresholds: Sequence[float] | None = None,
     nudging_config: NudgingConfig | None = None,
-    base_template: str = REASONING_TEMPLATE,
+    base_template: str = DEFAULT_TEMPLATE,
     max_new_tokens: int = 256,
     batch_size: int = 16,
     resume: str | Path | None = None,
@@ -190,11 +217,12 @@ def calibrate(
     Args:
         base, nudging_model: the large base and the small aligned model.
         tokenizer, nudging_tokenizer: the tokenizer of each.
-        prompts: prompts such as [`read_prompts`] reads; if they are left out, [`built_in_prompts`]. Some twenty of the
-            kind that the pair is for are enough. On questions of another kind the same threshold may nudge much more
-            or less.
+        prompts: texts, chats, rows with fields such as "question" and "answer", or a data set or column of the
+            library datasets: see [`~study.records.prompts_of`]. If they are left out, [`built_in_prompts`]. Some
+            twenty of the kind that the pair is for are enough. On questions of another kind the same threshold may
+            nudge much more or less.
         target_nudge_rate: the share of words, in (0, 1), that is to be nudged.
-        by_score: whether the score decides instead; every prompt then needs `pattern` and `answer`.
+        by_score: whether the score decides instead; every prompt then needs a right answer.
         thresholds: the thresholds among which the score decides; if they are left out, [`default_thresholds`].
         nudging_config: the other parameters of nudging, such as the gate; if they are left out, those of the base's
             generation config.
@@ -214,19 +242,15 @@ def calibrate(
         found = calibrate(base, nudger, tokenizer, nudging_tokenizer)
         base.generate(**inputs, nudging_model=nudger, nudge_threshold=found.threshold)
     """
-    prompts = built_in_prompts() if prompts is None else list(prompts)
+    prompts = built_in_prompts() if prompts is None else prompts_of(prompts)
     if not prompts:
         raise ValueError("There are no `prompts`: give at least one, or leave them out for the built-in ones.")
     if not 0 < target_nudge_rate < 1:
         raise ValueError(f"`target_nudge_rate` is a share of words and must be in (0, 1), got {target_nudge_rate!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size!r}.")
-    unlabelled = sum(not prompt.is_labelled for prompt in prompts)
-    if by_score and unlabelled:
-        raise ValueError(
-            f"The score needs `pattern` and `answer` for each prompt, and {unlabelled} of {len(prompts)} have none: "
-            "give them, or a target nudge rate."
-        )
+    if by_score:
+        validate_labelled(prompts, "The score")
     if by_score and thresholds is not None and not thresholds:
         raise ValueError("There are no `thresholds` for the score to choose from: give at least one.")
     pair = Pair(base, tokenizer, nudging_model, nudging_tokenizer)
@@ -249,17 +273,22 @@ def calibrate(
 
     def measure(threshold: float) -> dict[str, Any]:
         own_config = replace(config, nudge_threshold=threshold)
-        nudged = words = right = 0
+        nudged = words = 0
+        answered: list[tuple[Prompt, Answer]] = []
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             answers = nudged_answers(base_reader, nudging_reader, own_config, batch, max_new_tokens)
-            for prompt, answer in zip(batch, answers, strict=True):
-                nudged, words = nudged + answer.nudged_words, words + answer.words
-                right += prompt.is_labelled and prompt.is_right(answer.text)
+            nudged += sum(answer.nudged_words for answer in answers)
+            words += sum(answer.words for answer in answers)
+            answered += zip(batch, answers, strict=True)
             progress(threshold, len(batch))
         if not words:
             raise ValueError("No answer has a word, so there is no nudge rate: give other `prompts`.")
-        return asdict(Point(threshold, nudged, words, len(prompts), None if unlabelled else right))
+        if not are_labelled(prompts):
+            return asdict(Point(threshold, nudged, words, len(prompts)))
+        right = sum(prompt.is_right(answer.text) for prompt, answer in answered)
+        shown = unread("The nudged base", answered)
+        return asdict(Point(threshold, nudged, words, len(prompts), right, shown))
 
     def attempt(threshold: float) -> Point:
         return Point(**journal.once({"threshold": threshold}, lambda: measure(threshold)))

@@ -1,9 +1,9 @@
-"""Nudging beside each model alone and beside its rivals, on questions with known answers. It knows models, answers and
-figures, never files or terminals.
+"""Nudging beside each model alone and beside its rivals, on the same questions. It knows models, answers and figures,
+never files or terminals.
 
 *Contestants* take turns: all of them answer a batch of questions before any of them answers the next one, so that the
-load of the machine affects all of them equally. All decode greedily. Two accuracies are on the same questions, so
-their *difference* has a standard error of its own: that of the mean of what each question adds to it.
+load of the machine affects all of them equally. All decode greedily. A rule marks the answers to questions whose right
+answer it can find. The others are left to a judge, if there is one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from functools import partial
 from typing import Any
 
 from ..core.config import NudgingConfig
+from ..tasks import judge
 from .baselines import STOP_STRING, ensemble, in_context, proxy_tuning
+from .intervals import Interval, wilson
 from .journal import Journal
 from .prompts import Prompt, tasks_of
 from .reader import Answer, Reader, inputs_of_both, nudged_answers, pair_of, share_vocabulary
-from .tables import markdown_table, percent, share_of
+from .tables import share_of
 
 BASE, NUDGING, NUDGED = "base alone", "nudging model alone", "nudged"
 ENSEMBLE, PROXY, IN_CONTEXT, ALIGNED = "ensemble", "proxy tuning", "in-context", "large aligned"
 _SHARED = " (shared)"  # Follows the name of a contestant that uses the second nudging model.
-_CLEAR = 2  # A difference of fewer standard errors may be chance.
 
 
 # Who answers --------------------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ class Contestant:
     """Who answers: one model alone, or several together.
 
     `large` and `small` are its models of the base's size and of the nudging model's, whose forward passes are
-    counted. `nudged` says whether it has a nudge rate.
+    counted. `nudged` says whether it has a nudge rate, and `setting` with which gate and threshold it is nudged.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Contestant:
     large: Reader | None = None
     small: tuple[Reader, ...] = ()
     nudged: bool = False
+    setting: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def contestants_of(
         if small is not None:
             for config in configs:
                 gate = "γ =" if config.nudge_gate == NudgingConfig.nudge_gate else config.nudge_gate
-                name = f"{NUDGED}{mark}, {gate} {config.nudge_threshold}"
+                setting = f"{gate} {config.nudge_threshold}"
                 write = partial(nudged_answers, base, small, config)
-                found.append(Contestant(name, write, base, (small,), nudged=True))
+                name = f"{NUDGED}{mark}, {setting}"
+                found.append(Contestant(name, write, base, (small,), nudged=True, setting=setting + mark))
     if with_rivals:
         rivals, left_out = _rivals_of(models)
         found += rivals
@@ -158,14 +161,15 @@ def _in_context_answers(base: Reader, prompts: Sequence[Prompt], max_new_tokens:
 class Turn:
     """A contestant's answers to a batch of questions, which of them are right, and what they took.
 
-    That is seconds by the wall clock, and forward passes of models of either size.
+    That is seconds by the wall clock, and forward passes of models of either size. `right` is `None` where no rule
+    can tell.
     """
 
     seconds: float
     large_passes: int
     small_passes: int
     answers: list[Answer]
-    right: list[bool]
+    right: list[bool | None]
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Turn:
@@ -179,7 +183,10 @@ def take_turn(contestant: Contestant, questions: Sequence[Prompt], max_new_token
         began = time.perf_counter()
         answers = contestant.write(questions, max_new_tokens)
         seconds = time.perf_counter() - began
-    right = [question.is_right(answer.text) for question, answer in zip(questions, answers, strict=True)]
+    right = [
+        question.is_right(answer.text) if question.is_labelled else None
+        for question, answer in zip(questions, answers, strict=True)
+    ]
     return Turn(seconds, large_passes.total(), small_passes.total(), answers, right)
 
 
@@ -206,12 +213,14 @@ def compare(
     """Lets all contestants answer all questions, `batch_size` at once, and returns one result for each contestant.
 
     Args:
-        questions: one or more prompts whose right answers are known.
-        journal: keeps every turn that is finished; a turn that it holds is not taken again.
+        questions: one or more prompts. The answers to those whose right answer no rule can find are judged by a
+            model if `NUDGING_HF_JUDGE` names one.
+        journal: keeps every turn and what the judge says of it; what it holds is not done again.
         max_new_tokens: the limit on an answer, in tokens of the model that writes it.
         progress: is called with a contestant's name and the number of questions after each of its turns.
     """
     turns: dict[str, list[Turn]] = {contestant.name: [] for contestant in contestants}
+    judged: dict[str, list[Grades]] = {contestant.name: [] for contestant in contestants}
     warm = set()
 
     def take(contestant: Contestant, batch: Sequence[Prompt]) -> dict[str, Any]:
@@ -224,9 +233,28 @@ def compare(
         batch = questions[start : start + batch_size]
         for contestant in contestants:
             key = {"contestant": contestant.name, "start": start}
-            turns[contestant.name].append(Turn.from_row(journal.once(key, partial(take, contestant, batch))))
+            turn = Turn.from_row(journal.once(key, partial(take, contestant, batch)))
+            turns[contestant.name].append(turn)
+            if judge.is_wanted() and None in turn.right:
+                own = {**key, "judge": judge.name()}
+                judged[contestant.name] += journal.once(own, partial(judged_turn, batch, turn))
+            else:
+                judged[contestant.name] += [{}] * len(batch)
             progress(contestant.name, len(batch))
-    return [Result(contestant, tuple(questions), tuple(turns[contestant.name])) for contestant in contestants]
+    return [Result(each, tuple(questions), tuple(turns[each.name]), tuple(judged[each.name])) for each in contestants]
+
+
+# What a judge says of an answer, by name: whether it is "correct", or a grade for each aspect; nothing of those that
+# it was not asked about.
+Grades = dict[str, int]
+
+
+def judged_turn(questions: Sequence[Prompt], turn: Turn) -> list[Grades]:
+    """What the judge says of a turn's answers that no rule can mark: [`~tasks.judge.verdict`]."""
+    return [
+        judge.grades(question.question, answer.text, question.answer) if right is None else {}
+        for question, answer, right in zip(questions, turn.answers, turn.right, strict=True)
+    ]
 
 
 # The figures --------------------------------------------------------------------------------------------------------
@@ -234,11 +262,15 @@ def compare(
 
 @dataclass(frozen=True)
 class Result:
-    """A contestant's turns as figures. Shares are numbers from 0 to 1; `None` stands for a share of nothing."""
+    """A contestant's turns as figures. Shares are numbers from 0 to 1; `None` stands for a share of nothing.
+
+    `judged` is what the judge said of each answer; it may be left out if there is no judge.
+    """
 
     contestant: Contestant
     questions: tuple[Prompt, ...]
     turns: tuple[Turn, ...]
+    judged: tuple[Grades, ...] = ()
 
     @property
     def name(self) -> str:
@@ -248,17 +280,38 @@ class Result:
     def answers(self) -> list[Answer]:
         return [answer for turn in self.turns for answer in turn.answers]
 
+    @property
+    def answered(self) -> list[tuple[Prompt, Answer]]:
+        """Each question with its answer."""
+        return list(zip(self.questions, self.answers, strict=True))
+
+    @property
+    def right(self) -> list[bool | None]:
+        """Whether each answer is right, by its rule or by the judge; `None` where neither can tell."""
+        found = [right for turn in self.turns for right in turn.right]
+        for place, grades in enumerate(self.judged):
+            if "correct" in grades:
+                found[place] = bool(grades["correct"])
+        return found
+
     def marks(self, task: str | None = None) -> list[bool]:
-        """Whether each answer is right: those to the questions of one task, or all."""
-        marks = zip(self.questions, (right for turn in self.turns for right in turn.right), strict=True)
-        return [right for question, right in marks if task in (None, question.task)]
+        """Whether each answer is right that can be told: those to the questions of one task, or all."""
+        marks = zip(self.questions, self.right, strict=True)
+        return [right for question, right in marks if right is not None and task in (None, question.task)]
 
-    def accuracy(self, task: str | None = None) -> float:
-        return statistics.fmean(self.marks(task))
+    def grades(self) -> list[float]:
+        """The mean grade from 1 to 5 of each answer that a judge has graded by aspects."""
+        graded = [grades for grades in self.judged if grades and "correct" not in grades]
+        return [statistics.fmean(grades.values()) for grades in graded]
 
-    def standard_error(self, task: str | None = None) -> float | None:
-        """The standard error of the accuracy; `None` for a single question."""
-        return _standard_error(self.marks(task))
+    def accuracy(self, task: str | None = None) -> float | None:
+        marks = self.marks(task)
+        return share_of(sum(marks), len(marks))
+
+    def interval(self, task: str | None = None) -> Interval | None:
+        """The 95 % interval of the accuracy."""
+        marks = self.marks(task)
+        return wilson(sum(marks), len(marks)) if marks else None
 
     @property
     def nudged_words(self) -> tuple[int, int]:
@@ -297,8 +350,10 @@ class Result:
         return {
             "name": self.name,
             "accuracy": {task: self.accuracy(task) for task in tasks} | {"all": self.accuracy()},
-            "standard_error": {task: self.standard_error(task) for task in tasks} | {"all": self.standard_error()},
+            "interval": {task: self.interval(task) for task in tasks} | {"all": self.interval()},
             "right": sum(self.marks()),
+            "marked": len(self.marks()),
+            "grade": statistics.fmean(self.grades()) if self.grades() else None,
             "questions": len(self.questions),
             "nudge_rate": self.nudge_rate,
             "words_per_answer": self.words,
@@ -308,76 +363,3 @@ class Result:
             "large_forward_passes": self.large_passes,
             "small_forward_passes": self.small_passes,
         }
-
-
-def difference(one: Result, other: Result) -> tuple[float, float]:
-    """The difference of two accuracies, and its standard error."""
-    gains = [mine - its for mine, its in zip(one.marks(), other.marks(), strict=True)]
-    return statistics.fmean(gains), _standard_error(gains) or 0.0
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-
-
-# The figures in words -----------------------------------------------------------------------------------------------
-
-LEGEND = (
-    "Accuracy and nudged words are in percent; ± is the standard error of the accuracy. nudged words: the share of "
-    "words of which the nudging model wrote at least a character. time: seconds for a question, as a multiple of the "
-    "base's alone. a word: seconds for a word, likewise; a base that is done sooner has written less. words: the mean "
-    "number of words of an answer. passes: forward passes of the large model and of the small ones, each for a batch "
-    "of questions at once."
-)
-
-
-def table(results: Sequence[Result]) -> str:
-    """One line for each contestant, in Markdown. The first result is the base's alone."""
-    tasks = tasks_of(results[0].questions)
-    base = results[0]
-    head = ["all", "±", "nudged words", "time", "a word", "words", "large passes", "small passes"]
-    rows = [
-        [
-            result.name,
-            *(_number(result.accuracy(task)) for task in (*tasks, None)),
-            _number(result.standard_error()),
-            _number(result.nudge_rate),
-            f"{result.seconds / base.seconds:.2f}",
-            _ratio(result.seconds_per_word, base.seconds_per_word),
-            f"{result.words:.0f}",
-            *("-" if n is None else f"{n:,}" for n in (result.large_passes, result.small_passes)),
-        ]
-        for result in results
-    ]
-    return markdown_table(["", *(task or "(no task)" for task in tasks), *head], rows)
-
-
-def _ratio(one: float | None, other: float | None) -> str:
-    return "-" if one is None or other is None else f"{one / other:.2f}"
-
-
-def _number(share: float | None) -> str:
-    """A share in percent, without the sign."""
-    return percent(share).removesuffix("%")
-
-
-def sentences(results: Sequence[Result]) -> list[str]:
-    """For each nudged contestant: whether it is above each of the others, and whether that may be chance."""
-    return [
-        _against(nudged, other)
-        for nudged in results
-        for other in results
-        if nudged.contestant.nudged and not other.contestant.nudged
-    ]
-
-
-def _against(nudged: Result, other: Result) -> str:
-    gain, error = difference(nudged, other)
-    both = f"{nudged.accuracy():.1%} against {other.accuracy():.1%}"
-    if gain == 0:
-        return f"{nudged.name} is NOT above {other.name}: {both}."
-    verdict, direction = ("above", "more") if gain > 0 else ("NOT above", "less")
-    told = f"{100 * abs(gain):.1f} points {direction}, with a standard error of {100 * error:.1f}"
-    if abs(gain) < _CLEAR * error:
-        told += ": too few questions to tell the two apart"
-    return f"{nudged.name} is {verdict} {other.name}: {both}, {told}."

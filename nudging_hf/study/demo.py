@@ -13,7 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .prompts import Prompt, read_labelled_prompts
+from .prompt_files import read_labelled_prompts
+from .prompts import Prompt
 
 if TYPE_CHECKING:
     from .comparison import Models, Result

@@ -1,16 +1,14 @@
-"""What models are asked, and how an answer is marked. It knows messages and files, never models."""
+"""What models are asked, and the right answer to it. It knows messages, never files or models."""
 
 from __future__ import annotations
 
-import io
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..chats import Message, checked_messages, messages_of, validate_no_surrogates
+from . import marking
 
 _SYSTEM = "Answer the question by walking through the reasoning steps."
 # The paper's kinds of question (sums in words, coins, letters, common sense, knowledge), and some that ask for advice.
@@ -40,18 +38,19 @@ BUILT_IN = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of both models, and how to find the answer to it, if the right one is known.
+    """A prompt of both models, and the right answer to it, if that is known.
 
     Args:
         messages: the chat that the nudging model is given.
         prompt: what the base is given; if it is left out, the plain prompt that `base_template` makes of the chat.
-        pattern: a regular expression with one group.
-        answer: what the last match of `pattern` in a right answer holds.
+        pattern: a regular expression with one group, whose last match in a text is what the text answers. If it is
+            left out, the answer tells how a text is read: see [`~study.marking`].
+        answer: the right answer.
         task: the task that the prompt belongs to; "" if it belongs to none.
 
     Raises:
-        ValueError: for messages in another order, a pattern without its one group, and one of `pattern` and `answer`
-            without the other.
+        ValueError: for messages in another order or without a content, an answer that is blank, a pattern without its
+            one group, and one without an answer.
     """
 
     messages: Sequence[Message]
@@ -61,16 +60,23 @@ class Prompt:
     task: str = ""
 
     def __post_init__(self) -> None:
-        checked_messages(self.messages)
+        try:
+            system, turns = checked_messages(self.messages)
+        except ValueError as error:
+            raise ValueError(f"`messages`: {error}") from error
+        if blank := [text for text in (*turns, *([] if system is None else [system])) if not text.strip()]:
+            raise ValueError(f"`messages`: a content is empty, got {blank[0]!r}.")
         for name in ("prompt", "pattern", "answer"):
             value = getattr(self, name)
             if value is not None:
                 if not isinstance(value, str):
                     raise ValueError(f"`{name}` must be text, got {value!r}.")
                 validate_no_surrogates(value, f"`{name}`")
-        if (self.pattern is None) != (self.answer is None):
-            raise ValueError("`pattern` and `answer` go together, and one of them is missing.")
+                if not value.strip():
+                    raise ValueError(f"`{name}` is empty, got {value!r}: give one, or leave it out.")
         if self.pattern is not None:
+            if self.answer is None:
+                raise ValueError("`pattern` needs an `answer`, and there is none.")
             try:
                 groups = re.compile(self.pattern).groups
             except re.error as error:
@@ -81,90 +87,47 @@ class Prompt:
     @property
     def question(self) -> str:
         """The question itself, as the aligned models are asked it."""
-        return self.messages[-1]["content"]
+        return checked_messages(self.messages)[1][-1]
+
+    @property
+    def rule(self) -> marking.Rule | None:
+        """How an answer is read and marked; `None` if no rule can tell which answers are right."""
+        return None if self.answer is None else marking.rule_for(self.answer, self.pattern)
 
     @property
     def is_labelled(self) -> bool:
-        """Whether the right answer is known."""
-        return self.pattern is not None
+        """Whether a rule can tell which answers are right."""
+        return self.rule is not None
 
     def answer_in(self, text: str) -> str | None:
-        """The answer that a text gives: what the last match of `pattern` holds, if there is one."""
-        assert self.pattern is not None
-        found = re.findall(self.pattern, text)
-        return found[-1] if found else None
+        """What a text answers, if it answers anything. There must be a rule."""
+        assert self.rule is not None
+        return self.rule.read(text)
 
     def is_right(self, text: str) -> bool:
-        """Whether a text gives the right answer."""
-        return self.answer_in(text) == self.answer
+        """Whether a text gives the right answer. There must be a rule."""
+        given = self.answer_in(text)
+        assert self.rule is not None and self.answer is not None
+        return given is not None and self.rule.is_right(given, self.answer)
 
 
 def are_labelled(prompts: Iterable[Prompt]) -> bool:
-    """Whether the right answer to every prompt is known."""
+    """Whether a rule can tell which answers to each prompt are right."""
     return all(prompt.is_labelled for prompt in prompts)
+
+
+def validate_labelled(prompts: Sequence[Prompt], what: str) -> None:
+    """Raises a `ValueError` if there is a prompt without a right answer. `what` needs one, as an error says."""
+    if unlabelled := sum(not prompt.is_labelled for prompt in prompts):
+        raise ValueError(
+            f"{what} needs the right answer to each prompt, and {unlabelled} of {len(prompts)} have none that a rule "
+            f"can find: give each an `answer` of at most {marking.LONGEST_ANSWER} words, or a `pattern` too."
+        )
 
 
 def built_in_prompts() -> list[Prompt]:
     """Twenty questions of many kinds, without their answers."""
     return [Prompt(messages_of(question, _SYSTEM)) for question in BUILT_IN]
-
-
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file.
-
-    A file whose first line begins with `{` holds JSON lines with the fields of [`Prompt`]: `messages` must be there,
-    the others may be, and all other fields are ignored. Any other file holds one question in each line. Empty lines
-    are skipped.
-
-    Raises:
-        ValueError: for a row that is no prompt, naming its line, and for a file that holds none.
-    """
-    numbered = [(number, line.strip()) for number, line in enumerate(_lines_of(path), start=1) if line.strip()]
-    if not numbered:
-        raise ValueError(f"{path} holds no prompts.")
-    if not numbered[0][1].startswith("{"):
-        return [Prompt(messages_of(line)) for _, line in numbered]
-    prompts = []
-    for number, line in numbered:
-        try:
-            row = json.loads(line)
-            fields = {name: row.get(name) for name in ("prompt", "pattern", "answer")}
-            prompts.append(Prompt(row["messages"], **fields, task=str(row.get("task") or "")))
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            why = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(
-                f'{path}, line {number}, is no prompt, {{"messages": [...]}} at the least: {why}'
-            ) from error
-    return prompts
-
-
-def read_labelled_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file whose right answers are all known: see [`read_prompts`].
-
-    Raises:
-        ValueError: for a row without `pattern` and `answer` too.
-    """
-    prompts = read_prompts(path)
-    if unlabelled := sum(not prompt.is_labelled for prompt in prompts):
-        raise ValueError(
-            f"{path}: `pattern` and `answer` tell which answers are right, and {unlabelled} of {len(prompts)} prompts "
-            "have none: give JSON lines with both in each."
-        )
-    return prompts
-
-
-def _lines_of(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 file. Only line breaks end them, not the other separators that Unicode has."""
-    data = Path(path).read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # Some editors begin a file with the mark of UTF-8, which is no text.
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}, holds the byte 0x{error.object[error.start]:02x}, "
-            "which is not UTF-8: save the file as UTF-8."
-        ) from error
-    return list(io.StringIO(text, newline=None))
 
 
 def first_of_each_task(prompts: Iterable[Prompt], count: int) -> list[Prompt]:

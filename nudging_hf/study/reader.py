@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..chats import REASONING_TEMPLATE, plain_prompt
+from ..chats import DEFAULT_TEMPLATE, plain_prompt
 from ..core.answer import OneVocabulary, answer_class
 from ..core.config import NudgingConfig
 from ..core.gate import top1_probabilities
@@ -56,6 +56,15 @@ class Answer:
         return cls(text, ids, finished, words=len(text.split()))
 
     @property
+    def pieces(self) -> list[Piece]:
+        """The text in pieces, each by one author."""
+        found, end = [], 0
+        for start, stop in self.nudged_spans:
+            found += [Piece(self.text[end:start], False), Piece(self.text[start:stop], True)]
+            end = stop
+        return [piece for piece in (*found, Piece(self.text[end:], False)) if piece.text]
+
+    @property
     def tokens(self) -> int:
         """How many tokens the answer has."""
         return len(self.ids)
@@ -79,7 +88,7 @@ class Reader:
         base_template: the template of the base's prompt, where a [`Prompt`] does not say what that is.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, chat: bool, base_template: str = REASONING_TEMPLATE):
+    def __init__(self, model: Any, tokenizer: Any, chat: bool, base_template: str = DEFAULT_TEMPLATE):
         self.model = model
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)

@@ -157,7 +157,7 @@ def _curve(axes: Any, tables: Mapping[str, Any]) -> None:
     if rows[0]["accuracy"] is not None:
         axes.plot(at, _percents(rows, "accuracy"), color=_ORANGE, marker="o", label="accuracy, nudged")
         for name, style in (("base", ":"), ("nudging model", "--"), ("large aligned", "-.")):
-            if (alone := tables["alone"][name]) is not None:
+            if (alone := tables["alone"][name]["accuracy"]) is not None:
                 axes.axhline(100 * alone, color=_GREY, linestyle=style, linewidth=1.2, label=f"accuracy, {name} alone")
     axes.plot(at, _percents(rows, "nudged_words"), color=_BLUE, marker="s", label="nudged words")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -212,17 +212,27 @@ def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[
         scored=scored,
         measures=[name.replace("_", " ") for name in measures],
         at_thresholds=[
-            (f"{row['threshold']:g}", *(percent(row[name]) for name in measures), row["unfinished"]) for row in curve
+            (f"{row['threshold']:g}", *(_cell(row, name) for name in measures), row["unfinished"]) for row in curve
         ],
         in_bins=[
             (f"{row['from']:g} to {row['to']:g}", f"{row['positions']:,}", *(percent(row[name]) for name in shares))
             for row in tables["bins"]
         ],
-        uncertainty=98 / tables["prompts"] ** 0.5,  # 1.96 standard errors of a share of one half, in percent.
+        alone_shares=[
+            f"{name} {_cell(row, 'accuracy')}" for name, row in tables["alone"].items() if row["accuracy"] is not None
+        ],
         percent=percent,
         images={name: base64.b64encode(image).decode("ascii") for name, image in images.items()},
         **tables,
     )
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    """A share of a row as text, with its interval where it is an accuracy."""
+    if name != "accuracy":
+        return percent(row[name])
+    low, high = (f"{100 * end:.0f}" for end in row["interval"])
+    return f"{percent(row[name])} ({low} to {high})"
 
 
 _TEMPLATE = """\
@@ -242,6 +252,7 @@ _TEMPLATE = """\
 {% endmacro %}
 {% block policy %}; img-src data:{% endblock %}
 {% block header %}
+<p><strong>{{ verdict }}</strong></p>
 <dl>{% for name, value in about.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 <p>p is the probability of the base's most probable token. Nudging lets the small model write where p is below a \
 threshold γ. The paper observes three things: the base is mostly sure; where it is not, it and the aligned model \
@@ -289,11 +300,10 @@ other positions.</p>
 <section>
 <h2>Nudged answers at each threshold</h2>
 <p>An answer is unfinished if the limit on its length ended it.
-{%- if scored %} Accuracy of each model alone: \
-{% for name, share in alone.items() if share is not none %}
-{{- name }} {{ percent(share) }}{{ "" if loop.last else ", " }}
-{%- endfor %}. An accuracy on {{ prompts }} questions is uncertain by up to {{ "%.0f" % uncertainty }} points either \
-way.{% endif %}</p>
+{%- if scored %} Accuracy of each model alone: {{ alone_shares | join(", ") }}. In brackets are 95 % intervals \
+(Wilson's).{% endif %}</p>
+{% for said in nothing_right %}<p>{{ said }}</p>
+{% endfor %}
 {{ plot("thresholds", "Accuracy and nudge rate by threshold") -}}
 {{ table(["γ"] + measures + ["unfinished"], at_thresholds) -}}
 </section>

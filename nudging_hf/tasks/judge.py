@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,18 @@ def is_wanted() -> bool:
     return bool(os.environ.get(VARIABLE))
 
 
+def name() -> str:
+    """The model that `NUDGING_HF_JUDGE` names."""
+    return os.environ[VARIABLE]
+
+
+def grades(question: str, answer: str, reference: str | None) -> dict[str, int]:
+    """Whether an answer is "correct", 1 or 0; without a reference, a grade from 1 to 5 for each aspect of quality."""
+    if reference is not None:
+        return verdict(CORRECT_PROMPT, {"correct": (0, 1)}, question=question, reference=reference, answer=answer)
+    return verdict(QUALITY_PROMPT, dict.fromkeys(QUALITY, (1, 5)), question=question, answer=answer)
+
+
 def verdict(prompt: str, keys: dict[str, tuple[int, int]], **fields: str) -> dict[str, int]:
     """The judge's scores of one answer, by name.
 
@@ -87,7 +101,7 @@ def verdict(prompt: str, keys: dict[str, tuple[int, int]], **fields: str) -> dic
 
     Raises:
         ImportError: if the client is not installed.
-        openai.OpenAIError: if the endpoint cannot be reached or refuses, after the client's own retries.
+        ConnectionError: if the endpoint cannot be reached or refuses, after the client's own retries.
     """
     reply = _reply(prompt.format(**fields))
     try:
@@ -101,13 +115,37 @@ def verdict(prompt: str, keys: dict[str, tuple[int, int]], **fields: str) -> dic
     return {key: least for key, (least, _) in keys.items()}
 
 
+def validate() -> None:
+    """Raises the error of [`verdict`] if the judge cannot be asked at all, before any answer is written."""
+    with _reporting():
+        _client().close()
+
+
 def _reply(prompt: str) -> str:
+    with _reporting(), _client() as client:
+        completion = client.chat.completions.create(
+            model=name(), temperature=0, messages=[{"role": "user", "content": prompt}]
+        )
+    return completion.choices[0].message.content or ""
+
+
+def _client() -> Any:
     try:
         from openai import OpenAI
     except ImportError as error:
-        raise ImportError("The judge needs a client: pip install 'nudging-hf[lm-eval]'.") from error
-    with OpenAI(max_retries=5) as client:
-        completion = client.chat.completions.create(
-            model=os.environ[VARIABLE], temperature=0, messages=[{"role": "user", "content": prompt}]
-        )
-    return completion.choices[0].message.content or ""
+        raise ImportError("The judge needs a client: pip install 'nudging-hf[openai]'.") from error
+    return OpenAI(max_retries=5)
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """Turns an error of the client into one that names the variables."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("openai"):
+            raise
+        raise ConnectionError(
+            f"The judge {name()} could not be asked: {error} {VARIABLE} names it, and OPENAI_BASE_URL and "
+            "OPENAI_API_KEY say where it runs."
+        ) from error

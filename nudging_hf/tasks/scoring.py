@@ -29,16 +29,23 @@ def last_choice(text: str, labels: Sequence[str], choices: Sequence[str]) -> str
     It is read from "the answer is (B)"; if there is none, from "B." or "(B)"; and otherwise from the words of a
     choice. If there are several of one kind, the last one counts.
     """
-    label = "|".join(map(re.escape, labels))
-    stated = rf"(?i:\banswer|\bchoice|\boption)\b(?i:\s+is)?\W{{0,5}}\(?({label})\b(?!['’])"
-    marked = rf"(?<!\w)\(?({label})[.):](?!\w)"
-    for pattern in (stated, marked):
-        if found := re.findall(pattern, text):
-            return found[-1]
+    if found := last_label(text, labels):
+        return found
     lowered = text.lower()
     places = {label: lowered.rfind(choice.lower().strip(" .")) for label, choice in zip(labels, choices, strict=True)}
     last = max(places, key=lambda label: places[label])
     return last if places[last] >= 0 else None
+
+
+def last_label(text: str, labels: Sequence[str]) -> str | None:
+    """The label that a text states, marks or consists of: [`last_choice`] without the words of the choices."""
+    label = "|".join(map(re.escape, labels))
+    stated = rf"(?i:\banswer|\bchoice|\boption)\b(?i:\s+is)?\W{{0,5}}\(?({label})\b(?!['’])"
+    marked = rf"(?<!\w)\(?({label})[.):](?!\w)"
+    for pattern in (stated, marked, rf"\A\W*({label})\W*\Z"):
+        if found := re.findall(pattern, text):
+            return found[-1]
+    return None
 
 
 _YES, _NO = r"yes|true", r"no|false"
@@ -119,8 +126,7 @@ def _scored(doc: Doc, answer: str, right: bool, question: str, reference: str) -
     """The accuracy by rule, and the judge's verdict if there is a judge."""
     scores = {"exact_match": float(right)}
     if judge.is_wanted():
-        fields = {"question": question, "reference": reference, "answer": answer}
-        scores["judged"] = float(judge.verdict(judge.CORRECT_PROMPT, {"correct": (0, 1)}, **fields)["correct"])
+        scores["judged"] = float(judge.grades(question, answer, reference)["correct"])
     return scores
 
 
