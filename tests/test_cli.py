@@ -254,7 +254,7 @@ assert not {"torch", "transformers", "huggingface_hub", "tqdm"} & set(sys.module
 
 
 def test_help_imports_neither_torch_nor_transformers():
-    commands = "generate chat demo bench serve vllm hub".split()
+    commands = "generate chat demo bench compare calibrate analyze serve vllm hub".split()
     done = subprocess.run([sys.executable, "-c", NO_TORCH, *commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
