@@ -9,7 +9,6 @@ timed around the compiled call.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from gpu_checks import STATIC, Outcome
 from markov import MarkovPair
-from meters import CallMeter, cache_bytes, graphs_compiled, seconds_of, synchronize, weight_bytes
+from meters import CallMeter, cache_bytes, graphs_compiled
 from racers import ADAPTIVE, BASE_ALONE
-from scenarios import quartiles
-from tables import rate_against
 from transformers import DynamicCache
 
 import nudging_hf
 from nudging_hf.core.transformers_private import CACHE
+from nudging_hf.study.bench import quartiles, rate_against
+from nudging_hf.study.meters import PeakMemory, seconds_of, synchronize, weight_bytes
 
 MAX_MEMORY = 1.05  # The highest peak that passes the check, as a multiple of weights and caches.
 _FEW_TOKENS = 8
@@ -388,17 +387,12 @@ def metered(pair: MarkovPair, runner: Runner, write: Callable[[], None], batch: 
     """
     models = {name: getattr(pair, name) for name in runner.models}
     device = pair.base.device
-    gc.collect()
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    with CallMeter(models, partial(synchronize, device)) as meter:
+    with PeakMemory(device) as memory, CallMeter(models, partial(synchronize, device)) as meter:
         write()
     weights = sum(map(weight_bytes, models.values()))
     peak = None
     if device.type == "cuda" and runner not in COMPILED[1:]:
-        peak = weights + torch.cuda.max_memory_allocated(device) - before
+        peak = weights + memory.extra_bytes
     new, slots = batch * size.new_tokens, batch * (size.prompt_tokens + size.new_tokens)
     in_passes = sum(passes.seconds for passes in meter.passes.values())
     return {

@@ -1,10 +1,8 @@
-"""Counts and times forward passes and measures memory. It does not know what the models are used for."""
+"""Counts and times forward passes. It does not know what the models are used for."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
 import time
 import warnings
 from collections import Counter
@@ -116,21 +114,6 @@ def _call_timed(timed: dict[int, Callable[..., Any]], own: Callable[..., Any]) -
     return call
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """The wall-clock seconds that a piece of work takes, including what it leaves the device to do."""
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def synchronisations(work: Callable[[], Any]) -> Counter[str]:
     """How often a piece of work makes the host wait for the GPU, by the line of Python that waits."""
     with warnings.catch_warnings(record=True) as caught:
@@ -154,40 +137,6 @@ def graphs_compiled() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-class PeakMemory:
-    """A context manager that measures by how much the process was larger at its peak than on entering.
-
-    On entering, Python and the allocator return unused memory to the system, and the kernel's high-water mark of
-    resident memory (VmHWM) is reset to what is resident then. Memory that they could not return counts as present
-    before.
-
-    Attributes:
-        extra_bytes: the difference in bytes, or `None` if the kernel does not allow resetting the mark.
-    """
-
-    extra_bytes: int | None = None
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self._before: int | None = _status_bytes("VmRSS")
-        except OSError:  # The system is not Linux, has no glibc, or does not permit it.
-            self._before = None
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._before is not None:
-            self.extra_bytes = max(0, _status_bytes("VmHWM") - self._before)
-
-
-def _status_bytes(name: str) -> int:
-    """A size that the kernel reports of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
 class Stopwatch:
     """A streamer that records the time at which each new token arrives.
 
@@ -206,15 +155,6 @@ class Stopwatch:
 
     def end(self) -> None:
         pass
-
-
-def weights(model: Any) -> list[torch.Tensor]:
-    """The weights of a model, including those that are buffers because oneDNN computes their layers."""
-    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_mkldnn)]
-
-
-def weight_bytes(model: Any) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in weights(model))
 
 
 def cache_bytes(model: Any, tokens: int) -> int:

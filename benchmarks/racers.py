@@ -17,6 +17,8 @@ from widen import hand_to_onednn, widened
 import nudging_hf
 from nudging_hf.core.transformers_private import CACHE
 from nudging_hf.study import baselines
+from nudging_hf.study.bench import BASE as BASE_ALONE
+from nudging_hf.study.bench import exactly
 from nudging_hf.study.demo import MAX_NEW_TOKENS
 from nudging_hf.study.prompts import Prompt
 from nudging_hf.study.reader import Reader, pair_of
@@ -30,7 +32,6 @@ THRESHOLD = 0.4
 ONEDNN = "float32-onednn"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, ONEDNN: torch.float32}
 
-BASE_ALONE = "base alone"
 ADAPTIVE = "adaptive"
 LMs = dict[str, Reader]
 
@@ -122,8 +123,7 @@ class Work:
     @property
     def fixed(self) -> dict[str, Any]:
         """Arguments of `generate` for greedy answers of exactly the length of the longest row."""
-        longest = max(self.lengths)
-        return {"do_sample": False, "min_new_tokens": longest, "max_new_tokens": longest}
+        return exactly(max(self.lengths))
 
 
 Write = Callable[[LMs, Work], list[list[int]]]

@@ -5,7 +5,6 @@ A unit has a unique key, which is a JSON object. Units know clocks, and nothing 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from meters import Meter, PeakMemory, Stopwatch, cache_bytes, weight_bytes, weights
+from meters import Meter, Stopwatch, cache_bytes
 from racers import (
     ADAPTIVE,
     ALONE,
@@ -38,8 +37,10 @@ from transformers import DynamicCache
 from widen import with_noise
 
 from nudging_hf.core.transformers_private import CACHE
+from nudging_hf.study.bench import quartiles
 from nudging_hf.study.demo import MAX_NEW_TOKENS
 from nudging_hf.study.journal import digest
+from nudging_hf.study.meters import PeakMemory, weight_bytes, weights
 from nudging_hf.study.prompts import Prompt
 from nudging_hf.study.reader import Reader
 
@@ -271,13 +272,6 @@ def timed_pass(model: Any, cache: DynamicCache, rows: int, width: int, context: 
     took = time.perf_counter() - start
     cache.crop(-width)
     return took
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) == 1:
-        return [values[0]] * 3
-    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 # Weaker pairs -------------------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from racers import ADAPTIVE, ALONE, BASE, OWN, RACERS, SHARED, nudged_racer
-from scenarios import CONTEXTS, FAR_WIDTHS, LONG_BIN, PASS_WIDTHS, quartiles
+from scenarios import CONTEXTS, FAR_WIDTHS, LONG_BIN, PASS_WIDTHS
 
+from nudging_hf.study.bench import by_call, median_of, rate_against, tokens_of
 from nudging_hf.study.tables import markdown_table
 
 Row = dict[str, Any]
@@ -43,48 +44,6 @@ def _race_order(race: tuple[str, int]) -> tuple[int, str]:
 # The race -----------------------------------------------------------------------------------------------------------
 
 
-def rate_against(rows: Sequence[Row], others: Sequence[Row]) -> Row:
-    """How much faster one contestant wrote than another, in tokens per second, on the calls that both answered.
-
-    A rate is the sum of tokens over the sum of seconds. The tokens and seconds of a call are the medians of its
-    rounds. `ratio` is the ratio of the two rates. `quartiles` are those of the ratios of single runs, which are paired
-    by call and round.
-    """
-    own, reference = _by_call(rows), _by_call(others)
-    calls = sorted(own.keys() & reference.keys())
-    rates = [
-        sum(_median(side[call], _tokens) for call in calls) / sum(_median(side[call], _seconds) for call in calls)
-        for side in (own, reference)
-    ]
-    pairs = [
-        _tokens(mine) / mine["seconds"] * theirs["seconds"] / _tokens(theirs)
-        for call in calls
-        for mine in own[call]
-        for theirs in reference[call]
-        if mine.get("round") == theirs.get("round")
-    ]
-    return {"tokens_per_second": rates[0], "ratio": rates[0] / rates[1], "quartiles": quartiles(pairs)}
-
-
-def _by_call(rows: Iterable[Row]) -> dict[Any, list[Row]]:
-    calls: dict[Any, list[Row]] = {}
-    for row in rows:
-        calls.setdefault(row["call"], []).append(row)
-    return calls
-
-
-def _tokens(row: Row) -> float:
-    return sum(row["lengths"])
-
-
-def _seconds(row: Row) -> float:
-    return row["seconds"]
-
-
-def _median(rows: Sequence[Row], value: Any) -> float:
-    return statistics.median(map(value, rows))
-
-
 def _race(rows: Sequence[Row], dtype: str, batch: int) -> Row:
     timed = [row for row in rows if _is_timed_race(row) and (row["dtype"], row["batch"]) == (dtype, batch)]
     by_name = {each.name: [row for row in timed if row["contestant"] == each.name] for each in RACERS}
@@ -95,7 +54,7 @@ def _race(rows: Sequence[Row], dtype: str, batch: int) -> Row:
         own = by_name[contestant.name]
         if not own or not alone:
             continue
-        tokens, seconds = sum(map(_tokens, own)), sum(map(_seconds, own))
+        tokens, seconds = sum(map(tokens_of, own)), sum(row["seconds"] for row in own)
         by_task = {
             task: rate_against(
                 [row for row in own if row["task"] == task], [row for row in alone if row["task"] == task]
@@ -155,29 +114,29 @@ def _limit(by_name: dict[str, list[Row]], names: Sequence[str]) -> Row | None:
 
     All seconds of the adaptive one count, but of the fixed one only those in forward passes.
     """
-    adaptive, *fixed = [_by_call(by_name[name]) for name in names]
+    adaptive, *fixed = [by_call(by_name[name]) for name in names]
     calls = sorted(adaptive)
     fixed_names = [name for name, each in zip(names[1:], fixed, strict=True) if set(each) >= set(calls)]
     if not calls or not fixed_names:
         return None
 
     def in_passes(row: Row) -> float:
-        return (row["large"]["seconds"] + row["small"]["seconds"]) / _tokens(row)
+        return (row["large"]["seconds"] + row["small"]["seconds"]) / tokens_of(row)
 
     limits = {
-        name: sum(_median(each[call], in_passes) for call in calls)
+        name: sum(median_of(each[call], in_passes) for call in calls)
         for name, each in zip(names[1:], fixed, strict=True)
         if name in fixed_names
     }
     best = min(limits, key=lambda name: limits[name])
-    own = sum(_median(adaptive[call], lambda row: row["seconds"] / _tokens(row)) for call in calls)
+    own = sum(median_of(adaptive[call], lambda row: row["seconds"] / tokens_of(row)) for call in calls)
     return {"best_fixed": best, "adaptive_over_limit": own / limits[best]}
 
 
 def _differing(rows: Sequence[Row]) -> Row:
     """How many answers of a pair differ from what most runs gave to the question, over all draft lengths."""
     differing = total = 0
-    for call in _by_call(rows).values():
+    for call in by_call(rows).values():
         for answers in zip(*(row["answers"] for row in call), strict=True):
             differing += len(answers) - max(answers.count(each) for each in set(answers))
             total += len(answers)
@@ -196,7 +155,7 @@ def _agreement(rows: Sequence[Row]) -> list[Row]:
             "threshold": threshold,
             "agreement": statistics.mean(row["agreement"] for row in own),
             "nudge_rate": statistics.mean(row["nudge_rate"] for row in own),
-            "ratio": sum(row["alone_seconds"] for row in own) / sum(map(_seconds, own)),
+            "ratio": sum(row["alone_seconds"] for row in own) / sum(row["seconds"] for row in own),
             "dtype": own[0]["dtype"],
         })  # fmt: skip
     return found

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .chats import padded
 from .core.prompts import unpad
 from .core.transformers_private import end_tokens, input_device, plain_generate
 from .core.vocabulary import Vocabulary, to_text
+from .encoded_chats import padded
 from .provenance import Piece, pieces_of
 
 

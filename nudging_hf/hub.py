@@ -9,6 +9,7 @@ import os
 import shutil
 import string
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import GenerationConfig
 
 from .chats import DEFAULT_TEMPLATE, turn_template
 from .core.config import NudgingConfig
+from .hub_card import common_licence, model_card, read_card
 from .hub_readme import refresh_lists
 from .pair import is_folder, load_model
 
@@ -68,6 +70,8 @@ def export(
     *,
     base_template: str = DEFAULT_TEMPLATE,
     overwrite: bool = False,
+    license: str | None = None,
+    base_models: Sequence[str] | None = None,
     **parameters: Any,
 ) -> Path:
     r"""Writes a model folder that nudges by itself if it is loaded with `trust_remote_code=True`.
@@ -84,6 +88,10 @@ def export(
         out: the folder to be written.
         base_template: one turn of the base's prompt, as [`plain_prompt`] takes it.
         overwrite: whether `out` may be a model folder that exists; it is replaced after everything else is done.
+        license: the licence of the weights, for the model card, such as "apache-2.0". If it is left out, it is what
+            the cards of the models say whose weights the folder holds.
+        base_models: names on the Hub of the models that this one is made of, for the model card. If they are left
+            out, they are those that were given, and for folders what their own cards name.
         parameters: fields of [`NudgingConfig`] that the folder's generation config is to set.
 
     Returns:
@@ -118,8 +126,11 @@ def export(
         if copied:
             _save(nudging_model, "nudging model", made / NUDGING_MODEL)
         write_code(made)
-        hub_names = [name for name in (base, nudging_model) if not Path(name).is_dir()]
-        (made / "README.md").write_text(_model_card(out.name, hub_names, named, parameters), encoding="utf-8")
+        cards = [read_card(base), *([read_card(nudging_model)] if copied else [])]
+        names = [*cards[0].names, *(cards[1].names if copied else [nudging_model])]
+        licence = license or common_licence(cards)
+        card = model_card(out.name, licence, base_models or names, named, parameters)
+        (made / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)
@@ -335,6 +346,13 @@ def files_to_push(folder: str | os.PathLike[str]) -> dict[str, int]:
     }
 
 
+def validate_repo_name(repo_id: str) -> None:
+    """Raises a `ValueError` for a name to which [`push`] cannot upload."""
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"The repository {repo_id!r} has no owner: give a name such as owner/{repo_id}.")
+
+
 def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """Uploads a folder to a model repository on the Hugging Face Hub, which is created if there is none.
 
@@ -351,7 +369,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
         ValueError: for a folder without code, and a name that the Hub does not take.
     """
     files_to_push(folder)
-    validate_repo_id(repo_id)
+    validate_repo_name(repo_id)
     api = HfApi()
     # `None` leaves the choice to the owner's settings.
     api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -365,70 +383,3 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
         commit_message="Upload with nudging_hf",
     )
     return str(commit.commit_url)
-
-
-# The card of a model -------------------------------------------------------------------------------------------------
-
-
-def _model_card(title: str, hub_names: list[str], nudging_model: str, parameters: dict[str, Any]) -> str:
-    base_models = "".join(f"\n- {name}" for name in hub_names)
-    assigned = ", ".join(f"`{name}={value!r}`" for name, value in parameters.items())
-    return _MODEL_CARD.format(
-        title=title,
-        base_models=f"\nbase_model:{base_models}" if hub_names else "",
-        nudging_model=nudging_model,
-        parameters=f" with {assigned}" if parameters else "",
-    )
-
-
-_MODEL_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- custom_generate
-- nudging{base_models}
----
-
-# {title}
-
-A base model, and a small aligned model that writes the words where the base is unsure: nudging
-([arXiv 2410.09300](https://arxiv.org/abs/2410.09300)). The nudging model is `{nudging_model}`, named in
-`generation_config.json`{parameters}; it is loaded with the first answer.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-name = "..."  # this folder, or its name on the Hub
-model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(name)
-
-chat = [{{"role": "user", "content": "What do bees make honey from?"}}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-ids = model.generate(**inputs, max_new_tokens=200)
-print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-**Without `trust_remote_code=True` the base alone answers, and nothing says so**: transformers then leaves the code in
-`custom_generate/` alone. With the package `nudging_hf` installed, `nudging_hf.register()` nudges this model without
-it.
-
-- `model.generate(..., nudge_threshold=0.3)` changes a parameter for one call, `nudging_model=None` asks the base
-  alone, and `return_dict_in_generate=True` tells who wrote what (`nudged_mask`).
-- The chat template makes the plain prompt that a base understands. The nudging model is given the prompt's text as a
-  user turn of its own template, or what `nudging_input_ids=` says.
-- A `generation_config=` given to `from_pretrained` makes transformers leave the code alone too.
-- `save_pretrained` saves the weights and not the code: copy the folder instead.
-
-The weights are under the licences of the models that they come from; the code is under Apache-2.0.
-
-```bibtex
-@inproceedings{{fei2025nudging,
-  title     = {{Nudging: Inference-time Alignment of {{LLM}}s via Guided Decoding}},
-  author    = {{Fei, Yu and Razeghi, Yasaman and Singh, Sameer}},
-  booktitle = {{Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics}},
-  year      = {{2025}},
-  note      = {{arXiv:2410.09300}}
-}}
-```
-"""

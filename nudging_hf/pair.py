@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
-from .chats import DEFAULT_TEMPLATE, Message, chat_inputs
+from .chats import DEFAULT_TEMPLATE, Message
 from .core.config import NudgingConfig
 from .core.generate import generate, loaded_vocabulary
 from .core.named_model import resolved_model
 from .core.transformers_private import input_device
+from .encoded_chats import chat_inputs
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,21 @@ def is_folder(name: str, whose: str) -> bool:
     """Whether a model is a folder; otherwise it is on the Hub. `whose` is what an error calls the model.
 
     Raises:
-        ValueError: for the path of a folder that does not exist.
+        ValueError: for the path of a folder that does not exist. A name on the Hub has one slash at most.
     """
-    if not Path(name).is_dir() and name.startswith((".", "/", "~")):
-        raise ValueError(f"{whose}: there is no folder {name}.")
-    return Path(name).is_dir()
+    if Path(name).is_dir():
+        return True
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name:
+        raise ValueError(f"{whose}: there is no folder {name}{_similar_folder(name)}.")
+    return False
+
+
+def _similar_folder(name: str) -> str:
+    """The end of a sentence that names a folder which may have been meant, or "" where none is similar."""
+    path = Path(name).expanduser()
+    siblings = [each.name for each in path.parent.glob("*/")] if path.parent.is_dir() else []
+    similar = get_close_matches(path.name, siblings, n=1)
+    return f", but there is {path.parent / similar[0]}" if similar else ""
 
 
 def load_model(name: str | os.PathLike[str], whose: str, **options: Any) -> tuple[Any, Any]:
@@ -96,12 +108,13 @@ def load_model(name: str | os.PathLike[str], whose: str, **options: Any) -> tupl
         ValueError: if one of them cannot be loaded.
     """
     name = os.fspath(name)
-    is_folder(name, whose)  # It refuses the path of a folder that does not exist.
+    here = "" if is_folder(name, whose) else f"there is no folder {name} here{_similar_folder(name)}, and the Hub: "
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.get("trust_remote_code"))
         return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{whose}: cannot load {name}: {str(error).strip()} It must be a causal language model that transformers "
-            "knows, with its tokenizer, and best with its weights as safetensors, as `save_pretrained` writes them."
+            f"{whose}: cannot load {name}: {here}{str(error).strip()} It must be a causal language model that "
+            "transformers knows, with its tokenizer, and best with its weights as safetensors, as `save_pretrained` "
+            "writes them."
         ) from error

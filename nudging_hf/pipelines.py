@@ -13,9 +13,10 @@ import torch
 from transformers import GenerationConfig, TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat
 
-from .chats import DEFAULT_TEMPLATE, chat_inputs, turn_template, validate_no_surrogates
+from .chats import DEFAULT_TEMPLATE, turn_template, validate_no_surrogates
 from .core.generate import generate, loaded_vocabulary
 from .core.transformers_private import arguments_of_pipeline
+from .encoded_chats import chat_inputs
 from .pair import Pair, nudging_model_named_in
 from .provenance import Alternative, Piece, Span, alternatives_of, spans
 

@@ -18,6 +18,8 @@ from racers import ADAPTIVE, BASE, OWN, RACERS, SHARED, Work
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from widen import shares, widened, with_larger_heads, with_noise
 
+from nudging_hf.study.bench import rate_against
+from nudging_hf.study.meters import PeakMemory, weight_bytes, weights
 from nudging_hf.study.reader import Reader
 
 
@@ -106,8 +108,8 @@ def test_one_dnn_gives_the_same_logits_and_its_weights_are_counted():
     plain, quick = (racers.load(BASE, 2, dtype).model for dtype in ("float32", racers.ONEDNN))
     ids = torch.arange(5, 30)[None]
     torch.testing.assert_close(quick(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-3)
-    assert meters.weight_bytes(quick) == meters.weight_bytes(plain)
-    assert sum(weight.is_mkldnn for weight in meters.weights(quick)) == 7 * plain.config.num_hidden_layers + 1
+    assert weight_bytes(quick) == weight_bytes(plain)
+    assert sum(weight.is_mkldnn for weight in weights(quick)) == 7 * plain.config.num_hidden_layers + 1
 
 
 def test_a_factor_below_one_is_refused(narrow):
@@ -180,7 +182,7 @@ def test_a_meter_counts_passes_and_restores_the_model(narrow):
 
 
 def test_the_peak_of_memory_is_seen_after_the_memory_is_freed():
-    with meters.PeakMemory() as memory:
+    with PeakMemory() as memory:
         large = torch.ones(40_000_000)
         del large
     if memory.extra_bytes is None:
@@ -208,7 +210,7 @@ def timed(contestant: str, call: int, turn: int, seconds: float, tokens: int = 1
 def test_a_ratio_compares_rates_and_its_quartiles_are_those_of_paired_runs():
     own = [timed("a", 0, 0, 1.0), timed("a", 0, 1, 3.0), timed("a", 1, 0, 2.0), timed("a", 1, 1, 2.0)]
     alone = [timed("b", 0, 0, 4.0), timed("b", 0, 1, 6.0), timed("b", 1, 0, 4.0), timed("b", 1, 1, 8.0)]
-    found = tables.rate_against(own, alone)
+    found = rate_against(own, alone)
     assert found["tokens_per_second"] == 20 / 4 and found["ratio"] == (5 + 6) / 4
     assert found["quartiles"] == [2.0, 3.0, 4.0]
 

@@ -12,6 +12,8 @@ import torch
 import nudging_hf
 from nudging_hf import cli
 from nudging_hf.cli.arguments import load_pair
+from nudging_hf.cli.conversation import completions
+from nudging_hf.cli.wrapping import WordWrapper
 from nudging_hf.pair import Pair
 
 ARGUMENTS = ["--max-new-tokens", "12"]
@@ -78,7 +80,8 @@ def test_each_line_is_a_turn_and_each_answer_is_what_generate_writes(chat, folde
     lines = ("What is it?", "", "And then?")
     messages, out = saved(chat, tmp_path / "chat.json", *lines, options=["--system", "Be brief."])
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
-    args = cli._parser().parse_args(["chat", "--base", f"{folder}/base", "--nudging-model", f"{folder}/nudging"])
+    given = ["chat", "--base", f"{folder}/base", "--nudging-model", f"{folder}/nudging", "--quiet"]
+    args = cli._parser(given).parse_args(given)
     pair = load_pair(args)
     for i in (2, 4):
         before = [{"role": message["role"], "content": message["content"]} for message in messages[:i]]
@@ -135,7 +138,7 @@ def test_a_new_threshold_applies_from_the_next_answer_on(chat, tmp_path):
     answers = saved(chat, tmp_path / "chat.json", *lines)[0][1::2]
     assert [answer["nudge_threshold"] for answer in answers] == [0.4, 0.0, 2.0, "auto"]
     assert len(answers[1]["nudged_spans"]) <= 1  # At most the first word is nudged.
-    _, _, err = chat("/threshold", "/threshold 0.7", "/threshold")
+    _, _, err = chat("/threshold", "/threshold 0.7", "/threshold", options=["--quiet"])
     assert [line for line in err.splitlines() if line] == [f"The threshold of top1 is {t}." for t in (0.4, 0.7, 0.7)]
 
 
@@ -168,6 +171,70 @@ def test_help_lists_every_command_and_quit_ends(chat, asked):
     _, _, err = chat("/help", "/quit", "One?")
     assert all(name in err for name in ("/new", "/system", "/threshold", "/save", "/help", "/quit"))
     assert asked == []
+
+
+def test_retry_asks_the_last_question_again_and_undo_takes_it_back(chat, asked, tmp_path):
+    lines = ("One?", "Two?", "/threshold 0", "/retry", "/undo", "Three?")
+    messages, _ = saved(chat, tmp_path / "chat.json", *lines)
+    assert [messages[-1] for messages in asked] == [("user", text) for text in ("One?", "Two?", "Two?", "Three?")]
+    assert [message["content"] for message in messages[::2]] == ["One?", "Three?"]
+    assert [len(messages) for messages in asked] == [1, 3, 3, 3]
+
+
+def test_a_retry_that_fails_keeps_the_former_answer(chat, monkeypatch, tmp_path):
+    before, _ = saved(chat, tmp_path / "chat.json", "One?")
+    monkeypatch.setattr("nudging_hf.pair.generate", interrupted([]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nudging_hf.cli.chat.say", lambda text: None)
+        chat(f"/load {tmp_path / 'chat.json'}", "/retry")
+    assert messages_in(tmp_path / "chat.json") == before
+
+
+def test_a_loaded_chat_goes_on_where_it_was_saved(chat, asked, tmp_path):
+    path = tmp_path / "chat.json"
+    before, _ = saved(chat, path, "One?", options=["--system", "Be brief."])
+    chat(f"/load {path}", "Two?", "/save")
+    after = messages_in(path)
+    assert after[: len(before)] == before and after[len(before)]["content"] == "Two?"
+    assert asked[-1][:2] == [("system", "Be brief."), ("user", "One?")]
+
+
+def test_what_is_no_saved_chat_is_not_loaded(chat, asked, tmp_path):
+    for number, text in enumerate(("{", "[]", "{}", '{"messages": [{"role": "user", "content": "Why?"}]}')):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text)
+        _, _, err = chat("One?", f"/load {path}", "Two?", options=["--quiet"])
+        assert err.startswith(f"error: {path} is no chat that /save wrote: ")
+        assert [text for role, text in asked[-1] if role == "user"] == ["One?", "Two?"]
+
+
+def test_a_prompt_that_fills_the_context_is_warned_of(chat, monkeypatch):
+    monkeypatch.setattr("nudging_hf.pair.generate", interrupted([]))
+    assert "the answer may pass its context of" not in chat("One?")[2]
+    err = chat("One?", options=["--max-new-tokens", 10**6])[2]
+    assert "the prompt of the base has" in err and "the prompt of the nudging model has" in err
+
+
+def test_commands_and_file_names_are_completed(tmp_path):
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chat.json").touch()
+    assert completions("/s") == ["/system", "/save"] and completions("/q") == ["/quit"]
+    assert completions("") == completions("Who") == completions("/system c") == []
+    assert completions(f"/load {tmp_path}/ch") == [f"/load {tmp_path}/chat.json", f"/load {tmp_path}/chats/"]
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_lines_are_broken_between_words_and_nothing_else_changes(monkeypatch, pieces):
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "Let's go through it, \033[1;32mone step\033[0m at a time.\n\n  A\tand abcdefghijklmnopqrstuvwxyz 日本 e\n"
+    out = io.StringIO()
+    wrapper = WordWrapper(out)
+    for start in range(0, len(text), pieces):
+        wrapper.write(text[start : start + pieces])
+    plain = out.getvalue().replace("\033[1;32m", "").replace("\033[0m", "")
+    assert out.getvalue().split() == text.split()
+    assert plain.splitlines()[:2] == ["Let's go through it,", "one step at a time."]
+    assert all(len(line) <= 20 for line in plain.splitlines() if "abc" not in line)
 
 
 # The terminal --------------------------------------------------------------------------------------------------------
@@ -270,7 +337,8 @@ def test_generate_writes_a_page_with_the_answer(chat, tmp_path):
     page = Text()
     page.feed(path.read_text(encoding="utf-8"))
     assert code == 0 and out.strip() in page.text and "Be <brief>.\n\nWhat is it?" in page.text
-    assert "γ = 0.7" in page.text and all(figure.split(": ")[1] in page.text for figure in err.strip().split(" | "))
+    figures = err.splitlines()[-1].split(" | ")
+    assert "γ = 0.7" in page.text and all(figure.split(": ")[1] in page.text for figure in figures)
     assert path.read_text(encoding="utf-8").count("data-tip=") > 3
 
 

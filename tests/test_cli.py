@@ -1,11 +1,14 @@
 """Tests the command line and the demonstration's figures, with pairs of tiny random models in folders."""
 
+import ast
 import io
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
@@ -13,6 +16,7 @@ import torch
 
 import nudging_hf
 from nudging_hf import cli
+from nudging_hf.cli.arguments import automatic_device
 from nudging_hf.core.config import NudgingConfig
 from nudging_hf.provenance import Piece
 from nudging_hf.study import comparison, demo, verdict
@@ -195,7 +199,10 @@ def test_a_seed_makes_a_sample_repeatable(models, capsys):
         (["--base-template", "{user"], "The base's template is malformed"),
         (["--base-template", "Answer:"], "needs {user} once"),
         (["--threshold", "-1"], "`nudge_threshold` must be >= 0"),
+        (["--base", "mini/models/base"], "--base: there is no folder mini/models/base."),
         (["--temperature", "1"], "--temperature needs --sample"),
+        (["--top-k", "1"], "--top-k needs --sample"),
+        (["--sample", "--top-p", "2"], "--top-p is a probability"),
         (["--device", "nothing"], "--device nothing: "),
         (["--device", "cpu", "--device-map", "cpu"], "--device and --device-map"),
     ],
@@ -230,6 +237,87 @@ def test_help_and_version_exit_with_0(args, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(args)
     assert exit.value.code == 0 and capsys.readouterr().out
+
+
+NO_TORCH = """
+import sys
+from nudging_hf.cli import main
+import nudging_hf
+for words in ["--version"], ["--help"], *([each, "--help"] for each in sys.argv[1:]), ["hub", "push", "--help"]:
+    try:
+        main(words)
+    except SystemExit as done:
+        assert done.code == 0
+assert "generate" in dir(nudging_hf) and nudging_hf.NudgingConfig().nudge_threshold == 0.4
+assert not {"torch", "transformers", "huggingface_hub", "tqdm"} & set(sys.modules)
+"""
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    commands = "generate chat demo bench compare calibrate analyze serve vllm hub".split()
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, *commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_has_one_home():
+    assert set(nudging_hf.__all__) == set(nudging_hf._HOMES)
+    for name, home in nudging_hf._HOMES.items():
+        assert (getattr(nudging_hf, name) is sys.modules[f"nudging_hf.{home}"]) == (name == "baselines")
+    tree = ast.walk(ast.parse(Path(nudging_hf.__file__).read_text(encoding="utf-8")))
+    imports = [node for node in tree if isinstance(node, ast.ImportFrom) and node.level]
+    assert {alias.name for node in imports for alias in node.names} == set(nudging_hf.__all__)
+    assert not hasattr(nudging_hf, "nudge")
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "nudging_hf", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"nudging-hf {nudging_hf.__version__}\n"
+
+
+def test_an_accelerator_is_chosen_and_named(models, capsys, monkeypatch):
+    assert automatic_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr("nudging_hf.cli.arguments.automatic_device", lambda: "cpu:0")
+    _, _, err = run(capsys, "generate", *models, "--max-new-tokens", 4, PROMPT)
+    assert "nudging-hf: running on cpu:0; --device chooses another" in err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert automatic_device() == "cuda"
+
+
+def test_a_threshold_above_1_is_warned_of_where_it_is_a_probability(models, capsys):
+    args = ["generate", *models, "--max-new-tokens", 4, "--threshold", 2, PROMPT]
+    assert "warning: the threshold 2 is no probability" in run(capsys, *args)[2]
+    assert "warning" not in run(capsys, *args, "--gate", "entropy")[2]
+
+
+def test_top_p_and_top_k_narrow_the_draw(models, capsys):
+    args = ["generate", *models, "--max-new-tokens", 24, "--quiet", PROMPT]
+    greedy = run(capsys, *args)[1]
+    drawn = [run(capsys, *args, "--sample", "--temperature", 2, *narrow)[1]
+             for narrow in (["--top-k", 1], ["--top-p", "1e-6"])]  # fmt: skip
+    assert drawn == [greedy, greedy]
+
+
+def test_a_mistyped_folder_is_told_apart_from_a_name_on_the_hub(models, pair_folder, capsys, monkeypatch):
+    monkeypatch.chdir(pair_folder)
+    is_offline = MagicMock(side_effect=OSError("It cannot be reached."))
+    monkeypatch.setattr("nudging_hf.pair.AutoTokenizer", SimpleNamespace(from_pretrained=is_offline))
+    said = {}
+    for name in ("./models/bse", "models/bse", "allenai/nothing"):
+        code, _, said[name] = run(capsys, "generate", *models, "--base", name, PROMPT)
+        assert code == 2
+    assert said["./models/bse"].endswith("--base: there is no folder ./models/bse, but there is models/base.\n")
+    assert "no folder models/bse here, but there is models/base, and the Hub: It cannot be" in said["models/bse"]
+    assert "no folder allenai/nothing here, and the Hub: It cannot be" in said["allenai/nothing"]
+
+
+def test_a_shell_is_offered_what_may_come_next(tmp_path):
+    pytest.importorskip("argcomplete")
+    for line, expected in (("nudging-hf ch", "chat "), ("nudging-hf generate --top", "--top-p\v--top-k")):
+        written = tmp_path / "completions"
+        environment = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(written), "_ARGCOMPLETE_IFS": "\v",
+                       "COMP_LINE": line, "COMP_POINT": str(len(line))}  # fmt: skip
+        subprocess.run([sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, check=True)
+        assert written.read_text() == expected
 
 
 def test_an_interrupt_leaves_the_terminal_plain(models, capsys, monkeypatch):
@@ -435,7 +523,7 @@ NUDGED, SHARED = f"{comparison.NUDGED}, γ = 0.4", f"{comparison.NUDGED} (shared
 
 def contestants_in(folder):
     """The contestants whose models a folder has, and its questions."""
-    models, questions = demo.load(folder)
+    models, questions = demo.load(folder), demo.read_questions(folder)
     return contestants_of(models, [NudgingConfig(0.4)], with_rivals=False)[0], questions
 
 
@@ -449,7 +537,9 @@ def test_the_demo_shows_examples_and_a_table_and_writes_json(pair_folder, capsys
     args = ["--questions", 2, "--batch-size", 3, "--json", report]
     code, out, err = run(capsys, "demo", "--pair", pair_folder, *args)
     assert code == 0
-    assert out.count("[names] ") == out.count("[sums] ") == 1 and out.count("\n-> ") == 2
+    assert err.count("Loading") == 0 and out.index("[names] ") < out.index("\nThe base alone:\n")
+    assert out.index("The base alone:") < out.index("The small model alone:") < out.index("The base, nudged by")
+    assert out.count("[names] ") == out.count("[sums] ") == 1 and out.count("\n-> ") == 6
     assert "⟦words like these⟧" in out
     lines = out.splitlines()
     for name in (comparison.BASE, comparison.NUDGING, NUDGED, SHARED, comparison.ALIGNED):
@@ -535,7 +625,8 @@ def test_a_missing_pair_is_an_error_that_names_the_argument(capsys, tmp_path, mo
     assert code == 2 and "--pair" in err
 
 
-def test_the_pair_is_found_in_the_working_folder_or_beside_the_package(tmp_path, monkeypatch):
+def test_the_pair_is_found_in_the_working_folder_or_beside_the_package_or_in_it(tmp_path, monkeypatch):
+    (tmp_path / "nudging_hf" / "mini").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "here"):
         (folder / "examples" / "mini").mkdir(parents=True)
         (folder / "examples" / "mini" / "heldout.jsonl").touch()
@@ -544,3 +635,5 @@ def test_the_pair_is_found_in_the_working_folder_or_beside_the_package(tmp_path,
     assert demo.find_folder().resolve() == tmp_path / "here" / "examples" / "mini"
     (tmp_path / "here" / "examples" / "mini" / "heldout.jsonl").unlink()
     assert demo.find_folder() == tmp_path / "examples" / "mini"
+    (tmp_path / "examples" / "mini" / "heldout.jsonl").rename(tmp_path / "nudging_hf" / "mini" / "heldout.jsonl")
+    assert demo.find_folder() == tmp_path / "nudging_hf" / "mini"

@@ -145,7 +145,7 @@ def test_one_template_is_the_default_everywhere():
     for command in ("generate", "chat", "serve", "calibrate", "compare", "analyze"):
         options = {"generate": ["?"], "compare": ["--prompts", "p", "--out", "o"], "analyze": ["--out", "o"]}
         given = [command, "--base", "b", "--nudging-model", "n", *options.get(command, [])]
-        assert cli._parser().parse_args(given).base_template == nudging_hf.DEFAULT_TEMPLATE, command
+        assert cli._parser(given).parse_args(given).base_template == nudging_hf.DEFAULT_TEMPLATE, command
     assert plain_chat_template() == plain_chat_template(nudging_hf.DEFAULT_TEMPLATE)
     for program in (ROOT / "examples").glob("*.py"):
         assert "base_template" not in program.read_text(encoding="utf-8"), program

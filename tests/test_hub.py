@@ -365,6 +365,26 @@ def test_a_nudging_model_on_the_hub_is_recorded_by_its_name(pair, tmp_path):
     assert head["base_model"] == ["owner/small-chat"] and "`owner/small-chat`" in body
 
 
+def test_the_card_has_the_licence_and_the_names_that_the_models_cards_have(pair, tmp_path):
+    for name, head in (("base", "license: apache-2.0\nbase_model: owner/large"), ("nudging", "license: mit")):
+        shutil.copytree(getattr(pair, name), tmp_path / name)
+        (tmp_path / name / "README.md").write_text(f"---\n{head}\n---\n# A model\n", encoding="utf-8")
+    models = tmp_path / "base", tmp_path / "nudging"
+    head, _ = front_matter(hub.export(*models, tmp_path / "both") / "README.md")
+    assert (head["license"], head["base_model"]) == ("other", ["owner/large"])
+    head, _ = front_matter(hub.export(models[0], "owner/small", tmp_path / "named") / "README.md")
+    assert (head["license"], head["base_model"]) == ("apache-2.0", ["owner/large", "owner/small"])
+    out = hub.export(*models, tmp_path / "given", license="mit", base_models=["a/b"])
+    head, _ = front_matter(out / "README.md")
+    assert (head["license"], head["base_model"]) == ("mit", ["a/b"])
+
+
+def test_a_name_without_an_owner_is_refused_also_by_a_dry_run(out, capsys):
+    for dry in ([], ["--dry-run"]):
+        assert cli.main(["hub", "push", str(out), "name", *dry]) == 2
+        assert "'name' has no owner: give a name such as owner/name." in capsys.readouterr().err
+
+
 def test_the_card_of_a_model_names_no_path_and_warns_of_missing_trust(pair, out):
     head, body = front_matter(out / "README.md")
     assert head["library_name"] == "transformers" and set(head["tags"]) == {"custom_generate", "nudging"}
@@ -437,7 +457,8 @@ def test_pickled_weights_are_refused(pair, tmp_path):
     [
         ({"base": "./nowhere"}, "The base: there is no folder ./nowhere"),
         ({"nudging_model": "/nowhere/at/all"}, "The nudging model: there is no folder"),
-        ({"nudging_model": "a/b/c"}, "Repo id must be"),
+        ({"nudging_model": "a/b/c"}, "The nudging model: there is no folder a/b/c"),
+        ({"nudging_model": "a--b"}, "Cannot have -- or .. in repo_id"),
         ({"nudge_threshold": -1}, "`nudge_threshold`"),
         ({"base_template": "{question}"}, "may have the fields"),
         ({"base_template": "{user:>9}"}, "a name alone"),

@@ -26,8 +26,20 @@ CORE = [
 ]
 LAYERS = [
     *({f"core.{module}" for module in floor} for floor in CORE),
-    {"core", "study", "count_penalties", "provenance", "chats", "html_page", "hub_readme", "integrations"},
     {
+        "core",
+        "study",
+        "count_penalties",
+        "provenance",
+        "terminal",
+        "chats",
+        "html_page",
+        "hub_card",
+        "hub_readme",
+        "integrations",
+    },
+    {
+        "encoded_chats",
         "integrations.described_base",
         "integrations.engine_decoder",
         "integrations.vllm",
@@ -52,7 +64,7 @@ LAYERS = [
     {"integrations.vllm.runner_v1", "integrations.vllm.runner_v2"},
     {"integrations.vllm.worker"},
     {"tasks", "tasks.generated", "tasks.judge", "study.intervals", "study.journal", "study.tables"},
-    {"pair", "study.baselines", "study.report", "continuations", "page", "streaming", "tasks.scoring"},
+    {"pair", "study.baselines", "study.meters", "study.report", "continuations", "page", "streaming", "tasks.scoring"},
     {"study.marking"},
     {"study.prompts"},
     {"study.records"},
@@ -60,16 +72,19 @@ LAYERS = [
     {"study.reader", "hub", "pipelines", "integrations.inspect_ai", "integrations.lm_eval", "tasks.safety"},
     {"study.comparison", "registration"},
     {"study.verdict"},
-    {"study.analysis", "study.calibration"},
+    {"study.analysis", "study.bench", "study.calibration"},
     {"study.demo", "integrations.vllm.launch"},
+    {"tasks.mini"},
     {"server.row_engine", "server.replies", "server.serving"},
     {"server.in_process", "server.remote"},
     {"__init__"},
     {"server.app"},
-    {"cli.arguments", "cli.files", "cli.streams"},
-    {"cli.answering"},
+    {"cli.files", "cli.streams", "cli.wrapping"},
+    {"cli.answering", "cli.arguments"},
+    {"cli.conversation"},
     {
         "cli.analyze",
+        "cli.bench",
         "cli.calibrate",
         "cli.compare",
         "cli.demo",
@@ -81,6 +96,7 @@ LAYERS = [
         "cli.vllm",
     },
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(LAYERS) for module in modules}
 CARRIED = sorted(module for module in FLOOR if module.startswith("core."))

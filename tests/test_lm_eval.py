@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ import lm_eval
 import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.utils import make_table
+from packaging.version import Version
+from sqlitedict import SqliteDict
 
 from nudging_hf.integrations.lm_eval import Conversation, NudgingLM, register
 from nudging_hf.provenance import pieces_of
@@ -254,6 +258,57 @@ def test_a_killed_run_continues(pair, tmp_path):
     assert sum(lm.get_model_info()["finish_reasons"].values()) == 2
 
 
+def test_a_cache_of_other_settings_is_refused_and_stays_as_it_was(pair, tmp_path):
+    folder, cache = write_task(tmp_path / "task", ROWS[:2], 8), str(tmp_path / "answers")
+    whole, _ = evaluate(model(pair, nudge_threshold=0.3), folder, use_cache=cache)
+    for changed, said in (
+        ({"nudge_threshold": 0.7}, r"nudge_threshold=0.3 \(now 0.7\): give each setting a file of its own"),
+        ({"nudge_threshold": 0.3, "base_template": "{user}"}, "base_template="),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate(model(pair, **changed), folder, use_cache=cache)
+    lm = model(pair, nudge_threshold=0.3)
+    assert evaluate(lm, folder, use_cache=cache)[0] == whole and not lm.get_model_info()["finish_reasons"]
+
+
+def test_a_cache_that_another_model_wrote_is_refused(pair, tmp_path):
+    with SqliteDict(f"{tmp_path}/answers_rank0.db", autocommit=True) as answers:
+        answers["some hash"] = "an answer"
+    folder = write_task(tmp_path / "task", ROWS[:1], 8)
+    with pytest.raises(ValueError, match=r"pretrained=None \(now "):
+        evaluate(model(pair), folder, use_cache=f"{tmp_path}/answers")
+
+
+def test_the_nudge_rate_stands_in_the_table_and_with_each_sample_also_of_cached_answers(pair, tmp_path):
+    register()
+    folder, cache = write_task(tmp_path / "task", ROWS, 8), str(tmp_path / "answers")
+    lm = model(pair)
+    _, fresh = evaluate(lm, folder, use_cache=cache)
+    _, kept = evaluate(model(pair), folder, use_cache=cache)
+    rate = fresh["results"]["local"]["nudge_rate,none"]
+    assert rate == kept["results"]["local"]["nudge_rate,none"] == lm.get_model_info()["nudge_rate"]
+    rates = [sample["nudge_rate"] for sample in fresh["samples"]["local"]]
+    assert min(rates) <= rate <= max(rates) and rates == [sample["nudge_rate"] for sample in kept["samples"]["local"]]
+    json.dumps(rates)
+
+
+def test_the_table_has_readable_headings():
+    results = {"results": {"a": {"alias": "a", "nudge_rate,none": 0.1}}, "versions": {"a": 1}}
+    if Version(version("pytablewriter")) < Version("1.2"):  # What the extra installs is newer.
+        pytest.skip("The pytablewriter of this environment is too old.")
+    head, _, row, *_ = make_table(results).splitlines()
+    assert all(name in head for name in ("Tasks", "Version", "Metric", "Value")) and "nudge_rate" in row
+
+
+def test_samples_are_returned_only_where_they_were_asked_for(pair, tmp_path):
+    register()
+    manager = lm_eval.tasks.TaskManager(include_path=str(write_task(tmp_path / "task", ROWS[:1], 8)))
+    found = lm_eval.simple_evaluate(
+        model=model(pair), tasks=["local"], task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
+    assert "samples" not in found and "nudge_rate,none" in found["results"]["local"]
+
+
 def test_a_limit_asks_only_the_first_questions(pair, tmp_path):
     folder = write_task(tmp_path / "task", ROWS, 8)
     whole, _ = evaluate(model(pair), folder)
@@ -313,6 +368,10 @@ def test_texts_are_not_scored(pair, scores):
     [
         ({"nudge_threshold": -1}, "nudge_threshold"),
         ({"base_template": "{question}"}, "may have the fields"),
+        ({"nudge_treshold": 0.3}, "no argument 'nudge_treshold', did you mean 'nudge_threshold'"),
+        ({"nudging_mode": "x"}, "did you mean 'nudging_model'"),
+        ({"nudging_strength": 1}, "no argument 'nudging_strength'; nudging has base_template, "),
+        ({"max_lenght": 8}, "did you mean 'max_length'"),
         ({"think_end_token": 7}, "give the text that ends the thinking"),
         ({"nudging_model": None}, "--model_args nudging_model="),
         ({"nudging_model": "/no/such/folder"}, "/no/such/folder"),

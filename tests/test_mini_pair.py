@@ -28,7 +28,7 @@ def world():
 @pytest.fixture(scope="module")
 def loaded():
     """The models and the held-out questions."""
-    return demo.load(MINI)
+    return demo.load(MINI), demo.read_questions(MINI)
 
 
 @pytest.fixture(scope="module")

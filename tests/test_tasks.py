@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from nudging_hf.study.demo import find_folder, read_questions
 from nudging_hf.tasks import FOLDER, generated, judge, scoring
 
 yaml_loader = pytest.importorskip("lm_eval.tasks._yaml_loader")
@@ -136,7 +137,7 @@ def test_an_instruction_has_the_paper_s_prompt(name, answer, scores, tmp_path):
 
 def test_all_tasks_are_greedy_and_zero_shot_without_stop_strings(tmp_path):
     paths = [path for path in FOLDER.glob("*.yaml") if "task: nudging" in path.read_text().splitlines()[1]]
-    assert len(paths) == 17
+    assert len(paths) == 18
     for path in paths:
         config = yaml_loader.load_yaml(path, resolve_func=True)
         assert config["generation_kwargs"] == {"until": [], "do_sample": False, "max_gen_toks": 512}
@@ -150,7 +151,7 @@ def test_one_group_runs_the_thirteen_tasks_of_the_paper():
     groups = {name: yaml_loader.load_yaml(FOLDER / f"{name}.yaml")["task"] for name in manager.all_groups}
     members = set(groups["nudging_paper"]) - {"nudging_paper_reasoning"} | set(groups["nudging_paper_reasoning"])
     assert len(members) == 13
-    local = {"nudging_coin_flip_local", "nudging_last_letter_concat_local"}
+    local = {"nudging_coin_flip_local", "nudging_last_letter_concat_local", "nudging_mini_local"}
     safety = {"nudging_override_local", "nudging_refusal_override_local"}
     assert set(groups["nudging_local"]) == local and set(groups["nudging_safety_local"]) == safety
     assert set(groups["nudging_safety"]) == {"nudging_just_eval_safe", "nudging_safety_local"}
@@ -168,6 +169,18 @@ def test_a_local_task_needs_no_data_set_and_asks_the_same_question(name, tmp_pat
     for mine, theirs in zip(list(local.eval_docs)[:3], same.eval_docs, strict=True):
         assert prompt_of(local, mine) == prompt_of(same, theirs)
         assert local.process_results(mine, [f"So the answer is {local.doc_to_target(mine)}."]) == {"exact_match": 1.0}
+
+
+def test_the_shipped_pair_is_asked_in_the_prompts_that_it_was_trained_on(tmp_path):
+    task = build(FOLDER / "mini_local.yaml", tmp_path, [])
+    held_out = read_questions(find_folder())
+    assert len(task.eval_docs) == len(held_out)
+    for doc, asked in zip(task.eval_docs.select([0, 200]), (held_out[0], held_out[200]), strict=True):
+        assert prompt_of(task, doc) == asked.prompt
+        right = (
+            f'So the answer is "{asked.answer}".' if asked.task == "letters" else f"So the answer is {asked.answer}."
+        )
+        assert [task.process_results(doc, [said])["right"] for said in (right, "Who knows?")] == [1.0, 0.0]
 
 
 def test_generated_rows_are_right_and_repeatable():

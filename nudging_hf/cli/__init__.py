@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: `nudging-hf`. It knows arguments, terminals and exit codes, never how an answer is written."""
 
 from __future__ import annotations
@@ -6,11 +7,26 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from .. import __version__
-from . import analyze, calibrate, chat, compare, demo, eval, generate, hub, serve, vllm
 from .arguments import first_line
 from .streams import escaping_output, open_closed_streams, refuse_undecoded_arguments
+
+# The commands. Each has a module of its name, which is imported when the command is given.
+COMMANDS = {
+    "demo": "see a pair of tiny models at work, and measured",
+    "generate": "answer a prompt",
+    "chat": "chat with a pair of models",
+    "compare": "see whether nudging helps a pair, and against what",
+    "bench": "see whether nudging is faster here",
+    "calibrate": "find the threshold for a pair",
+    "analyze": "look into a pair of models",
+    "eval": "run lm-evaluation-harness with --model nudging_hf and the paper's tasks",
+    "serve": "serve a pair to clients of OpenAI's API",
+    "vllm": "write the command that serves a base with nudging by vLLM",
+    "hub": "models and code for the Hugging Face Hub",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,12 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: for `--help`, `--version` and arguments that cannot be parsed.
     """
+    complete()
     open_closed_streams()
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         refuse_undecoded_arguments(given)
         with escaping_output():
-            parser = _parser()
+            parser = _parser(given)
             args, more = parser.parse_known_args(given)
             if more and not getattr(args, "takes_more", False):
                 parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -46,13 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of some arguments. It knows the options of the command that they begin with, and all names."""
     parser = argparse.ArgumentParser(
         prog="nudging-hf",
         description="Nudging: a small aligned model writes the words where a large base model is unsure.",
     )
     parser.add_argument("--version", action="version", version=f"nudging-hf {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, serve, demo, eval, hub, calibrate, analyze, compare, vllm):
-        command.add_command(commands)
+    chosen = next((word for word in given if word in COMMANDS), None)
+    for name, summary in COMMANDS.items():
+        if name == chosen:
+            import_module(f".{name}", __name__).add_command(commands)
+        else:
+            commands.add_parser(name, help=summary)
     return parser
+
+
+def complete() -> None:
+    """Answers a shell that asks by way of argcomplete what may come next, and ends the process; else does nothing."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(_parser(os.environ["COMP_LINE"].split()))

@@ -9,24 +9,24 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import transformers
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..chats import turn_template
 from ..core.config import NudgingConfig
-from ..study import analysis, demo, report
+from ..study import demo, report
 from ..study.journal import Journal, digest
 from ..study.prompt_files import description, read_prompts
 from ..study.prompts import Prompt, built_in_prompts, spread
 from .arguments import PROMPT_FILE, add_models, add_study, command_parser, load_reader, positive
 from .files import versions
 
+if TYPE_CHECKING:
+    from ..study import analysis
+
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "analyze", "look into a pair of models", run)
+    parser = command_parser(commands, "analyze", run)
     models = add_models(parser, required=False)
     models.add_argument(
         "--large-aligned",
@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
     the base is, where it and the aligned model disagree, what a threshold catches of that, whether the small model can
     stand in for the large one, and how good the answers are at each threshold. Writes a page, its plots and its tables
     into a folder. If models and prompts are left out, it takes those of examples/mini."""
+    from ..study import analysis
+
     turn_template(args.base_template)
     thresholds = sorted(set(args.thresholds))
     for threshold in (*thresholds, args.threshold):
@@ -113,6 +115,10 @@ def _measure(
     args: argparse.Namespace, prompts: Sequence[Prompt], thresholds: Sequence[float], journal: Journal
 ) -> dict[analysis.Unit, list[dict[str, Any]]]:
     """The rows of all units. Those that the journal holds are not measured again."""
+    from tqdm import tqdm
+
+    from ..study import analysis
+
     work = analysis.Analysis(
         base=load_reader(args, "base", chat=False),
         nudging=load_reader(args, "nudging_model"),
@@ -148,5 +154,5 @@ def _about(args: argparse.Namespace) -> dict[str, str]:
         "large aligned": args.large_aligned or "none",
         "prompts": str(args.prompts or "built-in"),
         "at most": f"{args.max_new_tokens} new tokens",
-        "made by": f"nudging_hf {__version__}, transformers {transformers.__version__}",
+        "made by": f"nudging_hf {__version__}, transformers {versions()['transformers']}",
     }

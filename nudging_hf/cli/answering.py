@@ -6,14 +6,14 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO, cast
 
 from ..core.output import NudgingOutput
 from ..pair import Pair
 from ..provenance import Piece, count_nudged_words, pieces_of
 from ..streaming import MarkingStreamer
-from ..terminal import CLOSING, OPENING, TerminalWriter, is_coloured
-from .arguments import add_color
+from ..terminal import TerminalWriter, is_coloured
+from .wrapping import WordWrapper
 
 
 class StreamedAnswer:
@@ -67,21 +67,8 @@ class StreamedAnswer:
         print(" | ".join(f"{name}: {value}" for name, value in self.figures().items()), file=sys.stderr)
 
 
-def add_output(parser: argparse.ArgumentParser) -> Any:
-    """Adds the options that say how answers are shown, and returns their group."""
-    output = parser.add_argument_group("output")
-    add_color(output)
-    output.add_argument(
-        "--marks",
-        action=argparse.BooleanOptionalAction,
-        help=f"put the nudged words in {OPENING} {CLOSING} (default: only in a terminal without colour)",
-    )
-    output.add_argument("--quiet", action="store_true", help="no line of figures")
-    return output
-
-
-def ink_of(args: argparse.Namespace) -> TerminalWriter:
-    """The ink with which answers are written to standard output."""
+def ink_of(args: argparse.Namespace, wrapped: bool = False) -> TerminalWriter:
+    """The ink with which answers are written to standard output; `wrapped` breaks lines between words."""
     coloured = is_coloured(args.color)
     marked = sys.stdout.isatty() and not coloured if args.marks is None else args.marks
-    return TerminalWriter(sys.stdout, coloured, marked)
+    return TerminalWriter(cast(TextIO, WordWrapper(sys.stdout)) if wrapped else sys.stdout, coloured, marked)

@@ -1,30 +1,32 @@
-"""Arguments that several commands have: models, prompts, parameters of nudging, colours, numbers."""
+"""Arguments that several commands have: models, prompts, parameters of nudging, colours, numbers.
+
+Like the modules of the commands, it imports torch and transformers only inside functions, so that help is quick.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import transformers
-from tqdm import tqdm
-from transformers.utils import logging
+from typing import TYPE_CHECKING, Any
 
 from ..chats import DEFAULT_TEMPLATE
 from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
-from ..pair import Pair, load_model
-from ..study.reader import Reader
+from ..terminal import CLOSING, OPENING
+from .streams import say
+
+if TYPE_CHECKING:
+    from ..pair import Pair
 
 
 def command_parser(
-    commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], **options: Any
 ) -> argparse.ArgumentParser:
     """Adds a command, which is described by the docstring of the function that runs it, and returns its parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=run.__doc__)
+    parser: argparse.ArgumentParser = commands.add_parser(name, description=run.__doc__, **options)
     parser.set_defaults(run=run)
     return parser
 
@@ -70,6 +72,19 @@ def add_color(parser: Any) -> None:
         default="auto",
         help="default: %(default)s, which means only in a terminal, and not if NO_COLOR is set",
     )
+
+
+def add_output(parser: argparse.ArgumentParser) -> Any:
+    """Adds the options that say how answers are shown, and returns their group."""
+    output = parser.add_argument_group("output")
+    add_color(output)
+    output.add_argument(
+        "--marks",
+        action=argparse.BooleanOptionalAction,
+        help=f"put the nudged words in {OPENING} {CLOSING} (default: only in a terminal without colour)",
+    )
+    output.add_argument("--quiet", action="store_true", help="no line of figures")
+    return output
 
 
 def add_threshold(parser: Any) -> None:
@@ -130,13 +145,19 @@ def add_models(parser: argparse.ArgumentParser, required: bool = True) -> Any:
         default="auto",
         help="the dtype of the weights of both (default: %(default)s, as they were saved)",
     )
-    models.add_argument("--device", help="where both run, such as cpu or cuda:0 (default: cpu)")
+    models.add_argument(
+        "--device",
+        help="where both run, such as cpu, cuda:0, xpu or mps (default: an accelerator that torch finds, or else cpu)",
+    )
     models.add_argument("--device-map", metavar="MAP", help='such as "auto", instead of --device; needs accelerate')
     return models
 
 
 def load_pair(args: argparse.Namespace) -> Pair:
     """The models that `--base` and `--nudging-model` name: see [`load_named`]."""
+    from ..pair import Pair, is_folder
+
+    is_folder(args.nudging_model, "--nudging-model")  # A missing one is refused now, not after the base is loaded.
     return Pair(*load_named(args, "base"), *load_named(args, "nudging_model"))
 
 
@@ -144,6 +165,8 @@ def load_reader(args: argparse.Namespace, name: str, chat: bool = True) -> Any:
     """The [`Reader`] of the model that an option names, such as "large_aligned"; `None` if it was not given."""
     if getattr(args, name) is None:
         return None
+    from ..study.reader import Reader
+
     return Reader(*load_named(args, name), chat, args.base_template)
 
 
@@ -153,11 +176,18 @@ def load_named(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
     Raises:
         ValueError: if it cannot be loaded or moved to its device, naming the option.
     """
+    from ..pair import load_model
+
     if args.device is not None and args.device_map is not None:
         raise ValueError("--device and --device-map both say where the models run: give one of them.")
-    with loading_bars(sys.stderr.isatty() and not getattr(args, "quiet", False)):
+    quiet = getattr(args, "quiet", False)
+    with loading_bars(sys.stderr.isatty() and not quiet):
         option = "--" + name.replace("_", "-")
         model, tokenizer = load_model(getattr(args, name), option, dtype=args.dtype, device_map=args.device_map)
+    if args.device is None and args.device_map is None:
+        args.device = automatic_device()
+        if not quiet:
+            say(f"nudging-hf: running on {args.device}; --device chooses another")
     if args.device is not None:
         try:
             model = model.to(args.device)
@@ -166,9 +196,19 @@ def load_named(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def automatic_device() -> str:
+    """The first accelerator that torch finds, or else the CPU."""
+    import torch
+
+    accelerators = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+    return next((name for name, backend in accelerators.items() if backend.is_available()), "cpu")
+
+
 @contextmanager
 def loading_bars(shown: bool) -> Iterator[None]:
     """Shows or hides the progress bars with which transformers loads models."""
+    from transformers.utils import logging
+
     before = logging.is_progress_bar_enabled()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     try:
@@ -180,6 +220,8 @@ def loading_bars(shown: bool) -> Iterator[None]:
 @contextmanager
 def answer_bar(total: int) -> Iterator[Callable[[str, int], None]]:
     """A progress bar for answers, which begins again when it is full. `show(what, answered)` moves it on."""
+    from tqdm import tqdm
+
     with tqdm(total=total, unit="answer", leave=False, file=sys.stderr) as bar:
 
         def show(what: str, answered: int) -> None:
@@ -237,35 +279,72 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     )
     nudging.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: %(default)s")
     nudging.add_argument("--sample", action="store_true", help="draw tokens instead of taking the most probable ones")
-    nudging.add_argument("--temperature", type=float, metavar="T", help="the base's temperature, with --sample")
+    for name, kind, what in _SAMPLING:
+        nudging.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=f"{what}, with --sample")
     nudging.add_argument("--seed", type=int, metavar="N", help="the seed of the draws, with --sample")
 
 
+# How the base draws its tokens: argument of `generate`, type and meaning.
+_SAMPLING: list[tuple[str, Callable[[str], Any], str]] = [
+    ("temperature", float, "the base's temperature"),
+    ("top_p", float, "draw only from the base's most probable tokens that together reach this probability"),
+    ("top_k", count, "draw only from so many of the base's most probable tokens; 0: from all"),
+]
+
+
 def parameters_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of [`NudgingConfig`] that were given."""
-    given = {name: getattr(args, name, None) for name in NudgingConfig.field_names()}
-    return {name: value for name, value in given.items() if value is not None}
+    """The fields of [`NudgingConfig`] that were given.
+
+    Raises:
+        ValueError: for values out of range, now and not after the models have been loaded.
+    """
+    options = {name: getattr(args, name, None) for name in NudgingConfig.field_names()}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    warn_of_threshold(NudgingConfig(**given))
+    return given
+
+
+def warn_of_threshold(config: NudgingConfig) -> None:
+    """Says so where the base can never be confident, because its score is a probability and the threshold is not."""
+    if config.nudge_gate == NudgingConfig.nudge_gate and config.nudge_threshold != AUTO:
+        if float(config.nudge_threshold) > 1:
+            say(
+                f"nudging-hf: warning: the threshold {config.nudge_threshold:g} is no probability: the base is never "
+                "confident, and the nudging model writes wherever it can. Thresholds lie between 0 and 1."
+            )
 
 
 def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `generate` that say how it decodes.
 
     Raises:
-        ValueError: for values out of range, and for a temperature without sampling.
+        ValueError: for values out of range, and for what needs sampling without it.
     """
-    if args.temperature is not None and not args.sample:
-        raise ValueError("--temperature needs --sample: the most probable token has no temperature.")
+    drawing = {name: getattr(args, name) for name, _, _ in _SAMPLING if getattr(args, name) is not None}
+    if drawing and not args.sample:
+        raise ValueError(f"--{min(drawing).replace('_', '-')} needs --sample: otherwise no token is drawn.")
+    if not 0 < drawing.get("top_p", 1) <= 1:
+        raise ValueError(f"--top-p is a probability, above 0 and at most 1, got {args.top_p:g}.")
     given = parameters_of(args)
-    NudgingConfig(**given)  # A value out of range is refused now, not after the models have been loaded.
-    return {
-        "nudging_config": given,
-        "max_new_tokens": args.max_new_tokens,
-        "do_sample": args.sample,
-        **({} if args.temperature is None else {"temperature": args.temperature}),
-    }
+    return {"nudging_config": given, "max_new_tokens": args.max_new_tokens, "do_sample": args.sample, **drawing}
+
+
+def warn_of_context(pair: Pair, inputs: Mapping[str, Any], max_new_tokens: int) -> None:
+    """Says so where a prompt and its answer may pass what one of the models was trained to read."""
+    models = {"base": (pair.base, "input_ids"), "nudging model": (pair.nudging_model, "nudging_input_ids")}
+    for name, (model, ids) in models.items():
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        prompt = inputs[ids].shape[1]
+        if context is not None and prompt + max_new_tokens > context:
+            say(
+                f"nudging-hf: warning: the prompt of the {name} has {prompt} tokens, and with --max-new-tokens "
+                f"{max_new_tokens} the answer may pass its context of {context}."
+            )
 
 
 def apply_seed(args: argparse.Namespace) -> None:
     """Seeds torch if `--seed` is given."""
     if args.seed is not None:
+        import transformers
+
         transformers.set_seed(args.seed)

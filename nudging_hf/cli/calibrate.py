@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..chats import turn_template
-from ..core.config import NudgingConfig
-from ..core.gate import GATES
-from ..study import calibration, report
+from ..core.config import DEFAULT_THRESHOLDS, NudgingConfig
+from ..study import report
 from ..study.prompt_files import description, read_prompts
 from ..study.prompts import built_in_prompts, validate_labelled
 from ..study.tables import markdown_table, percent
 from .arguments import PROMPT_FILE, add_models, add_study, answer_bar, command_parser, load_pair
 from .files import refuse_missing_folders, versions, write_json
 
+if TYPE_CHECKING:
+    from ..study import calibration
+
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "calibrate", "find the threshold for a pair", run)
+    parser = command_parser(commands, "calibrate", run)
     add_models(parser)
     add_study(
         parser,
@@ -29,7 +31,7 @@ def add_command(commands: Any) -> None:
     search = parser.add_argument_group("search")
     search.add_argument(
         "--gate",
-        choices=tuple(GATES),
+        choices=tuple(DEFAULT_THRESHOLDS),
         help=f"the gate whose threshold is found (default: the one stored with the base, or else "
         f"{NudgingConfig.nudge_gate})",
     )
@@ -47,9 +49,7 @@ def add_command(commands: Any) -> None:
         type=float,
         nargs="+",
         metavar="T",
-        help="the thresholds that --by-score tries (default: "
-        + " ".join(f"{each:g}" for each in calibration.default_thresholds(NudgingConfig.nudge_gate))
-        + f" for {NudgingConfig.nudge_gate})",
+        help="the thresholds that --by-score tries (default: nine, in steps of a tenth of the gate's range)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
     """Finds the threshold for a pair of models: by default the one at which a tenth of the words are nudged, and with
     --by-score the one at which most answers are right. The pair answers some prompts once for each threshold that is
     tried."""
+    from ..study import calibration
+
     turn_template(args.base_template)
     if args.thresholds and not args.by_score:
         raise ValueError("--thresholds is for --by-score: a target nudge rate is found by bisection.")
@@ -125,6 +127,8 @@ def table(found: calibration.Calibration) -> str:
 
 
 def _write(found: calibration.Calibration, prompts: int, args: argparse.Namespace) -> None:
+    from ..study import calibration
+
     if args.json is not None:
         saved = {
             "base": args.base,

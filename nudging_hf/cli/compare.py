@@ -9,13 +9,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import page
 from ..chats import turn_template
-from ..core.config import NudgingConfig
-from ..core.gate import GATES
-from ..study import comparison, verdict
+from ..core.config import DEFAULT_THRESHOLDS, NudgingConfig
 from ..study.journal import Journal, digest, model_setup
 from ..study.prompt_files import description, read_prompts
 from ..study.prompts import Prompt, are_labelled, first_of_each_task
@@ -32,11 +29,14 @@ from .arguments import (
 )
 from .files import versions, write_json
 
+if TYPE_CHECKING:
+    from ..study import comparison
+
 _ON_THE_PAGE = 20  # Questions whose answers are put side by side.
 
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "compare", "see whether nudging helps a pair, and against what", run)
+    parser = command_parser(commands, "compare", run)
     models = add_models(parser)
     models.add_argument(
         "--shared-nudging-model",
@@ -65,7 +65,7 @@ def add_command(commands: Any) -> None:
         default=[_gate_and_threshold(f"{NudgingConfig().nudge_threshold}")],
         metavar="T",
         help="one or more: the base is unsure where its most probable token has less than this probability; GATE:T "
-        f"for a gate of {', '.join(GATES)}; auto or GATE:auto for a threshold that sets itself "
+        f"for a gate of {', '.join(DEFAULT_THRESHOLDS)}; auto or GATE:auto for a threshold that sets itself "
         f"(default: {NudgingConfig().nudge_threshold})",
     )
     parser.add_argument(
@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> None:
     """Tells whether nudging helps a pair of models, and against what: on your questions, the base alone, the nudging
     model alone, the base nudged, an ensemble, proxy tuning, in-context alignment, and the large aligned model if
     there is one. Says what it found in one sentence, with one table, and puts the answers side by side on a page."""
+    from ..study import comparison
+
     turn_template(args.base_template)
     gates = [{"nudge_gate": gate, "nudge_threshold": threshold} for gate, threshold in dict.fromkeys(args.threshold)]
     for each in gates:
@@ -143,6 +145,8 @@ def _setup(
 
 def _tell(folder: Path, results: Sequence[comparison.Result], left_out: dict[str, str], setup: dict[str, Any]) -> None:
     """Prints the verdict, the table and the sentences, and writes them and all figures into a folder."""
+    from ..study import verdict
+
     head, table = verdict.of_comparison(results), verdict.table(results)
     said = verdict.sentences(results)
     said += verdict.nothing_right({result.name: result.answered for result in results})
@@ -162,6 +166,8 @@ def _tell(folder: Path, results: Sequence[comparison.Result], left_out: dict[str
 
 def _write_page(path: Path, results: Sequence[comparison.Result]) -> None:
     """Writes a page with the first questions, each with the answers of all contestants."""
+    from .. import page
+
     answers = []
     for place, question in enumerate(results[0].questions[:_ON_THE_PAGE]):
         for result in results:

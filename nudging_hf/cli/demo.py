@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.config import NudgingConfig
-from ..streaming import MarkingStreamer
-from ..study import comparison, demo, verdict
-from ..study.comparison import Models, Result
-from ..study.journal import Journal
+from ..study import demo
 from ..study.prompts import Prompt, first_of_each_task
-from ..study.reader import nudged_answers
 from ..terminal import TerminalWriter
-from .arguments import add_color, add_number, add_threshold, answer_bar, command_parser, loading_bars
-from .files import refuse_missing_folders, versions, write_json
+from .arguments import (
+    add_color,
+    add_number,
+    add_threshold,
+    answer_bar,
+    command_parser,
+    loading_bars,
+    warn_of_threshold,
+)
+
+if TYPE_CHECKING:
+    from ..study.comparison import Models, Result
+    from ..study.reader import Answer
+
+_SHOWN = 300  # The characters of an answer that are shown where a model rambles.
 
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "demo", "see a pair of models at work, and measured", run)
+    parser = command_parser(commands, "demo", run)
     parser.add_argument(
         "--pair",
         type=Path,
         metavar="FOLDER",
-        help="the models and their questions (default: examples/mini, here or where the package lies)",
+        help="the models and their questions (default: examples/mini, here or as it was installed)",
     )
     add_number(parser, "--questions", 50, "measured a task; 0: none", least=0)
     add_number(parser, "--examples", 1, "answers shown a task", least=0)
@@ -38,16 +46,35 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Shows what nudging does with a pair of models: some answers, with the words of the nudging model in colour, and
-    then, on questions with known answers, how often each model alone and both together are right."""
+    """Shows what nudging does with a pair of models. First some questions: what the base says alone, what the nudging
+    model says alone, and what the base says when it is nudged, with the words of the nudging model in colour. Then, on
+    questions with known answers, how often each of them is right."""
     began = time.monotonic()
-    NudgingConfig(nudge_threshold=args.threshold)  # It is refused now, not after the models have answered alone.
-    refuse_missing_folders({"--json": args.json})
+    warn_of_threshold(NudgingConfig(nudge_threshold=args.threshold))  # One out of range is refused now.
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {args.json.parent}.")
     folder = args.pair if args.pair is not None else demo.find_folder()
-    print(f"Loading the models of {folder} ...", file=sys.stderr)
+    questions = demo.read_questions(folder)
+    examples = first_of_each_task(questions, args.examples)
+    with TerminalWriter.of_stdout(args.color) as ink:
+        ink.write(f"The pair of {folder}: a base model, and a small aligned model.\n", False)
+        ink.write("When both write, ", False)
+        ink.write("words like these", True)
+        ink.write(" are the small model's, and all others the base's.\n", False)
+    if examples:
+        _show_question(examples[0])  # Before torch is imported, which takes seconds.
+    import torch
+
+    from ..study import verdict
+
+    if args.pair is None:
+        torch.set_num_threads(1)  # Models as small as these gain nothing from a second thread.
     with loading_bars(False):
-        models, questions = demo.load(folder)
-    _show_examples(models, first_of_each_task(questions, args.examples), args)
+        models = demo.load(folder)
+    for number, question in enumerate(examples):
+        if number:
+            _show_question(question)
+        _show_answers(models, question, args)
     results: list[Result] = []
     try:
         _compare(models, first_of_each_task(questions, args.questions), args, results)
@@ -63,27 +90,43 @@ def run(args: argparse.Namespace) -> None:
         print(f"This took {seconds:.0f} s.")
 
 
-def _show_examples(models: Models, questions: Sequence[Prompt], args: argparse.Namespace) -> None:
-    if questions:
+def _show_question(question: Prompt) -> None:
+    print(f"\n[{question.task}] {question.question}", flush=True)
+
+
+def _show_answers(models: Models, question: Prompt, args: argparse.Namespace) -> None:
+    """Shows what each model answers alone, and then the nudged answer while it is written."""
+    from ..streaming import MarkingStreamer
+    from ..study.reader import nudged_answers
+
+    for name, reader in (("The base alone", models.base), ("The small model alone", models.nudging)):
+        [answer] = reader.answers([question], demo.MAX_NEW_TOKENS)
+        text = " ".join(answer.text.split())
         with TerminalWriter.of_stdout(args.color) as ink:
-            ink.write("In the answers below ", False)
-            ink.write("words like these", True)
-            ink.write(" are the nudging model's, and all others the base's.\n", False)
+            ink.write(f"\n{name}:\n", False)
+            ink.write(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...", reader is models.nudging)
+        _mark(question, answer)
+    print("\nThe base, nudged by the small model:", flush=True)
     config = NudgingConfig(nudge_threshold=args.threshold)
-    for question in questions:
-        print(f"\n[{question.task}] {question.question}", flush=True)
-        with TerminalWriter.of_stdout(args.color) as ink:
-            streamer = MarkingStreamer(models.base.tokenizer, ink.write)
-            [answer] = nudged_answers(models.base, models.nudging, config, [question], demo.MAX_NEW_TOKENS, streamer)
-        given = question.answer_in(answer.text)
-        verdict = "right" if question.is_right(answer.text) else f"wrong, it is {question.answer}"
-        print(f"-> {'no answer' if given is None else given}: {verdict}")
+    with TerminalWriter.of_stdout(args.color) as ink:
+        streamer = MarkingStreamer(models.base.tokenizer, ink.write)
+        [answer] = nudged_answers(models.base, models.nudging, config, [question], demo.MAX_NEW_TOKENS, streamer)
+    _mark(question, answer)
+
+
+def _mark(question: Prompt, answer: Answer) -> None:
+    given = question.answer_in(answer.text)
+    mark = "right" if question.is_right(answer.text) else f"wrong, it is {question.answer}"
+    print(f"-> {'no answer' if given is None else given}: {mark}", flush=True)
 
 
 def _compare(models: Models, questions: Sequence[Prompt], args: argparse.Namespace, results: list[Result]) -> None:
     """Lets one contestant after the other answer, and appends its result to `results` when it has finished."""
     if not questions:
         return
+    from ..study import comparison
+    from ..study.journal import Journal
+
     config = NudgingConfig(nudge_threshold=args.threshold)
     contestants, _ = comparison.contestants_of(models, [config], with_rivals=False)
     settings: dict[str, Any] = {"max_new_tokens": demo.MAX_NEW_TOKENS, "batch_size": args.batch_size}
@@ -94,6 +137,8 @@ def _compare(models: Models, questions: Sequence[Prompt], args: argparse.Namespa
 
 
 def _write_json(folder: Path, results: Sequence[Result], seconds: float, args: argparse.Namespace) -> None:
+    from .files import versions, write_json
+
     report = {
         "pair": str(folder),
         "nudge_threshold": args.threshold,

@@ -14,7 +14,6 @@ def add_command(commands: Any) -> None:
     # No option is ours, not even --help: every argument goes on to the harness.
     parser = commands.add_parser(
         "eval",
-        help="run lm-evaluation-harness with --model nudging_hf and the paper's tasks",
         add_help=False,
         prefix_chars="\0",
     )

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from .. import __version__
 
 
@@ -27,4 +24,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def versions() -> dict[str, str]:
     """The versions on which figures may depend."""
+    import torch
+    import transformers
+
     return {"nudging_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -8,11 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import page
 from ..chats import messages_of, turn_template
-from .answering import StreamedAnswer, add_output, ink_of
-from .arguments import add_decoding, add_models, add_prompts, apply_seed, command_parser, decoding_of, load_pair
-from .files import refuse_missing_folders
+from .arguments import (
+    add_decoding,
+    add_models,
+    add_output,
+    add_prompts,
+    apply_seed,
+    command_parser,
+    decoding_of,
+    load_pair,
+    warn_of_context,
+)
 from .streams import refuse_undecoded, standard_input
 
 _EXAMPLE = """\
@@ -23,7 +30,7 @@ for example, in a checkout of the project:
 
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "generate", "answer a prompt", run)
+    parser = command_parser(commands, "generate", run)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # An example that is wrapped cannot be copied.
     parser.description = inspect.cleandoc(run.__doc__ or "")
     parser.epilog = _EXAMPLE
@@ -47,6 +54,10 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answers a prompt with a nudged base model. The answer goes to standard output as it is written, with the words
     of the nudging model in colour; a line of figures goes to standard error."""
+    from .. import page
+    from .answering import StreamedAnswer, ink_of
+    from .files import refuse_missing_folders
+
     prompt = _read_prompt(args.prompt)
     messages = messages_of(prompt, args.system)
     turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
@@ -55,8 +66,10 @@ def run(args: argparse.Namespace) -> None:
     apply_seed(args)
     pair = load_pair(args)
     config = decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
+    inputs = pair.inputs(messages, args.base_template)
+    warn_of_context(pair, inputs, args.max_new_tokens)
     answer = StreamedAnswer()
-    answer.write(pair, pair.inputs(messages, args.base_template), decoding, ink_of(args))
+    answer.write(pair, inputs, decoding, ink_of(args))
     if not args.quiet:
         answer.show_figures()
     if args.html is not None:

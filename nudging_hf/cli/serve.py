@@ -30,7 +30,7 @@ KEY_VARIABLE = "NUDGING_HF_API_KEY"
 
 
 def add_command(commands: Any) -> None:
-    parser = command_parser(commands, "serve", "serve a pair to clients of OpenAI's API", run)
+    parser = command_parser(commands, "serve", run)
     models = add_models(parser)
     models.add_argument(
         "--base-url",
@@ -95,7 +95,6 @@ def run(args: argparse.Namespace) -> None:
 
     turn_template(args.base_template)  # A bad one is refused now, not after the models have been loaded.
     parameters = parameters_of(args)
-    NudgingConfig(**parameters)
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     engine = _in_process(args, parameters) if args.base_url is None else _remote(args, parameters)
     settings = ServerSettings(

@@ -13,6 +13,11 @@ from typing import TextIO
 _ESCAPING = "nudging_hf.escaping"
 
 
+def say(text: str) -> None:
+    """Writes a line to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def open_closed_streams() -> None:
     """Replaces each closed standard stream with the null device, for the rest of the process."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

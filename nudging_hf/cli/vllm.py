@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
 from ..core.config import NudgingConfig
-from ..integrations.vllm.launch import vllm_command
+from .arguments import warn_of_threshold
 
 _KNOBS = {"nudge_threshold": float, "nudge_gate": str, "target_nudge_rate": float}
 
@@ -17,7 +15,6 @@ def add_command(commands: Any) -> None:
     """Adds `vllm` to the commands of `nudging-hf`."""
     parser = commands.add_parser(
         "vllm",
-        help="write the command that serves a base with nudging by vLLM",
         description="Writes the command that serves a base with nudging by vLLM, or runs it. Arguments that are not "
         "listed here are vLLM's own, such as --port and --tensor-parallel-size.",
         allow_abbrev=False,
@@ -52,8 +49,12 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for values out of range.
         FileNotFoundError: if vLLM is to run and is not installed.
     """
+    import torch
+
+    from ..integrations.vllm.launch import vllm_command
+
     knobs = {name: getattr(args, name) for name in _KNOBS if getattr(args, name) is not None}
-    NudgingConfig(**knobs)
+    warn_of_threshold(NudgingConfig(**knobs))
     given = {"model": args.nudging_model, "tokenizer": args.nudging_tokenizer, "dtype": args.nudging_dtype, **knobs}
     on_cpu = args.on_cpu if args.on_cpu is not None else not torch.accelerator.is_available()
     command = vllm_command(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 try:
+    import lm_eval.evaluator
     from lm_eval.api.registry import model_registry
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -23,20 +27,72 @@ from ..chats import plain_prompt, turn_template
 from ..core.config import NudgingConfig
 from ..pair import Pair, nudging_model_named_in
 from ..provenance import count_nudged_words, pieces_of, text_of
+from ..study.tables import share_of
 
 NAME = "nudging_hf"
 # The paper's prompt. Each task writes its own "Question: " or "Instruction: ".
 BASE_TEMPLATE = "{system}\n{user}\n"
 
 
+_GIVES_RATES = "gives_nudge_rates"  # Marks the harness's function once it is wrapped.
+_CACHE_OWNER = "nudging_hf: who wrote these answers"  # A key of the file of --use_cache, whose others are hashes.
+
+
 def register() -> None:
-    """Registers `--model nudging_hf` with the harness in this process. A second call does nothing."""
+    """Registers `--model nudging_hf` with the harness in this process, and lets its results have nudge rates.
+
+    The table of a nudged model then has a line `nudge_rate` for each task, and each sample has a field of that name. A
+    second call does nothing.
+    """
     if NAME not in model_registry:
         model_registry.register(NAME, target=NudgingLM)
+    if not hasattr(lm_eval.evaluator.evaluate, _GIVES_RATES):
+        lm_eval.evaluator.evaluate = _with_nudge_rates(lm_eval.evaluator.evaluate)
 
 
 class Conversation(str):
     """Messages as JSON, because the harness passes a prompt around as one string."""
+
+
+class NudgedText(str):
+    """An answer that knows how many of its words the nudging model wrote, also after it was kept in a cache."""
+
+    nudged: int
+    words: int
+
+    @classmethod
+    def of(cls, text: str, nudged: int, words: int) -> NudgedText:
+        self = cls(text)
+        self.nudged, self.words = nudged, words
+        return self
+
+
+def nudge_rate_of(answers: Iterable[Any]) -> float | None:
+    """The share of nudged words in those answers that are a [`NudgedText`]; `None` if they have no words."""
+    own = [answer for answer in answers if isinstance(answer, NudgedText)]
+    return share_of(sum(answer.nudged for answer in own), sum(answer.words for answer in own))
+
+
+def _with_nudge_rates(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """The harness's `evaluate`, which for a nudged model also says how much of each answer was nudged."""
+
+    @functools.wraps(evaluate)
+    def evaluated(lm: Any, *args: Any, log_samples: bool = True, **kwargs: Any) -> Any:
+        is_nudged = isinstance(getattr(lm, "lm", lm), NudgingLM)  # With --use_cache, the harness wraps the model.
+        found = evaluate(lm, *args, log_samples=log_samples or is_nudged, **kwargs)
+        if is_nudged and found is not None:  # Other ranks than the first find nothing.
+            for task, samples in found["samples"].items():
+                answers = [[answer for each in sample["resps"] for answer in each] for sample in samples]
+                for sample, own in zip(samples, answers, strict=True):
+                    sample["nudge_rate"] = nudge_rate_of(own)
+                if (rate := nudge_rate_of(answer for own in answers for answer in own)) is not None:
+                    found["results"][task]["nudge_rate,none"] = rate
+            if not log_samples:
+                del found["samples"]
+        return found
+
+    setattr(evaluated, _GIVES_RATES, True)
+    return evaluated
 
 
 class NudgingLM(HFLM):
@@ -78,6 +134,8 @@ class NudgingLM(HFLM):
         NudgingConfig.resolve([given])  # This refuses an invalid value before the base is loaded.
         self.base_template = base_template.replace("\\n", "\n")
         turn_template(self.base_template)
+        _refuse_misspelt(kwargs)
+        self._given = {name: str(value) for name, value in sorted(kwargs.items())}
         super().__init__(pretrained, **kwargs)
         if isinstance(self.think_end_token, int):
             raise ValueError(
@@ -93,6 +151,36 @@ class NudgingLM(HFLM):
         self.nudging_config = self.pair.nudging_config(given)
         self._words: Counter[str] = Counter()
         self._finish_reasons: Counter[str] = Counter()
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Takes the file of `--use_cache`, whose answers the harness finds by question and not by model.
+
+        Raises:
+            ValueError: if another model, or this one with other settings, wrote the answers in the file.
+        """
+        kept, own = cache_hook.dbdict, self._settings()
+        stored = kept.get(_CACHE_OWNER, {} if len(kept) else own)
+        differing = [name for name, value in own.items() if stored.get(name) != value]
+        if changed := [f"{name}={stored.get(name)!r} (now {own[name]!r})" for name in differing]:
+            path = kept.filename
+            kept.close()
+            raise ValueError(
+                f"--use_cache: the answers in {path} were written with {', '.join(changed)}: give each setting a file "
+                "of its own."
+            )
+        kept[_CACHE_OWNER] = own
+        super().set_cache_hook(cache_hook)
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything on which an answer depends, except what each request says."""
+        return {
+            "pretrained": self.model.name_or_path,
+            "nudging_model": self.pair.nudging_model.name_or_path,
+            "dtype": str(self.model.dtype),
+            "base_template": self.base_template,
+            **self._given,
+            **asdict(self.nudging_config),
+        }
 
     # Prompts --------------------------------------------------------------------------------------------------------
 
@@ -191,11 +279,12 @@ class NudgingLM(HFLM):
         self._finish_reasons.update(output.finish_reasons)
         # The end mark is not part of the text. If a model spells it out, the harness ends the answer there.
         stop = [*until, self.tokenizer.eos_token]
-        answers = []
+        answers: list[str] = []
         for pieces in pieces_of(output, self.tokenizer):
             nudged, words = count_nudged_words(pieces)
             self._words.update(nudged=nudged, all=words)
-            answers.append(postprocess_generated_text(text_of(pieces), stop, self.think_end_token))
+            text = postprocess_generated_text(text_of(pieces), stop, self.think_end_token)
+            answers.append(NudgedText.of(text, nudged, words))
         return answers
 
     def get_model_info(self) -> dict[str, Any]:
@@ -204,14 +293,13 @@ class NudgingLM(HFLM):
         `nudge_rate` is the share of words that the nudging model wrote, in the answers that this process decoded
         itself and did not take from `--use_cache`. It is `None` if there are none.
         """
-        words = self._words["all"]
         return {
             **super().get_model_info(),
             "nudging_model": self.pair.nudging_model.name_or_path,
             "nudging_model_num_parameters": self.pair.nudging_model.num_parameters(),
             "base_template": self.base_template,
             **asdict(self.nudging_config),
-            "nudge_rate": self._words["nudged"] / words if words else None,
+            "nudge_rate": share_of(self._words["nudged"], self._words["all"]),
             "finish_reasons": dict(self._finish_reasons),
         }
 
@@ -224,3 +312,17 @@ class NudgingLM(HFLM):
         )
 
     loglikelihood_rolling = loglikelihood
+
+
+def _refuse_misspelt(given: Mapping[str, Any]) -> None:
+    """Refuses a model argument that the harness does not know and that looks like one that is known here.
+
+    The harness hands all others on to `from_pretrained`, which ignores some names and fails on others.
+    """
+    own = {*NudgingConfig.field_names(), *inspect.signature(NudgingLM.__init__).parameters} - {"self", "kwargs"}
+    harness = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
+    for name in given.keys() - harness:
+        if meant := get_close_matches(name, own | harness, n=1, cutoff=0.8):
+            raise ValueError(f"--model_args: there is no argument {name!r}, did you mean {meant[0]!r}?")
+        if name.startswith("nudg"):
+            raise ValueError(f"--model_args: there is no argument {name!r}; nudging has {', '.join(sorted(own))}.")

@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..chats import DEFAULT_TEMPLATE, chat_inputs, turn_template
+from ..chats import DEFAULT_TEMPLATE, turn_template
+from ..encoded_chats import chat_inputs
 from .protocol import ChatRequest, CompletionRequest, FieldError
 
 

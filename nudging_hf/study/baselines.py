@@ -15,7 +15,6 @@ import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMode
 
-from ..chats import padded
 from ..core.answer import OneVocabulary, answer_class
 from ..core.cached_lm import CachedLM, Reading, SeparateRows, cached_lm
 from ..core.generate import loaded_vocabulary, take_over_stop_strings
@@ -35,6 +34,7 @@ from ..core.validation import (
     validate_prompt_tensors,
 )
 from ..core.vocabulary import Vocabulary
+from ..encoded_chats import padded
 
 # In-context alignment puts this before a question, as URIAL does (arXiv 2312.01552). The wording is our own.
 PREAMBLE = """\

@@ -11,42 +11,55 @@ if they are there: `models/nudging-shared`, a nudging model with the base's own 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .comparison import Models, Result
 from .prompt_files import read_labelled_prompts
 from .prompts import Prompt
-from .reader import Reader
+
+if TYPE_CHECKING:
+    from .comparison import Models, Result
 
 MAX_NEW_TOKENS = 220  # One and a half times the length of the longest right answer of examples/mini, in tokens.
 
 
 def find_folder() -> Path:
-    """`examples/mini` here or in the package's checkout. Raises a `FileNotFoundError` if there is neither."""
-    for start in (Path(), Path(__file__).parents[2]):
-        if (start / "examples" / "mini" / "heldout.jsonl").exists():
-            return start / "examples" / "mini"
+    """`examples/mini` here or in the package's checkout, or what of it an installed package has.
+
+    Raises:
+        FileNotFoundError: if there is none of them.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (Path("examples", "mini"), package.parent / "examples" / "mini", package / "mini"):
+        if (folder / "heldout.jsonl").exists():
+            return folder
     raise FileNotFoundError("No examples/mini here: run from a checkout of the project, or name a folder by --pair.")
 
 
-def load(folder: Path) -> tuple[Models, list[Prompt]]:
-    """Loads the models and the questions of a folder.
+def read_questions(folder: Path) -> list[Prompt]:
+    """The questions of a folder. It imports nothing of torch.
 
     Raises:
         FileNotFoundError: if the questions, the base or the nudging model are missing.
         ValueError: if `heldout.jsonl` holds something else than questions.
     """
-    models = folder / "models"
-    for needed in (folder / "heldout.jsonl", models / "base", models / "nudging"):
+    for needed in (folder / "heldout.jsonl", folder / "models" / "base", folder / "models" / "nudging"):
         if not needed.exists():
             raise FileNotFoundError(f"{needed} is missing: name the folder of another pair by --pair.")
-    questions = read_labelled_prompts(folder / "heldout.jsonl")
+    return read_labelled_prompts(folder / "heldout.jsonl")
+
+
+def load(folder: Path) -> Models:
+    """Loads the models of a folder."""
+    from .comparison import Models
+    from .reader import Reader
+
+    models = folder / "models"
     shared, large = (
         Reader.load(models / name) if (models / name).exists() else None
         for name in ("nudging-shared", "large-aligned")
     )
     base, nudging = Reader.load(models / "base", chat=False), Reader.load(models / "nudging")
-    return Models(base, nudging, shared, large_aligned=large), questions
+    return Models(base, nudging, shared, large_aligned=large)
 
 
 def as_dict(result: Result, base: Result) -> dict[str, Any]:

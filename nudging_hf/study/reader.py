@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..chats import DEFAULT_TEMPLATE, chat_inputs, padded, plain_prompt
+from ..chats import DEFAULT_TEMPLATE, plain_prompt
 from ..core.answer import OneVocabulary, answer_class
 from ..core.config import NudgingConfig
 from ..core.gate import top1_probabilities
 from ..core.transformers_private import end_tokens, input_device, plain_generate
 from ..core.vocabulary import Vocabulary
+from ..encoded_chats import chat_inputs, padded
 from ..pair import Pair, load_model
 from ..provenance import Piece, count_nudged_words, pieces_of, spans, text_of
 from .prompts import Prompt

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
-from ...chats import chat_ids
+from ...encoded_chats import chat_ids
 from .params import is_plain, nudging_tokenizer, validate_params
 
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
