@@ -222,7 +222,9 @@ def test_tables_add_up_and_shares_rise_with_the_threshold(trio_of_two_vocabulari
 @pytest.fixture
 def quick_plots(monkeypatch):
     """Replaces the plots by ones that take no time. `test_report.py` tests the real ones."""
-    monkeypatch.setattr(report, "plots", lambda tables: dict.fromkeys(("positions", "disagreement", "caught"), b"..."))
+    monkeypatch.setattr(
+        report, "plots", lambda *_, **__: dict.fromkeys(("positions", "disagreement", "caught"), b"...")
+    )
 
 
 @pytest.fixture(scope="module")
