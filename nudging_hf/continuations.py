@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .core.prompts import unpad
-from .core.transformers_private import end_tokens, input_device, plain_generate
+from .core.transformers_private import end_tokens, greatest_length, input_device, plain_generate
 from .core.vocabulary import Vocabulary, to_text
 from .encoded_chats import padded
 from .provenance import Piece, pieces_of
@@ -59,9 +59,10 @@ def with_continuations(
     Args:
         model, tokenizer: the base and its tokenizer.
         answers: for each answer the ids of the base's prompt, those of the answer, and its pieces.
-        max_new_tokens: how many tokens a continuation has at the most.
+        max_new_tokens: how many tokens a continuation has at the most. The last position of the base is a limit too.
         batch_size: how many continuations are written at a time.
     """
+    positions = greatest_length(model)
     vocabulary, eos = Vocabulary(tokenizer), end_tokens(model, tokenizer)
     found = [list(pieces) for _, _, pieces in answers]
     nudges = [
@@ -74,11 +75,12 @@ def with_continuations(
         batch = nudges[start : start + batch_size]
         texts = [[*answers[row][0], *answers[row][1][: instead.place]] for row, _, instead in batch]
         ids, mask = (each.to(input_device(model)) for each in padded(texts, tokenizer))
+        room = max_new_tokens if positions is None else positions + 1 - ids.shape[1]  # The last token is not read.
         written = plain_generate(model)(
             model,
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room),
             do_sample=False,
             eos_token_id=eos or None,
             pad_token_id=eos[0] if eos else 0,

@@ -138,7 +138,7 @@ def _shown(heading: str, answer: MarkedAnswer, threshold: float | None, name: st
         run = list(group)
         text = "".join(piece.text for piece in run)
         target, instead = "", run[0].instead
-        if instead is not None and instead.continuation is not None:
+        if instead is not None and instead.continuation is not None and text.strip():
             target = f"base-{name}-{len(continuations)}"
             continuations.append((target, text.strip(), before[-_CONTEXT_CHARACTERS:], instead.continuation))
         runs += [(mark, parts, target if mark else "") for mark, parts in _parted(nudged, run, threshold)]

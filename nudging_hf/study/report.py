@@ -260,8 +260,8 @@ _TEMPLATE = """\
 <img src="data:image/png;base64,{{ images[name] }}" alt="{{ shows }}">
 </picture></div>
 {% endmacro %}
-{% macro table(head, rows) %}
-<div class="wide"><table>
+{% macro table(head, rows, kind="figures") %}
+<div class="wide"><table class="{{ kind }}">
 <thead><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}
@@ -284,7 +284,7 @@ disagree; and there the small aligned model says what the large one would.</p>
 <p>The paper's figures are from {{ source }}.
 {%- if not large %} They are those of a large aligned model, and here there is none. So the nudging model's lack of \
 skill counts as disagreement too, and where the base is sure of itself, it may be the one that is right.{% endif %}</p>
-{{ table(["", "paper", "here"], compared) -}}
+{{ table(["", "paper", "here"], compared, "texts") -}}
 </section>
 <section>
 <h2>How sure the base is</h2>
@@ -352,5 +352,5 @@ table { border-collapse: collapse; width: 100%; font-size: .9375rem; font-varian
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { font-weight: 600; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); }
+.figures td { white-space: nowrap; }
 """
