@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from .provenance import Piece, spans
+if TYPE_CHECKING:
+    from .provenance import Piece
 
 OPENING, CLOSING = "⟦", "⟧"
 _COLOUR, _PLAIN = "\033[1;32m", "\033[0m"
@@ -76,6 +77,8 @@ class TerminalWriter:
 
 def nudges_told(pieces: Iterable[Piece]) -> Iterator[str]:
     """A heading, and a line for each nudge of an answer: what the base itself would have written at its start."""
+    from .provenance import spans  # It imports torch, which takes seconds, and help needs this module.
+
     told = [(span.text, span.instead) for span in spans(pieces) if span.instead is not None]
     if not told:
         yield "There is no nudge to tell of, or the answer was broken off."
