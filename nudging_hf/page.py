@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from typing import Any, NamedTuple
 
 from . import html_page
@@ -40,12 +40,15 @@ def write(
     answers: Sequence[Entry],
     threshold: float | None,
     title: str = "Nudged answers",
+    headings: Sequence[str] = (),
 ) -> None:
     """Writes the page of [`render`] to a file."""
-    html_page.write(path, render(answers, threshold, title))
+    html_page.write(path, render(answers, threshold, title, headings))
 
 
-def render(answers: Sequence[Entry], threshold: float | None, title: str = "Nudged answers") -> str:
+def render(
+    answers: Sequence[Entry], threshold: float | None, title: str = "Nudged answers", headings: Sequence[str] = ()
+) -> str:
     """A page that shows each answer with the nudging model's words highlighted.
 
     A piece is shaded by how unsure the base was there. What the base itself would have written there, and how sure it
@@ -58,11 +61,12 @@ def render(answers: Sequence[Entry], threshold: float | None, title: str = "Nudg
             `[{"base alone": MarkedAnswer(prompt, text), "nudged": MarkedAnswer(prompt, pieces)}]`.
         threshold: γ, below which the base was unsure; `None` if another measure, or no fixed one, decided that.
         title: the title of the page.
+        headings: what stands above the first prompts in the place of "Prompt".
 
     Raises:
         ValueError: if answers that stand beside each other are to different prompts.
     """
-    entries = _entries(answers, threshold)
+    entries = _entries(answers, threshold, headings)
     counts = [
         count_nudged_words(answer.pieces)
         for entry in answers
@@ -79,6 +83,9 @@ def render(answers: Sequence[Entry], threshold: float | None, title: str = "Nudg
         unsure="" if threshold is None else f"; below γ = {threshold:g} it is unsure",
         scale=[f"p ≥ {_LEVELS[0]:g}", *(f"< {level:g}" for level in _LEVELS)],
         has_continuations=any(answer["continuations"] for entry in entries for answer in entry["answers"]),
+        has_tips=any(
+            part.tip for entry in entries for each in entry["answers"] for run in each["runs"] for part in run[1]
+        ),
         entries=entries,
     )
 
@@ -93,15 +100,16 @@ def style_within(selector: str) -> str:
     return f"{selector} {{\n{html_page.COLOURS}{_COLOURS}{html_page.STYLE}{_STYLE}}}\n"
 
 
-def _entries(answers: Sequence[Entry], threshold: float | None) -> list[dict[str, Any]]:
+def _entries(answers: Sequence[Entry], threshold: float | None, headings: Sequence[str] = ()) -> list[dict[str, Any]]:
     """What the template needs: the prompts, each with its answers."""
     shown = []
-    for i, entry in enumerate(answers, start=1):
+    for i, (entry, heading) in enumerate(zip(answers, chain(headings, repeat("Prompt")), strict=False), start=1):
         titled = entry if isinstance(entry, Mapping) else {"Answer": entry}
         if len(prompts := {answer.prompt for answer in titled.values()}) != 1:
             raise ValueError(f"Answers beside each other have one prompt, got {len(prompts)}: {sorted(prompts)}.")
         each = [_shown(*item, threshold, f"{i}-{j}") for j, item in enumerate(titled.items(), start=1)]
-        shown.append({"prompt": prompts.pop(), "is_beside": isinstance(entry, Mapping), "answers": each})
+        is_beside = isinstance(entry, Mapping)
+        shown.append({"heading": heading, "prompt": prompts.pop(), "is_beside": is_beside, "answers": each})
     return shown
 
 
@@ -130,17 +138,17 @@ def _shown(heading: str, answer: MarkedAnswer, threshold: float | None, name: st
         run = list(group)
         text = "".join(piece.text for piece in run)
         target, instead = "", run[0].instead
-        if instead is not None and instead.continuation is not None:
+        if instead is not None and instead.continuation is not None and text.strip():
             target = f"base-{name}-{len(continuations)}"
             continuations.append((target, text.strip(), before[-_CONTEXT_CHARACTERS:], instead.continuation))
         runs += [(mark, parts, target if mark else "") for mark, parts in _parted(nudged, run, threshold)]
         before += text
-    figures = [] if is_plain else [("nudged words", _of(*count_nudged_words(pieces)))]
+    figures = {} if is_plain else {"nudged words": _of(*count_nudged_words(pieces))}
     return {
         "heading": heading,
         "runs": runs,
         "continuations": continuations,
-        "figures": [*figures, *answer.figures.items()],
+        "figures": list({**figures, **answer.figures}.items()),
     }
 
 
@@ -183,12 +191,15 @@ def _of(part: int, whole: int) -> str:
 _HEADER = """\
 {% extends "page" %}
 {% block header %}
-<p>{{ several }}<mark>Words like these</mark> are the nudging model's, all others the base's. Point at a piece of an \
-answer, or step through it with the Tab key, to see p, the probability of the base's most probable token \
-there{{ unsure }}, and what the base itself would have written in place of a nudge.
+<p>{{ several }}In a nudged answer, <mark>words like these</mark> are the nudging model's, all others the base's.
+{%- if has_tips %} Point at a piece of the answer, or step through it with the Tab key, to see p, the probability of \
+the base's most probable token there{{ unsure }}, and what the base itself would have written in place of a nudge.
+{%- endif %}
 {%- if has_continuations %} A click on a nudge shows how the base alone would have gone on from there.{% endif %}</p>
+{% if has_tips %}
 <p class="scale">How unsure the base was: {% for said in scale %}<span class="u{{ loop.index0 }}">{{ said }}</span> \
 {% endfor %}</p>
+{% endif %}
 {% endblock %}
 {% block main %}
 """
@@ -196,7 +207,7 @@ there{{ unsure }}, and what the base itself would have written in place of a nud
 _ENTRIES = """\
 {% for entry in entries %}
 <article>
-<h2>Prompt</h2>
+<h2>{{ entry.heading }}</h2>
 <div class="text prompt" dir="auto">{{ entry.prompt }}</div>
 <div class="answers"{% if entry.is_beside %} data-beside{% endif %}>
 {% for answer in entry.answers %}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from .provenance import Piece, spans
+if TYPE_CHECKING:
+    from .provenance import Piece
 
 OPENING, CLOSING = "⟦", "⟧"
 _COLOUR, _PLAIN = "\033[1;32m", "\033[0m"
@@ -75,12 +76,18 @@ class TerminalWriter:
 
 
 def nudges_told(pieces: Iterable[Piece]) -> Iterator[str]:
-    """A line for each nudge of an answer: its text, and what the base itself would have written at its start."""
-    for span in spans(pieces):
-        if span.instead is not None:
-            text, own = (each.strip(" ").translate(_ON_ONE_LINE) for each in (span.text, span.instead.text))
-            said = f"“{own}”" if span.instead.text else "no more text"
-            yield f"{OPENING}{text}{CLOSING} base: {said} ({span.instead.probability:.3f}); rank {span.instead.rank}"
+    """A heading, and a line for each nudge of an answer: what the base itself would have written at its start."""
+    from .provenance import spans  # It imports torch, which takes seconds, and help needs this module.
+
+    told = [(span.text, span.instead) for span in spans(pieces) if span.instead is not None]
+    if not told:
+        yield "There is no nudge to tell of, or the answer was broken off."
+        return
+    yield "At each nudge, what the base itself would have written, its probability, and the rank of the nudge there:"
+    for nudge, instead in told:
+        text, own = (each.strip(" ").translate(_ON_ONE_LINE) for each in (nudge, instead.text))
+        said = f"“{own}”" if instead.text else "no more text"
+        yield f"{OPENING}{text}{CLOSING} base: {said} ({instead.probability:.3f}); rank {instead.rank}"
 
 
 def is_coloured(choice: str = "auto") -> bool:

@@ -1,6 +1,7 @@
 """Tests `analyze`: its figures against a step-by-step computation on tiny random models, and continued runs."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -222,7 +223,9 @@ def test_tables_add_up_and_shares_rise_with_the_threshold(trio_of_two_vocabulari
 @pytest.fixture
 def quick_plots(monkeypatch):
     """Replaces the plots by ones that take no time. `test_report.py` tests the real ones."""
-    monkeypatch.setattr(report, "plots", lambda tables: dict.fromkeys(("positions", "disagreement", "caught"), b"..."))
+    monkeypatch.setattr(
+        report, "plots", lambda *_, **__: dict.fromkeys(("positions", "disagreement", "caught"), b"...")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +251,7 @@ def arguments(folder, out, *more):
     return [*map(str, ["analyze", *models, *asked, "--out", out, *more])]
 
 
+@pytest.mark.usefixtures("drafts_of_four")
 def test_a_killed_run_continues_and_gives_the_same_tables(folder, tmp_path, monkeypatch, quick_plots, capsys):
     assert cli.main(arguments(folder, tmp_path / "whole")) == 0
     measure, measured = Analysis.measure, []
@@ -268,7 +272,12 @@ def test_a_killed_run_continues_and_gives_the_same_tables(folder, tmp_path, monk
     monkeypatch.setattr(Analysis, "measure", lambda self, unit: again.append(unit) or measure(self, unit))
     assert cli.main(arguments(folder, tmp_path / "killed")) == 0
     assert again[0] == measured[4] and not set(again) & set(measured[:4])
-    for name in ("tables.json", "units.jsonl", "report.html"):
+    page = (tmp_path / "whole" / "page.html").read_text(encoding="utf-8")
+    assert "<h2>Prompt (" in page and "rank of this token" in page
+    assert re.findall("<h2>(.+)</h2>", page.split("<article>")[1])[1:] == [
+        "base alone", "nudging model alone", re.search("nudged, γ = 0.[36]", page)[0], "large aligned"
+    ]  # fmt: skip
+    for name in ("tables.json", "units.jsonl", "report.html", "page.html"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
     again.clear()

@@ -92,7 +92,9 @@ def test_the_command_prints_a_table_and_a_sentence_and_writes_json(base, shared,
     models = ["--base", f"{tmp_path}/base", "--nudging-model", f"{tmp_path}/nudging"]
     options = ["--limit", "2", "--rounds", "1", "--max-new-tokens", "8", "--json", f"{tmp_path}/bench.json"]
     assert cli.main(["bench", *models, *options]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "Built-in prompts: 20 chats" in err
+    assert err.index("Taken: 2 chats, none with an answer") < err.index("running on")
     saved = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert saved["says"] in out and [row["contestant"] for row in saved["figures"]] == [BASE, NUDGED, ASSISTED]
     assert out.startswith("|                     | tokens/s | × base alone |")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from html.parser import HTMLParser
 
@@ -339,7 +340,29 @@ def test_generate_writes_a_page_with_the_answer(chat, tmp_path):
     assert code == 0 and out.strip() in page.text and "Be <brief>.\n\nWhat is it?" in page.text
     figures = err.splitlines()[-1].split(" | ")
     assert "γ = 0.7" in page.text and all(figure.split(": ")[1] in page.text for figure in figures)
-    assert path.read_text(encoding="utf-8").count("data-tip=") > 3
+    html = path.read_text(encoding="utf-8")
+    assert html.count("data-tip=") > 3 and html.count("<dt>nudged words</dt>") == 1
+    assert html.count("the base alone would have written:</p>") == html.count("<mark>") - 1 > 0
+
+
+def test_nudges_are_explained_on_standard_error(chat):
+    code, out, err = chat("What is it?", options=["--explain"], command="generate")
+    told = [line for line in err.splitlines() if line.startswith("\u27e6")]
+    assert code == 0 and told and all(re.search(r"\u27e7 base: .+ \(0\.\d{3}\); rank \d+$", line) for line in told)
+    code, same, err = chat("What is it?", "/why")
+    assert (same, [line for line in err.splitlines() if line.startswith("\u27e6")]) == (out, told)
+
+
+def test_a_page_tells_of_the_last_answer(chat, tmp_path):
+    path = tmp_path / "page.html"
+    code, _, err = chat("One?", "/page", f"/page {path}", "/undo", "/why", "Two?", f"/page {path}")
+    html = path.read_text(encoding="utf-8")
+    assert code == 0 and f"Written to {path}." in err and ">One?</div>" in html
+    assert "the base alone would have written:" in html
+    assert "error: /page takes the name of a file." in err and "error: /why tells of the last answer, and none" in err
+    assert f"error: {path} is there already: write to another file." in err
+    _, _, err = chat("One?", f"/page {tmp_path / 'no' / 'page.html'}")
+    assert "error: The page cannot be written: " in err
 
 
 def test_a_page_in_a_missing_folder_is_refused_before_anything_is_loaded(chat, tmp_path):

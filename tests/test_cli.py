@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -254,7 +255,7 @@ assert not {"torch", "transformers", "huggingface_hub", "tqdm"} & set(sys.module
 
 
 def test_help_imports_neither_torch_nor_transformers():
-    commands = "generate chat demo bench compare calibrate analyze serve vllm hub".split()
+    commands = "generate chat demo check bench compare calibrate analyze serve vllm hub".split()
     done = subprocess.run([sys.executable, "-c", NO_TORCH, *commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -540,8 +541,9 @@ def test_the_demo_shows_examples_and_a_table_and_writes_json(pair_folder, capsys
     assert err.count("Loading") == 0 and out.index("[names] ") < out.index("\nThe base alone:\n")
     assert out.index("The base alone:") < out.index("The small model alone:") < out.index("The base, nudged by")
     assert out.count("[names] ") == out.count("[sums] ") == 1 and out.count("\n-> ") == 6
-    assert "⟦words like these⟧" in out
+    assert "⟦words like these⟧" in out and out.count("\nAt each nudge, ") == 1 and " base: " in out
     lines = out.splitlines()
+    assert any(re.match("Nudging |It cannot be told", line) for line in lines)
     for name in (comparison.BASE, comparison.NUDGING, NUDGED, SHARED, comparison.ALIGNED):
         assert sum(line.startswith(f"| {name} ") for line in lines) == 1
     assert "/20" in err

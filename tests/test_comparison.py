@@ -356,7 +356,7 @@ def test_the_command_writes_one_table_and_a_killed_run_continues_with_the_same_r
     page = (tmp_path / "whole" / "table.md").read_text(encoding="utf-8")
     assert out.splitlines()[0] in page and str(folder / "base") in page
     assert out.startswith(("Nudging ", "It cannot be told"))
-    assert (tmp_path / "whole" / "page.html").read_text(encoding="utf-8").count("<article>") == 4 * 8
+    assert (tmp_path / "whole" / "page.html").read_text(encoding="utf-8").count("<article>") == 4
     rows, says, left_out, _ = figures(tmp_path / "whole")
     assert all(row["questions"] == 4 and f"| {row['name']} " in out for row in rows) and len(rows) == 8
     assert len(says) >= 2 * 6 and all(sentence in page for sentence in says) and not left_out
@@ -409,7 +409,9 @@ def test_without_answers_nothing_is_said_about_quality(folder, tmp_path, capsys)
     assert out.startswith("Whether nudging helps, and which setting to take, was not measured, because no rule")
     assert " above " not in out and "95 %" not in out.partition("\n\n")[2].partition("\n\n")[0]
     assert "(plain text, a prompt a line): 2 chats, none with an answer; the first: “What is number?”" in err
-    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<article>") == 2 * 5
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert html.count("<article>") == 2 and html.count('class="text answer"') == 2 * 5
+    assert "most nudged words" in html and "rank of this token" in html and "<dt>marked</dt>" not in html
 
 
 def test_a_judge_is_asked_only_what_no_rule_can_mark_and_never_twice(tmp_path, monkeypatch):

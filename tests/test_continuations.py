@@ -1,5 +1,6 @@
 """At each nudge, a continuation is what the base alone would have written from there."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,9 @@ from running import inputs_of
 from tiny import pair, prompts
 
 import nudging_hf
-from nudging_hf.continuations import pieces_with_continuations
+from nudging_hf.continuations import pieces_with_continuations, with_continuations
 from nudging_hf.core.vocabulary import Vocabulary, to_text
-from nudging_hf.provenance import pieces_of
+from nudging_hf.provenance import Alternative, Piece, pieces_of
 
 
 @pytest.mark.parametrize("kind", ["shared", "two"])
@@ -42,3 +43,18 @@ def test_a_continuation_is_the_base_s_own_after_the_answer_so_far(kind):
             first = output.base_tokens[row, place]
             begins += first == own[0]
     assert begins > 0
+
+
+def test_a_continuation_ends_at_the_base_s_last_position():
+    chosen = pair("gpt2", 0, "shared")
+    inputs = inputs_of(chosen, *prompts(chosen, 1, 1))
+    settings = {"max_new_tokens": 12, "nudge_threshold": 1.01, "return_dict_in_generate": True}
+    output = nudging_hf.generate(chosen.base, **inputs, **settings)
+    length = output.sequences.shape[1]
+    small = copy.deepcopy(chosen.base)
+    small.config.n_positions = length
+    small.transformer.wpe = torch.nn.Embedding.from_pretrained(chosen.base.transformer.wpe.weight[:length])
+    rows = [([], output.sequences[0].tolist(), [Piece("a", True, 0.1, Alternative(length - 2, "a", 0.1, 1))])]
+    [[piece]] = with_continuations(small, chosen.tokenizer, rows)
+    [[whole]] = with_continuations(chosen.base, chosen.tokenizer, rows)
+    assert piece.instead.continuation and whole.instead.continuation.startswith(piece.instead.continuation)

@@ -170,6 +170,18 @@ def test_only_answers_to_one_prompt_stand_beside_each_other():
         page.render([{"A": one, "B": other}], None)
 
 
+def test_a_heading_says_why_a_prompt_is_shown():
+    answers = [page.MarkedAnswer(each, "a") for each in "qrs"]
+    headings = Reader(page.render(answers, None, headings=["The <best>", "The worst"])).headings
+    assert headings == ["The <best>", "Answer", "The worst", "Answer", "Prompt", "Answer"]
+
+
+def test_a_page_says_nothing_of_probabilities_that_its_answers_lack():
+    plain = page.render([page.MarkedAnswer("q", [Piece("So", True), Piece(" it", False)])], 0.4)
+    assert "Point at" not in plain and "How unsure" not in plain and "words like these" in plain
+    assert "Point at" in page.render([page.MarkedAnswer("q", [Piece("So", True, 0.2)])], 0.4)
+
+
 def test_a_page_without_a_threshold_shows_no_comparison():
     answers = [page.MarkedAnswer("q", [Piece("Well", True, 0.25)])]
     assert Reader(page.render(answers, None)).tips == ["0.250"]
@@ -193,7 +205,7 @@ def test_the_page_loads_and_runs_nothing(answers):
 
 def test_the_figures_are_counted_from_the_pieces():
     one = page.MarkedAnswer(
-        "q", [Piece("So", True), Piece(" it is", False), Piece(" 4", False)], {"given": "4: right"}
+        "q", [Piece("So", True, 0.2), Piece(" it is", False), Piece(" 4", False)], {"given": "4: right"}
     )
     reader = Reader(page.render([one], 0.25))
     assert reader.figures == ["nudged words", "1 of 4 (25%)", "given", "4: right"]

@@ -7,12 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 
+from nudging_hf import html_page
 from nudging_hf.chats import messages_of
 from nudging_hf.study import report
 from nudging_hf.study.analysis import Positions, Unit, tables
 from nudging_hf.study.prompts import Prompt
 from nudging_hf.study.reader import Answer
 
+NAMES = ("positions", "disagreement", "caught", "agreement", "thresholds")
 ABOUT = {"base": "<b>base</b> & co", "prompts": "some"}
 
 
@@ -44,7 +46,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         for name, value in attrs:
-            if name in ("src", "href"):
+            if name in ("src", "srcset", "href"):
                 (self.images if value.startswith("data:image/png;base64,") else self.fetched).append(value)
 
     def handle_data(self, data):
@@ -59,8 +61,9 @@ def test_the_page_embeds_every_plot_and_fetches_nothing(tmp_path, large, labelle
     assert not page.fetched and not {"script", "link"} & set(page.tags)
     names = ["positions", "disagreement", "caught", *(["agreement"] if large else []), "thresholds"]
     files = [(tmp_path / f"{name}.png").read_bytes() for name in names]
-    assert [base64.b64decode(image.split(",")[1]) for image in page.images] == files
-    assert all(file.startswith(b"\x89PNG") for file in files)
+    images = [base64.b64decode(image.split(",")[1]) for image in page.images]
+    assert images[1::2] == files and len(images) == 2 * len(files)  # The dark one stands before each.
+    assert all(image.startswith(b"\x89PNG") for image in images) and not set(images[::2]) & set(files)
     assert {path.stem for path in tmp_path.glob("*.png")} == set(names)
     read = json.loads((tmp_path / "tables.json").read_text(encoding="utf-8"))
     assert read == json.loads(json.dumps({"about": ABOUT, **written}))
@@ -77,8 +80,7 @@ def test_the_paper_s_figures_are_compared_with_the_measured_ones():
 
 
 def test_the_figures_and_their_source_are_on_the_page():
-    names = ("positions", "disagreement", "caught", "agreement", "thresholds")
-    page = Page(report.render(figures(), ABOUT, dict.fromkeys(names, b"...")))
+    page = Page(report.render(figures(), ABOUT, *[dict.fromkeys(NAMES, b"...")] * 2))
     text = re.sub(r"\s+", " ", page.text)  # This also matches non-breaking spaces.
     for expected in ("arXiv 2410.09300", "66.7 %", "37.5 %", "30.0 %", "6 positions", "4 are alignment-related"):
         assert expected in text
@@ -96,6 +98,14 @@ def test_a_share_of_nothing_is_shown_as_a_dash():
     images = report.plots(written)
     assert set(images) == {"positions", "disagreement", "caught"}
     assert images == report.plots(written)  # The same figures make the same files.
-    page = Page(report.render(written, ABOUT, images))
+    page = Page(report.render(written, ABOUT, images, images))
     assert "nan" not in page.text.lower() and "None" not in page.text
     assert [here for _, _, here in report.paper_comparison(written)] == ["-", "-", "0\u00a0%", "-"]
+
+
+def test_the_page_and_its_plots_follow_the_reader_s_choice_of_light_or_dark():
+    html = report.render(figures(), ABOUT, *[dict.fromkeys(NAMES, b"...")] * 2)
+    assert "color-scheme: light dark" in html and "#" not in report._STYLE  # All colours are those of all pages.
+    assert html.count('<source media="(prefers-color-scheme: dark)"') == len(NAMES)
+    colours = dict(re.findall(r"--(\w+): light-dark\((.+?)\)", html_page.COLOURS))
+    assert colours["paper"] == "#fff, #16181b" and report._DARK[2] == "#16181b"  # A plot has the ground of its page.

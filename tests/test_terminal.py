@@ -71,10 +71,12 @@ def test_a_nudge_is_told_with_what_the_base_would_have_written():
         Piece("\x1b!", True, 0.9, Alternative(4, "", 0.9, 2)),
         Piece("?", True),
     ]
-    assert list(nudges_told(pieces)) == [
+    heading, *told = nudges_told(pieces)
+    assert heading.startswith("At each nudge, ") and told == [
         "⟦we⏎ go⟧ base: “it” (0.200); rank 7",
         "⟦␛!?⟧ base: no more text (0.900); rank 2",
     ]
+    assert list(nudges_told(pieces[:1])) == ["There is no nudge to tell of, or the answer was broken off."]
 
 
 def test_colour_is_for_terminals_that_want_it(monkeypatch):

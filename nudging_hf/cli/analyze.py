@@ -16,10 +16,9 @@ from ..chats import turn_template
 from ..core.config import NudgingConfig
 from ..study import demo, report
 from ..study.journal import Journal, digest
-from ..study.prompt_files import description, read_prompts
-from ..study.prompts import Prompt, built_in_prompts, spread
+from ..study.prompts import Prompt
 from .arguments import PROMPT_FILE, add_models, add_study, command_parser, load_reader, positive
-from .files import versions
+from .files import prompts_of, versions
 
 if TYPE_CHECKING:
     from ..study import analysis
@@ -69,8 +68,9 @@ def run(args: argparse.Namespace) -> None:
     """Makes the paper's observations on a base, a nudging model and, if there is one, a large aligned model: how sure
     the base is, where it and the aligned model disagree, what a threshold catches of that, whether the small model can
     stand in for the large one, and how good the answers are at each threshold. Writes a page, its plots and its tables
-    into a folder. If models and prompts are left out, it takes those of examples/mini."""
-    from ..study import analysis
+    into a folder, and another page with example answers side by side. If models and prompts are left out, it takes
+    those of examples/mini."""
+    from ..study import analysis, examples
 
     turn_template(args.base_template)
     thresholds = sorted(set(args.thresholds))
@@ -79,20 +79,27 @@ def run(args: argparse.Namespace) -> None:
     report.require_matplotlib()
     args.out.mkdir(parents=True, exist_ok=True)
     _choose_models_and_prompts(args)
-    if args.prompts:
-        prompts, said = read_prompts(args.prompts)
-    else:
-        prompts = built_in_prompts()
-        said = f"Built-in prompts: {description(prompts)}"
-    prompts = spread(prompts, args.limit or len(prompts))
-    print(said, file=sys.stderr)
+    prompts = prompts_of(args.prompts, args.limit)
     journal = Journal(args.out / "units.jsonl", _settings(args, prompts))
-    tables = analysis.tables(prompts, _measure(args, prompts, thresholds, journal))
+    work = analysis.Analysis(
+        base=load_reader(args, "base", chat=False),
+        nudging=load_reader(args, "nudging_model"),
+        large=load_reader(args, "large_aligned"),
+        prompts=prompts,
+        threshold=args.threshold,
+        thresholds=thresholds,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+    )
+    measured = _measure(work, journal)
+    tables = analysis.tables(prompts, measured)
     page = report.write(args.out, tables, _about(args))
+    examples.write_page(args.out / "page.html", prompts, analysis.examples(prompts, measured), work.base)
     print(tables["verdict"], *tables["nothing_right"], sep="\n", end="\n\n")
     for what, paper, here in report.paper_comparison(tables):
         print(f"{what}: {here} (the paper: {paper})")
     print(f"The report: {page}")
+    print(f"Example answers side by side: {args.out / 'page.html'}")
 
 
 def _choose_models_and_prompts(args: argparse.Namespace) -> None:
@@ -111,24 +118,10 @@ def _choose_models_and_prompts(args: argparse.Namespace) -> None:
         subprocess.run([sys.executable, folder / "world.py", "--dev", args.prompts], check=True)
 
 
-def _measure(
-    args: argparse.Namespace, prompts: Sequence[Prompt], thresholds: Sequence[float], journal: Journal
-) -> dict[analysis.Unit, list[dict[str, Any]]]:
+def _measure(work: analysis.Analysis, journal: Journal) -> dict[analysis.Unit, list[dict[str, Any]]]:
     """The rows of all units. Those that the journal holds are not measured again."""
     from tqdm import tqdm
 
-    from ..study import analysis
-
-    work = analysis.Analysis(
-        base=load_reader(args, "base", chat=False),
-        nudging=load_reader(args, "nudging_model"),
-        large=load_reader(args, "large_aligned"),
-        prompts=prompts,
-        threshold=args.threshold,
-        thresholds=thresholds,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-    )
     measured = {}
     with tqdm(work.units(), unit="unit", leave=False, file=sys.stderr) as bar:
         for unit in bar:

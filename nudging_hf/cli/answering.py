@@ -6,31 +6,39 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TextIO, cast
 
+from .. import page
+from ..continuations import pieces_with_continuations
 from ..core.output import NudgingOutput
 from ..pair import Pair
 from ..provenance import Piece, count_nudged_words, pieces_of
 from ..streaming import MarkingStreamer
-from ..terminal import TerminalWriter, is_coloured
+from ..terminal import TerminalWriter, is_coloured, nudges_told
+from .arguments import gamma_of
+from .streams import say
 from .wrapping import WordWrapper
 
 
 class StreamedAnswer:
-    """An answer that is shown while it is written.
+    """The answer of a pair to the prompts of [`Pair.inputs`], which is shown while it is written.
+
+    `decoding` are the arguments of [`Pair.generate`], with a whole [`NudgingConfig`].
 
     Attributes:
         pieces: what has been written so far. Once the answer has ended, they have the base's top-1 probabilities.
         output ([`NudgingOutput`]): what `generate` returned; `None` before that, and after an interrupt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pair: Pair, inputs: Mapping[str, Any], decoding: Mapping[str, Any]) -> None:
+        self._pair, self._inputs, self._decoding = pair, inputs, dict(decoding)
         self.pieces: list[Piece] = []
         self.output: NudgingOutput | None = None
         self._seconds = 0.0
 
-    def write(self, pair: Pair, inputs: Mapping[str, Any], decoding: dict[str, Any], ink: TerminalWriter) -> None:
-        """Lets a pair answer the prompts of [`Pair.inputs`], and shows the answer piece by piece."""
+    def write(self, ink: TerminalWriter) -> None:
+        """Lets the pair answer, and shows the answer piece by piece."""
         began = time.monotonic()
         with ink:
 
@@ -38,11 +46,13 @@ class StreamedAnswer:
                 self.pieces.append(Piece(text, nudged))
                 ink.write(text, nudged)
 
-            streamer = MarkingStreamer(pair.tokenizer, show)
-            output = pair.generate(inputs, **decoding, streamer=streamer, return_dict_in_generate=True)
+            streamer = MarkingStreamer(self._pair.tokenizer, show)
+            output = self._pair.generate(
+                self._inputs, **self._decoding, streamer=streamer, return_dict_in_generate=True
+            )
         self._seconds = time.monotonic() - began
         self.output = output
-        self.pieces = pieces_of(output, pair.tokenizer)[0]
+        self.pieces = pieces_of(output, self._pair.tokenizer)[0]
 
     def figures(self) -> dict[str, str]:
         """The figures of the answer, by name."""
@@ -64,7 +74,27 @@ class StreamedAnswer:
 
     def show_figures(self) -> None:
         """Writes the figures to standard error, in one line."""
-        print(" | ".join(f"{name}: {value}" for name, value in self.figures().items()), file=sys.stderr)
+        say(" | ".join(f"{name}: {value}" for name, value in self.figures().items()))
+
+    def explain(self) -> None:
+        """Writes to standard error what the base itself would have written at each nudge."""
+        for line in nudges_told(self.pieces):
+            say(line)
+
+    def write_page(self, path: Path, asked: str, about: Mapping[str, str]) -> None:
+        """Writes a page with the answer, for which the base goes on alone from each nudge.
+
+        Args:
+            asked: what the page says was asked.
+            about: what it says of the answer besides the figures.
+        """
+        pieces = self.pieces
+        if self.output is not None:
+            [pieces] = pieces_with_continuations(
+                self._pair.base, self.output, self._pair.tokenizer, self._inputs["attention_mask"]
+            )
+        answer = page.MarkedAnswer(asked, pieces, {**about, **self.figures()})
+        page.write(path, [answer], gamma_of(self._decoding["nudging_config"]))
 
 
 def ink_of(args: argparse.Namespace, wrapped: bool = False) -> TerminalWriter:

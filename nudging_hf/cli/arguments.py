@@ -306,12 +306,18 @@ def parameters_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def warn_of_threshold(config: NudgingConfig) -> None:
     """Says so where the base can never be confident, because its score is a probability and the threshold is not."""
-    if config.nudge_gate == NudgingConfig.nudge_gate and config.nudge_threshold != AUTO:
-        if float(config.nudge_threshold) > 1:
-            say(
-                f"nudging-hf: warning: the threshold {config.nudge_threshold:g} is no probability: the base is never "
-                "confident, and the nudging model writes wherever it can. Thresholds lie between 0 and 1."
-            )
+    gamma = gamma_of(config)
+    if gamma is not None and gamma > 1:
+        say(
+            f"nudging-hf: warning: the threshold {gamma:g} is no probability: the base is never confident, and the "
+            "nudging model writes wherever it can. Thresholds lie between 0 and 1."
+        )
+
+
+def gamma_of(config: NudgingConfig) -> float | None:
+    """γ, with which the base's top-1 probability is compared; `None` with another gate, or if it sets itself."""
+    given = config.nudge_threshold
+    return given if config.nudge_gate == NudgingConfig.nudge_gate and not isinstance(given, str) else None
 
 
 def decoding_of(args: argparse.Namespace) -> dict[str, Any]:

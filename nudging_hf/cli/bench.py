@@ -9,8 +9,6 @@ from typing import Any
 
 from ..chats import turn_template
 from ..core.config import NudgingConfig
-from ..study.prompt_files import read_prompts
-from ..study.prompts import built_in_prompts, spread
 from ..study.tables import markdown_table
 from .arguments import (
     PROMPT_FILE,
@@ -23,6 +21,7 @@ from .arguments import (
     load_reader,
     parameters_of,
 )
+from .files import prompts_of, refuse_missing_folders, versions, write_json
 
 
 def add_command(commands: Any) -> None:
@@ -48,13 +47,11 @@ def run(args: argparse.Namespace) -> None:
     small model drafts what the base writes) answer some prompts one at a time and in turn, with equally many tokens.
     Prints their speed, their memory, and one sentence."""
     from ..study.bench import bench
-    from .files import refuse_missing_folders, versions, write_json
 
     turn_template(args.base_template)
     parameters = parameters_of(args)
     refuse_missing_folders({"--json": args.json})
-    prompts = read_prompts(args.prompts)[0] if args.prompts else built_in_prompts()
-    prompts = spread(prompts, args.limit)
+    prompts = prompts_of(args.prompts, args.limit)
     base, nudging = load_reader(args, "base", chat=False), load_reader(args, "nudging_model")
     config = NudgingConfig.resolve([parameters, base.model.generation_config.to_dict()])
     transformers_logger = logging.getLogger("transformers")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..chats import turn_template
 from ..core.config import DEFAULT_THRESHOLDS, NudgingConfig
 from ..study import report
-from ..study.prompt_files import description, read_prompts
-from ..study.prompts import built_in_prompts, validate_labelled
+from ..study.prompts import validate_labelled
 from ..study.tables import markdown_table, percent
 from .arguments import PROMPT_FILE, add_models, add_study, answer_bar, command_parser, load_pair
-from .files import refuse_missing_folders, versions, write_json
+from .files import prompts_of, refuse_missing_folders, versions, write_json
 
 if TYPE_CHECKING:
     from ..study import calibration
@@ -79,12 +77,7 @@ def run(args: argparse.Namespace) -> None:
         report.require_matplotlib()
     if args.save_to is not None:
         calibration.check_model_folder(args.save_to)
-    if args.prompts:
-        prompts, said = read_prompts(args.prompts)
-    else:
-        prompts = built_in_prompts()
-        said = f"Built-in prompts: {description(prompts)}"
-    print(said, file=sys.stderr)
+    prompts = prompts_of(args.prompts)
     if args.by_score:
         validate_labelled(prompts, "--by-score")
     pair = load_pair(args)

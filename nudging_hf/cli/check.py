@@ -20,6 +20,7 @@ from .arguments import (
     load_pair,
     parameters_of,
 )
+from .files import prompts_of, refuse_missing_folders, versions, write_json
 
 
 def add_command(commands: Any) -> None:
@@ -41,21 +42,18 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..study.check import check_pair
-    from ..study.prompt_files import read_prompts
-    from ..study.prompts import built_in_prompts, spread
-    from .files import refuse_missing_folders, versions, write_json
 
     turn_template(args.base_template)
     parameters = parameters_of(args)
     refuse_missing_folders({"--json": args.json})
-    prompts = read_prompts(args.prompts)[0] if args.prompts else built_in_prompts()
+    prompts = prompts_of(args.prompts, args.limit)
     pair = load_pair(args)
     found = check_pair(
         pair.base,
         pair.nudging_model,
         pair.tokenizer,
         pair.nudging_tokenizer,
-        spread(prompts, args.limit),
+        prompts,
         nudging_config=NudgingConfig.resolve([parameters, pair.base.generation_config.to_dict()]),
         base_template=args.base_template,
         max_new_tokens=args.max_new_tokens,

@@ -23,6 +23,7 @@ from .arguments import (
     add_study,
     answer_bar,
     command_parser,
+    gamma_of,
     load_reader,
     positive,
     threshold_or_auto,
@@ -31,8 +32,9 @@ from .files import versions, write_json
 
 if TYPE_CHECKING:
     from ..study import comparison
+    from ..study.reader import Reader
 
-_ON_THE_PAGE = 20  # Questions whose answers are put side by side.
+_FURTHER = 20  # So many questions stand on the page besides those that show most.
 
 
 def add_command(commands: Any) -> None:
@@ -73,7 +75,7 @@ def add_command(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="the folder for table.md, results.json, page.html with the first answers of all, and answers.jsonl, from "
+        help="the folder for table.md, results.json, page.html with answers side by side, and answers.jsonl, from "
         "which a run that was broken off goes on",
     )
 
@@ -123,6 +125,8 @@ def run(args: argparse.Namespace) -> None:
             progress=show,
         )
     _tell(args.out, results, left_out, setup)
+    _write_page(args.out / "page.html", results, models.base, gamma_of(configs[0]) if len(configs) == 1 else None)
+    print(f"The answers side by side: {args.out / 'page.html'}")
 
 
 def _setup(
@@ -159,20 +163,15 @@ def _tell(folder: Path, results: Sequence[comparison.Result], left_out: dict[str
     settings = "\n".join(f"- {name}: `{json.dumps(value, ensure_ascii=False)}`" for name, value in setup.items())
     parts = ["# Does nudging help here?", head, table, verdict.LEGEND, listed, "## Setup", settings]
     (folder / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    _write_page(folder / "page.html", results)
     print(f"The table: {folder / 'table.md'}; its figures: {folder / 'results.json'}")
-    print(f"The answers side by side: {folder / 'page.html'}")
 
 
-def _write_page(path: Path, results: Sequence[comparison.Result]) -> None:
-    """Writes a page with the first questions, each with the answers of all contestants."""
-    from .. import page
+def _write_page(path: Path, results: Sequence[comparison.Result], base: Reader, gamma: float | None) -> None:
+    """Writes a page with some questions, each with the answers of all contestants. `gamma` is that of all nudged ones,
+    if they have one."""
+    from ..study import examples
 
-    answers = []
-    for place, question in enumerate(results[0].questions[:_ON_THE_PAGE]):
-        for result in results:
-            figures = {"written by": result.name}
-            if (right := result.right[place]) is not None:
-                figures["marked"] = "right" if right else "wrong"
-            answers.append(page.MarkedAnswer(question.question, result.answers[place].pieces, figures))
-    page.write(path, answers, None, "Answers side by side")
+    contestants = [
+        examples.Answered(each.name, each.answers, each.right, each.contestant.nudged, gamma) for each in results
+    ]
+    examples.write_page(path, results[0].questions, contestants, base, _FURTHER)

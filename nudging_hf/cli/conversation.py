@@ -30,6 +30,7 @@ class Conversation:
         self._system: str | None = args.system
         self._turns: list[dict[str, Any]] = []
         self._saved_to: Path | None = None
+        self._last: StreamedAnswer | None = None  # What was answered last, unless it was taken back.
 
     def introduce(self) -> None:
         """Says who answers, and what the colour means."""
@@ -63,11 +64,11 @@ class Conversation:
         return [*system, *self._turns]
 
     def _answer(self, turn: dict[str, Any]) -> None:
-        answer = StreamedAnswer()
         inputs = self._pair.inputs([*self._messages, turn], self._args.base_template)
+        answer = StreamedAnswer(self._pair, inputs, self._decoding)
         warn_of_context(self._pair, inputs, self._args.max_new_tokens)
         try:
-            answer.write(self._pair, inputs, self._decoding, self._ink)
+            answer.write(self._ink)
         except KeyboardInterrupt:
             if answer.pieces:
                 self._keep(turn, answer)
@@ -83,11 +84,12 @@ class Conversation:
             "finish_reason": answer.finish_reason,
         }
         self._turns += [turn, said]
+        self._last = answer
         if not self._args.quiet:
             answer.show_figures()
 
     def _new(self, _: str) -> None:
-        self._turns, self._saved_to = [], None
+        self._turns, self._saved_to, self._last = [], None, None
         say("A new chat.")
 
     def _retry(self, _: str) -> None:
@@ -105,6 +107,7 @@ class Conversation:
         if not self._turns:
             raise ValueError("There is no turn that could be taken back.")
         *self._turns, question, _answer = self._turns
+        self._last = None
         say(f"Taken back: {question['content']}")
 
     def _set_system(self, text: str) -> None:
@@ -121,6 +124,29 @@ class Conversation:
             config = self._decoding["nudging_config"] = replace(config, nudge_threshold=given)
             warn_of_threshold(config)
         say(f"The threshold of {config.nudge_gate} is {config.nudge_threshold}.")
+
+    def _why(self, _: str) -> None:
+        self._answered("/why").explain()
+
+    def _page(self, text: str) -> None:
+        answer = self._answered("/page")
+        path = Path(text).expanduser()
+        if not text:
+            raise ValueError("/page takes the name of a file.")
+        if path.exists():
+            raise ValueError(f"{path} is there already: write to another file.")
+        about = {"base": self._args.base, "nudging model": self._args.nudging_model}
+        try:
+            answer.write_page(path, self._turns[-2]["content"], about)
+        except OSError as error:
+            raise ValueError(f"The page cannot be written: {error}") from error
+        say(f"Written to {path}.")
+
+    def _answered(self, command: str) -> StreamedAnswer:
+        """The last answer. A `ValueError` says if a command has none."""
+        if self._last is None:
+            raise ValueError(f"{command} tells of the last answer, and none has been given since: ask, or /retry.")
+        return self._last
 
     def _save(self, text: str) -> None:
         path = Path(text).expanduser() if text else self._saved_to
@@ -152,6 +178,7 @@ class Conversation:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is no chat that /save wrote: {type(error).__name__}: {error}") from error
         self._system, self._turns, self._saved_to = system, messages[system is not None :], path
+        self._last = None
         say(f"A chat of {len(self._turns) // 2} turns.")
 
     def _help(self, _: str) -> None:
@@ -169,6 +196,8 @@ COMMANDS: dict[str, tuple[Callable[[Conversation, str], None], str, str]] = {
     "/undo": (Conversation._undo, "", "take the last question and its answer back"),
     "/system": (Conversation._set_system, "TEXT", "set the system message from now on; without TEXT there is none"),
     "/threshold": (Conversation._set_threshold, "T", "set the threshold from now on; without T it is shown"),
+    "/why": (Conversation._why, "", "list the nudges of the last answer, and what the base would have written there"),
+    "/page": (Conversation._page, "FILE", "write a page with the last answer, which shows this at each nudge"),
     "/save": (Conversation._save, "FILE", "write the chat to FILE as JSON; without FILE, to the same as before"),
     "/load": (Conversation._load, "FILE", "go on with a chat that /save wrote"),
     "/help": (Conversation._help, "", "list the commands"),
@@ -180,7 +209,7 @@ def completions(line: str) -> list[str]:
     name, space, argument = line.partition(" ")
     if not space:
         return [each for each in (*COMMANDS, "/quit") if line and each.startswith(line)]
-    if name not in ("/save", "/load"):
+    if name not in ("/save", "/load", "/page"):
         return []
     paths = sorted(glob(escape(os.path.expanduser(argument)) + "*"))
     return [f"{name} {path}{os.sep if os.path.isdir(path) else ''}" for path in paths]

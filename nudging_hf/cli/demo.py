@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.config import NudgingConfig
 from ..study import demo
 from ..study.prompts import Prompt, first_of_each_task
-from ..terminal import TerminalWriter
+from ..terminal import TerminalWriter, nudges_told
 from .arguments import (
     add_color,
     add_number,
@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
     for number, question in enumerate(examples):
         if number:
             _show_question(question)
-        _show_answers(models, question, args)
+        nudged = _show_answers(models, question, args)
+        if not number:
+            print("", *nudges_told(nudged.pieces), sep="\n", flush=True)
     results: list[Result] = []
     try:
         _compare(models, first_of_each_task(questions, args.questions), args, results)
@@ -82,6 +84,8 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.monotonic() - began
         if results:
             print(f"\nAnswers to {len(results[0].questions)} questions, {args.batch_size} at once:\n")
+            if any(result.contestant.nudged for result in results):
+                print(verdict.of_comparison(results), end="\n\n")
             print(verdict.table(results), verdict.LEGEND, sep="\n\n", end="\n\n")
             for sentence in verdict.sentences(results):
                 print(sentence)
@@ -94,8 +98,8 @@ def _show_question(question: Prompt) -> None:
     print(f"\n[{question.task}] {question.question}", flush=True)
 
 
-def _show_answers(models: Models, question: Prompt, args: argparse.Namespace) -> None:
-    """Shows what each model answers alone, and then the nudged answer while it is written."""
+def _show_answers(models: Models, question: Prompt, args: argparse.Namespace) -> Answer:
+    """Shows what each model answers alone, and then the nudged answer while it is written, and returns that."""
     from ..streaming import MarkingStreamer
     from ..study.reader import nudged_answers
 
@@ -112,6 +116,7 @@ def _show_answers(models: Models, question: Prompt, args: argparse.Namespace) ->
         streamer = MarkingStreamer(models.base.tokenizer, ink.write)
         [answer] = nudged_answers(models.base, models.nudging, config, [question], demo.MAX_NEW_TOKENS, streamer)
     _mark(question, answer)
+    return answer
 
 
 def _mark(question: Prompt, answer: Answer) -> None:

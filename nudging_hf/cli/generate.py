@@ -43,18 +43,25 @@ def add_command(commands: Any) -> None:
     add_models(parser)
     add_prompts(parser)
     add_decoding(parser)
-    add_output(parser).add_argument(
+    output = add_output(parser)
+    output.add_argument(
         "--html",
         type=Path,
         metavar="FILE",
-        help="also write a page with the answer, which shows the base's top-1 probability at each piece",
+        help="also write a page with the answer, which shows the base's top-1 probability at each piece, and at a "
+        "click on a nudge how the base alone would have gone on",
+    )
+    output.add_argument(
+        "--explain",
+        action="store_true",
+        help="also list the nudges on standard error, each with what the base itself would have written, its "
+        "probability, and the rank of the nudge in the base's distribution",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Answers a prompt with a nudged base model. The answer goes to standard output as it is written, with the words
     of the nudging model in colour; a line of figures goes to standard error."""
-    from .. import page
     from .answering import StreamedAnswer, ink_of
     from .files import refuse_missing_folders
 
@@ -65,19 +72,18 @@ def run(args: argparse.Namespace) -> None:
     decoding = decoding_of(args)
     apply_seed(args)
     pair = load_pair(args)
-    config = decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
+    decoding["nudging_config"] = pair.nudging_config(decoding["nudging_config"])
     inputs = pair.inputs(messages, args.base_template)
     warn_of_context(pair, inputs, args.max_new_tokens)
-    answer = StreamedAnswer()
-    answer.write(pair, inputs, decoding, ink_of(args))
+    answer = StreamedAnswer(pair, inputs, decoding)
+    answer.write(ink_of(args))
     if not args.quiet:
         answer.show_figures()
+    if args.explain:
+        answer.explain()
     if args.html is not None:
         asked = prompt if args.system is None else f"{args.system}\n\n{prompt}"
-        figures = {"base": args.base, "nudging model": args.nudging_model, **answer.figures()}
-        compared = config.nudge_threshold if config.nudge_gate == "top1" else None
-        gamma = compared if isinstance(compared, (int, float)) else None
-        page.write(args.html, [page.MarkedAnswer(asked, answer.pieces, figures)], gamma)
+        answer.write_page(args.html, asked, {"base": args.base, "nudging model": args.nudging_model})
 
 
 def _read_prompt(argument: str | None) -> str:

@@ -25,6 +25,8 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from ..core.answer import answer_class
+from .comparison import ALIGNED, BASE, NUDGED, NUDGING
+from .examples import Answered, best
 from .intervals import wilson
 from .prompts import Prompt
 from .reader import Answer, Prediction, Reader, nudged_answers, share_vocabulary
@@ -110,8 +112,7 @@ class Analysis:
         """All units, each independent of the others."""
         kinds: list[tuple[str, float | None]] = [("along", self.threshold if self.large is None else None)]
         kinds += [("nudged", gamma) for gamma in self.thresholds]
-        if any(prompt.is_labelled for prompt in self.prompts):
-            kinds += [("base", None), ("nudging model", None)]
+        kinds += [("base", None), ("nudging model", None)]
         starts = range(0, len(self.prompts), self.batch_size)
         return [Unit(kind, start, threshold) for kind, threshold in kinds for start in starts]
 
@@ -182,12 +183,8 @@ def tables(prompts: Sequence[Prompt], measured: Mapping[Unit, list[dict[str, Any
         - `verdict`: whether nudging helps, in one sentence.
         - `nothing_right`: how an answer was read, for whoever is right on no question.
     """
-    answers: dict[tuple[str, float | None], list[Answer]] = {}
-    along: list[Positions] = []
-    for unit in sorted(measured, key=lambda unit: (unit.kind, unit.threshold or 0.0, unit.start)):
-        rows = measured[unit]
-        answers.setdefault((unit.kind, unit.threshold), []).extend(Answer(**row["answer"]) for row in rows)
-        along += [Positions(**row["positions"]) for row in rows if "positions" in row]
+    answers = _answers(measured)
+    along = [Positions(**row["positions"]) for rows in measured.values() for row in rows if "positions" in row]
     columns = [(each.top1, each.differs, each.small_agrees) for each in along]
     positions = [position for each in columns for position in zip(*each, strict=True)]
     counted = _counted(positions)
@@ -241,6 +238,32 @@ def tables(prompts: Sequence[Prompt], measured: Mapping[Unit, list[dict[str, Any
         "verdict": verdict(alone["base"], alone["nudging model"], nudged),
         "nothing_right": nothing_right(written),
     }
+
+
+def _answers(measured: Mapping[Unit, list[dict[str, Any]]]) -> dict[tuple[str, float | None], list[Answer]]:
+    """The answers of all units, in the order of the prompts, by kind and threshold."""
+    answers: dict[tuple[str, float | None], list[Answer]] = {}
+    for unit in sorted(measured, key=lambda unit: (unit.kind, unit.threshold or 0.0, unit.start)):
+        found = answers.setdefault((unit.kind, unit.threshold), [])
+        found += [Answer.from_row(row["answer"]) for row in measured[unit]]
+    return answers
+
+
+def examples(prompts: Sequence[Prompt], measured: Mapping[Unit, list[dict[str, Any]]]) -> list[Answered]:
+    """The answers that stand beside each other on a page: of each model alone, and of the base nudged, with the best
+    of the thresholds. The arguments are those of [`tables`]."""
+    found = _answers(measured)
+
+    def answered(name: str, answers: list[Answer], gamma: float | None = None) -> Answered:
+        marked = zip(prompts, answers, strict=True)
+        right = [prompt.is_right(answer.text) if prompt.is_labelled else None for prompt, answer in marked]
+        return Answered(name, answers, right, gamma is not None, gamma)
+
+    shown = [answered(BASE, found["base", None]), answered(NUDGING, found["nudging model", None])]
+    curve = {gamma: answers for (_, gamma), answers in found.items() if gamma is not None}
+    nudged = [answered(f"{NUDGED}, γ = {gamma:g}", its, gamma) for gamma, its in curve.items()]
+    shown += [best(nudged)] if nudged else []
+    return shown + ([answered(ALIGNED, found["along", None])] if ("along", None) in found else [])
 
 
 def _accuracy(scores: Scores) -> dict[str, Any]:

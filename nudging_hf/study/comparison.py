@@ -174,7 +174,7 @@ class Turn:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Turn:
         """The inverse of `asdict`."""
-        return cls(**{**row, "answers": [Answer(**answer) for answer in row["answers"]]})
+        return cls(**{**row, "answers": [Answer.from_row(answer) for answer in row["answers"]]})
 
 
 def take_turn(contestant: Contestant, questions: Sequence[Prompt], max_new_tokens: int) -> Turn:

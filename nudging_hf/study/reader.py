@@ -17,7 +17,7 @@ from ..core.transformers_private import end_tokens, input_device, plain_generate
 from ..core.vocabulary import Vocabulary
 from ..encoded_chats import chat_inputs, padded
 from ..pair import Pair, load_model
-from ..provenance import Piece, count_nudged_words, pieces_of, spans, text_of
+from ..provenance import Alternative, Piece, count_nudged_words, pieces_of, spans, text_of
 from .prompts import Prompt
 
 
@@ -32,7 +32,7 @@ class Answer:
         words: how many words the text has.
         nudged_words: of how many words the nudging model wrote at least a character.
         nudged_tokens: how many tokens the nudging model wrote.
-        nudged_spans: where the nudging model wrote, as [start, end] in characters of the text.
+        pieces: the text in pieces, which say who wrote them; none if one model wrote it alone.
     """
 
     text: str
@@ -41,28 +41,32 @@ class Answer:
     words: int
     nudged_words: int = 0
     nudged_tokens: int = 0
-    nudged_spans: list[list[int]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], ids: list[int], finished: bool, nudged_tokens: int = 0) -> Answer:
-        """An answer whose words and spans are counted from its pieces."""
+        """An answer whose words are counted from its pieces."""
         nudged_words, words = count_nudged_words(pieces)
-        nudged = [[span.start, span.end] for span in spans(pieces) if span.nudged]
-        return cls(text_of(pieces), ids, finished, words, nudged_words, nudged_tokens, nudged)
+        return cls(text_of(pieces), ids, finished, words, nudged_words, nudged_tokens, list(pieces))
 
     @classmethod
     def of_one_model(cls, text: str, ids: list[int], finished: bool) -> Answer:
         """An answer that one model wrote without nudging."""
         return cls(text, ids, finished, words=len(text.split()))
 
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Answer:
+        """The inverse of `asdict`, whose values may have been JSON in between."""
+        pieces = [
+            Piece(text, nudged, top1, None if instead is None else Alternative(**instead))
+            for text, nudged, top1, instead in row["pieces"]
+        ]
+        return cls(**{**row, "pieces": pieces})
+
     @property
-    def pieces(self) -> list[Piece]:
-        """The text in pieces, each by one author."""
-        found, end = [], 0
-        for start, stop in self.nudged_spans:
-            found += [Piece(self.text[end:start], False), Piece(self.text[start:stop], True)]
-            end = stop
-        return [piece for piece in (*found, Piece(self.text[end:], False)) if piece.text]
+    def nudged_spans(self) -> list[list[int]]:
+        """Where the nudging model wrote, as [start, end] in characters of the text."""
+        return [[span.start, span.end] for span in spans(self.pieces) if span.nudged]
 
     @property
     def tokens(self) -> int:

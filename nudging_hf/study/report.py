@@ -17,12 +17,16 @@ from .tables import percent as plain_percent
 
 SOURCE = "Fei, Razeghi and Singh, Nudging: Inference-time Alignment of LLMs via Guided Decoding, arXiv 2410.09300"
 
-# These are Okabe and Ito's colours, which people with colour blindness can tell apart too.
+# These are Okabe and Ito's colours, which people with colour blindness can tell apart too, on light and dark pages.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
+# The ink, the grid and the ground of a plot on a light page, and on a dark one.
+_LIGHT, _DARK = ("#1b1b1b", "#e4e4e4", "#ffffff"), ("#ececec", "#3a3d42", "#16181b")
 
 
 def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> Path:
     """Writes `tables.json`, each plot as a PNG, and `report.html`, which contains the plots and needs no other file.
+
+    The page is light or dark as the reader's browser wants it, and so are its plots.
 
     Args:
         folder: a folder that exists.
@@ -38,7 +42,7 @@ def write(folder: Path, tables: Mapping[str, Any], about: Mapping[str, str]) -> 
     text = json.dumps({"about": dict(about), **tables}, ensure_ascii=False, indent=1)
     (folder / "tables.json").write_text(text + "\n", encoding="utf-8", newline="\n")
     page = folder / "report.html"
-    html_page.write(page, render(tables, about, images))
+    html_page.write(page, render(tables, about, images, plots(tables, dark=True)))
     return page
 
 
@@ -73,14 +77,15 @@ def percent(share: float | None) -> str:
 # Plots --------------------------------------------------------------------------------------------------------------
 
 
-def plots(tables: Mapping[str, Any]) -> dict[str, bytes]:
-    """All plots by name, as PNG files. Without matplotlib it raises the error of [`require_matplotlib`]."""
+def plots(tables: Mapping[str, Any], dark: bool = False) -> dict[str, bytes]:
+    """All plots by name, as PNG files, for a light page or a dark one. Without matplotlib it raises the error of
+    [`require_matplotlib`]."""
     wanted = {"positions": _positions, "disagreement": _disagreement, "caught": _caught}
     if tables["agreement"]["alignment_related"] is not None:
         wanted["agreement"] = _agreement
     if tables["curve"]:
         wanted["thresholds"] = _curve
-    return {name: _draw(plot, tables) for name, plot in wanted.items()}
+    return {name: _draw(plot, tables, dark) for name, plot in wanted.items()}
 
 
 def plot_calibration(found: Any) -> bytes:
@@ -96,18 +101,23 @@ def require_matplotlib() -> None:
         raise ImportError('Plots need matplotlib: pip install "nudging-hf[analysis]".') from error
 
 
-def _draw(plot: Any, figures: Any) -> bytes:
+def _draw(plot: Any, figures: Any, dark: bool = False) -> bytes:
     require_matplotlib()
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), dpi=144, layout="constrained")  # pyplot would set a backend and global state.
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e4e4")
-    axes.set_axisbelow(True)
-    plot(axes, figures)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})  # The same figures make the same file.
+    ink, grid, ground = _DARK if dark else _LIGHT
+    colours: Any = {"axes.facecolor": ground, "figure.facecolor": ground, "grid.color": grid}
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    with rc_context(colours | dict.fromkeys(inked, ink)):
+        figure = Figure(figsize=(7, 3.6), dpi=144, layout="constrained")  # pyplot would set a backend.
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        plot(axes, figures)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})  # The same figures make the same file.
     return file.getvalue()
 
 
@@ -119,7 +129,7 @@ def _calibration(axes: Any, found: Any) -> None:
         axes.plot(thresholds, scores, "s--", color=_ORANGE, label="right answers")
     if found.target_nudge_rate is not None:
         axes.axhline(found.target_nudge_rate, color="grey", linestyle=":", label="target of nudged words")
-    axes.axvline(found.threshold, color="black", linewidth=0.8, label=f"chosen: {found.threshold:g}")
+    axes.axvline(found.threshold, color=_LIGHT[0], linewidth=0.8, label=f"chosen: {found.threshold:g}")
     axes.set(xlabel=f"nudge_threshold of {found.nudge_gate}", ylabel="share", ylim=(0, 1.02))
     axes.legend()
 
@@ -195,7 +205,9 @@ def _finish(axes: Any, y: str, x: str = "the base's top-1 probability p", whole:
 # The page -----------------------------------------------------------------------------------------------------------
 
 
-def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[str, bytes]) -> str:
+def render(
+    tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[str, bytes], dark_images: Mapping[str, bytes]
+) -> str:
     """The page as HTML, in which the images of [`plots`] are embedded. `tables` and `about` are those of [`write`]."""
     curve = tables["curve"]
     scored = bool(curve) and curve[0]["accuracy"] is not None
@@ -222,9 +234,14 @@ def render(tables: Mapping[str, Any], about: Mapping[str, str], images: Mapping[
             f"{name} {_cell(row, 'accuracy')}" for name, row in tables["alone"].items() if row["accuracy"] is not None
         ],
         percent=percent,
-        images={name: base64.b64encode(image).decode("ascii") for name, image in images.items()},
+        images=_encoded(images),
+        dark_images=_encoded(dark_images),
         **tables,
     )
+
+
+def _encoded(images: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: base64.b64encode(image).decode("ascii") for name, image in images.items()}
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
@@ -238,17 +255,20 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 _TEMPLATE = """\
 {% extends "page" %}
 {% macro plot(name, shows) %}
+<div class="wide"><picture>
+<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{{ dark_images[name] }}">
 <img src="data:image/png;base64,{{ images[name] }}" alt="{{ shows }}">
+</picture></div>
 {% endmacro %}
-{% macro table(head, rows) %}
-<table>
+{% macro table(head, rows, kind="figures") %}
+<div class="wide"><table class="{{ kind }}">
 <thead><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}
 <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
-</table>
+</table></div>
 {% endmacro %}
 {% block policy %}; img-src data:{% endblock %}
 {% block header %}
@@ -264,7 +284,7 @@ disagree; and there the small aligned model says what the large one would.</p>
 <p>The paper's figures are from {{ source }}.
 {%- if not large %} They are those of a large aligned model, and here there is none. So the nudging model's lack of \
 skill counts as disagreement too, and where the base is sure of itself, it may be the one that is right.{% endif %}</p>
-{{ table(["", "paper", "here"], compared) -}}
+{{ table(["", "paper", "here"], compared, "texts") -}}
 </section>
 <section>
 <h2>How sure the base is</h2>
@@ -320,21 +340,17 @@ alignment-related positions.</p>
 {% endblock %}
 """
 
-_STYLE = """:root { color-scheme: light; --ink: #1b1b1b; --faint: #5c5c5c; --rule: #d8d8d8; }
-body { margin: 0 auto; max-width: 48rem; padding: 1.5rem 1.25rem 4rem; background: #fff; color: var(--ink);
-  font: 1.0625rem/1.6 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .5rem; }
-h2 { font-size: 1.1rem; margin: 0 0 .35rem; }
+_STYLE = """body { max-width: 48rem; }
+h2 { font-size: 1.1rem; color: var(--ink); margin: 0 0 .35rem; }
 section { border-top: 1px solid var(--rule); margin-top: 1.5rem; padding-top: 1rem; }
-header p { margin: .75rem 0 0; font-size: .95rem; }
+header p { margin: .75rem 0 0; }
+strong { color: var(--ink); }
 section p { margin: 0 0 .75rem; color: var(--faint); font-size: .95rem; }
-img { display: block; max-width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+img { display: block; width: 100%; min-width: 34rem; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9375rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { font-weight: 600; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .15rem 1.5rem; margin: 0;
-  font-size: .9rem; color: var(--faint); }
-dl div { display: flex; gap: .4rem; }
-dd { margin: 0; color: var(--ink); overflow-wrap: anywhere; }
+.figures td { white-space: nowrap; }
 """
