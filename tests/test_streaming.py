@@ -1,5 +1,7 @@
 """A marking streamer streams whole answers with their authors, nudged or plain, one answer after another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from running import inputs_of
@@ -33,7 +35,9 @@ def test_streamed_spans_are_those_of_the_output(kind):
             streamer=streamer,
             return_dict_in_generate=True,
         )
-        assert pieces and spans(pieces) == spans_of(output, chosen.tokenizer)[0]
+        # While an answer is written, nobody tells a streamer what the base would have said.
+        whole = [replace(span, instead=None) for span in spans_of(output, chosen.tokenizer)[0]]
+        assert pieces and spans(pieces) == whole
 
 
 def test_in_a_plain_generate_the_base_writes_everything(shared):
