@@ -1,0 +1,38 @@
+"""Makes a site of pages that GitHub shows too: `mkdocs.yml` names this module, and mkdocs calls its functions.
+
+The README is the first page. A link that leaves `docs/` leads to the repository.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+LINK = re.compile(r"(?<=\]\()(?!https?://|mailto:|#)([^)\s]+)(?=\))")
+
+
+def link_from(page: str, link: str, repository: str) -> str:
+    """A link of a page of `docs/`, or of the README as `index.md`, for the site.
+
+    Args:
+        page: the path of the page below `docs/`.
+        link: as it stands in the file, relative to where that lies in the repository.
+        repository: the address of the repository.
+    """
+    source = "README.md" if page == "index.md" else f"docs/{page}"
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+    if target.startswith("docs/"):
+        return posixpath.relpath(target.removeprefix("docs/"), posixpath.dirname(page) or ".")
+    return f"{repository}/blob/main/{target}"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    readme = Path(config.config_file_path).with_name("README.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "index.md", content=readme))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    return LINK.sub(lambda link: link_from(page.file.src_uri, link[1], config.repo_url), markdown)
