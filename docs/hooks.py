@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 LINK = re.compile(r"(?<=\]\()(?!https?://|mailto:|#)([^)\s]+)(?=\))")
 
 
@@ -23,12 +21,15 @@ def link_from(page: str, link: str, repository: str) -> str:
     """
     source = "README.md" if page == "index.md" else f"docs/{page}"
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+    target = re.sub(r"^README\.md(?=#|$)", "docs/index.md", target)
     if target.startswith("docs/"):
         return posixpath.relpath(target.removeprefix("docs/"), posixpath.dirname(page) or ".")
     return f"{repository}/blob/main/{target}"
 
 
 def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File  # The tests import this module without mkdocs.
+
     readme = Path(config.config_file_path).with_name("README.md").read_text(encoding="utf-8")
     files.append(File.generated(config, "index.md", content=readme))
     return files
