@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+CODE = re.compile(r"(\[?)<code>([^<>]*)</code>(\]?)")
 LINK = re.compile(r"(?<=\]\()(?!https?://|mailto:|#)([^)\s]+)(?=\))")
 
 
@@ -37,3 +38,19 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return LINK.sub(lambda link: link_from(page.file.src_uri, link[1], config.repo_url), markdown)
+
+
+def plain_code(html: str) -> str:
+    """Code of a docstring in the form of Hugging Face, without its marks: types in backticks, names in brackets."""
+
+    def without_marks(found: re.Match[str]) -> str:
+        before, code, after = found.groups()
+        if before and after:  # [`~page.render`]
+            before, code, after = "", code.removeprefix("~"), ""
+        return f"{before}<code>{code.replace('`', '').replace('*optional*', 'optional')}</code>{after}"
+
+    return CODE.sub(without_marks, html)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    return plain_code(html) if page.file.src_uri.startswith("api/") else html

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = [".", "docs", "docs/api", "benchmarks", "examples/mini", "examples/space", "hub_custom_code"]
 DOCUMENTS = sorted(chain.from_iterable((ROOT / folder).glob("*.md") for folder in FOLDERS))
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
-BLOCK = re.compile(r"^(?:<!-- (?P<remark>[^\n]*?) -->\n\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<remark>[^\n]*?) -->\n\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ def text_of(name: str) -> str:
 def blocks_of(name: str, kind: str) -> list[Block]:
     text = text_of(name)
     found = BLOCK.finditer(text)
-    blocks = [Block(each["kind"], each["text"], each["remark"], text.count("\n", 0, each.start("text")) + 1) for each in found]
+    blocks = [
+        Block(each["kind"], each["text"], each["remark"], text.count("\n", 0, each.start("text")) + 1)
+        for each in found
+    ]
     return [block for block in blocks if block.kind == kind]
 
 

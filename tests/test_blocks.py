@@ -11,10 +11,12 @@ import functools
 import inspect
 import json
 import re
+import runpy
 from configparser import ConfigParser
 
 import pytest
 from documents import NAMES, ROOT, blocks_of, commands_of, text_of
+from transformers import AutoConfig
 
 import nudging_hf
 from nudging_hf import cli
@@ -52,6 +54,11 @@ def after_readme():
     nudging_hf.unregister()
 
 
+def bytes_of_4_bits(model):
+    weights = [module.weight for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    return sum(each.numel() * each.element_size() + 4 * each.quant_state.absmax.numel() for each in weights)
+
+
 def test_the_lines_of_the_readme_answer_rightly(after_readme):
     written = after_readme["tokenizer"].decode(after_readme["ids"][0], skip_special_tokens=True)
     assert written.startswith("Question: Mido has 12 pens.") and "So the answer is 19." in written
@@ -84,7 +91,12 @@ def test_the_blocks_of_a_page_run(page, after_readme, engine, monkeypatch, tmp_p
     if page == "docs/doors.md":
         assert (tmp_path / "page.html").exists() and any(span["nudged"] for span in names["spans"])
     if page == "docs/remote.md":
-        assert "So the answer is 19." in names["answers"][0].text and "So⟧ the answer is 19." in capsys.readouterr().out
+        assert "So the answer is 19." in names["answers"][0].text
+        assert "So⟧ the answer is 19." in capsys.readouterr().out
+    if page == "docs/real_pairs.md":
+        memory = runpy.run_path(str(ROOT / "examples" / "memory.py"))  # What it computes is what was loaded.
+        sizes = memory["sizes_of"](AutoConfig.from_pretrained(MINI / "base"))
+        assert bytes_of_4_bits(names["base"]) == sizes.quantisable * memory["BYTES"]["4"]
 
 
 def test_the_cells_of_the_notebook_run(monkeypatch, tmp_path, capsys):
@@ -120,7 +132,7 @@ def test_commands_are_understood(page):
         assert not more or args.takes_more, given
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     for _, *given in commands_of(page, "make"):
-        assert [word for word in given if "=" not in word][0] in targets, given
+        assert next(word for word in given if "=" not in word) in targets, given
     for _, program, *_ in commands_of(page, "python"):
         assert (ROOT / program).is_file(), program
     extras = ConfigParser()

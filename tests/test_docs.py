@@ -1,4 +1,4 @@
-"""What the documents say about the tree is true: links resolve, modules and parameters are named, figures are computed.
+"""What the documents say is true: links resolve, modules and parameters are named, figures are computed.
 
 `test_blocks.py` runs their lines.
 """
@@ -27,6 +27,7 @@ from nudging_hf.study.reader import Reader
 MINI = ROOT / "examples" / "mini" / "models"
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+HOOKS = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
 REPOSITORY = "https://github.com/nudging-hf/nudging_hf"
 
 
@@ -160,8 +161,13 @@ def test_every_page_is_in_the_navigation_of_the_site():
     ],
 )
 def test_links_of_the_site(page, link, there):
-    link_from = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["link_from"]
-    assert link_from(page, link, REPOSITORY) == there
+    assert HOOKS["link_from"](page, link, REPOSITORY) == there
+
+
+def test_types_and_names_of_docstrings_have_no_marks_on_the_site():
+    html = "(<code>`str`, *optional*</code>): see [<code>~page.render</code>], [1] and <code>a[0]</code>."
+    plain = "(<code>str, optional</code>): see <code>page.render</code>, [1] and <code>a[0]</code>."
+    assert HOOKS["plain_code"](html) == plain
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
