@@ -8,18 +8,26 @@ in front of it, which readers of the page do not see.
 import ast
 import asyncio
 import functools
+import importlib
 import inspect
 import json
 import re
 import runpy
+import textwrap
 from configparser import ConfigParser
 
 import pytest
 from documents import NAMES, ROOT, blocks_of, commands_of, text_of
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, pipeline
 
 import nudging_hf
 from nudging_hf import cli
+from nudging_hf.provenance import Piece
+
+pytest.importorskip("openai")
+from fake_engine import FakeEngine
+
+from nudging_hf.integrations import openai
 
 MINI = ROOT / "examples" / "mini" / "models"
 BASES = ["allenai/OLMo-2-1124-7B", "meta-llama/Llama-2-70b-hf"]
@@ -30,8 +38,23 @@ SUBSTITUTES = {
     '"hub_custom_code"': repr(str(ROOT / "hub_custom_code")),
     'device_map={"": 0}': 'device_map={"": "cpu"}',
 }
+DOCSTRING_BLOCK = re.compile(r"^ *```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {"docs/real_pairs.md": 1, "docs/server.md": 1}  # How many blocks a page has that are not run here.
 PAGES = [name for name in NAMES if name != "README.md" and blocks_of(name, "python")]
+
+
+def examples_of(path):
+    """The blocks of Python in the docstrings of a module."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+    return [textwrap.dedent(found[1]) for text in texts for found in DOCSTRING_BLOCK.finditer(text)]
+
+
+PACKAGE = sorted((ROOT / "nudging_hf").rglob("*.py"))
+EXAMPLES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): found for path in PACKAGE if (found := examples_of(path))
+}
 
 
 def run(text, names, line=1):
@@ -67,11 +90,6 @@ def test_the_lines_of_the_readme_answer_rightly(after_readme):
 @pytest.fixture
 def engine(monkeypatch, after_readme):
     """A `RemoteBase` speaks to an engine in this process, whatever its address."""
-    pytest.importorskip("openai")
-    from fake_engine import FakeEngine
-
-    from nudging_hf.integrations import openai
-
     engine = FakeEngine(after_readme["base"], after_readme["tokenizer"])
     engine.read_ahead(after_readme["ids"][0].tolist())
     monkeypatch.setattr(openai, "RemoteBase", functools.partial(openai.RemoteBase, http_client=engine.client()))
@@ -97,6 +115,22 @@ def test_the_blocks_of_a_page_run(page, after_readme, engine, monkeypatch, tmp_p
         memory = runpy.run_path(str(ROOT / "examples" / "memory.py"))  # What it computes is what was loaded.
         sizes = memory["sizes_of"](AutoConfig.from_pretrained(MINI / "base"))
         assert bytes_of_4_bits(names["base"]) == sizes.quantisable * memory["BYTES"]["4"]
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_the_example_of_a_docstring_runs(module, after_readme, engine, monkeypatch, tmp_path):
+    """With the names of its module, and those of the README's lines and of a chat."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for name in ("base", "nudging"):
+        (tmp_path / "models" / name).symlink_to(MINI / name)
+    names = vars(importlib.import_module(module)) | after_readme
+    names |= {"messages": [{"role": "user", "content": "Rosa has 4 coins."}], "prompts": [names["question"]]}
+    names |= {"pipeline": pipeline, "nudging_tokenizer": AutoTokenizer.from_pretrained(MINI / "nudging")}
+    names |= {"RemoteBase": openai.RemoteBase, "Piece": Piece}
+    monkeypatch.setattr(names["base"].generation_config, "max_new_tokens", 20)
+    for example in EXAMPLES[module]:
+        run(example, names)
 
 
 def test_the_cells_of_the_notebook_run(monkeypatch, tmp_path, capsys):
