@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .streaming import MarkingStreamer
     from .study import baselines
     from .study.calibration import calibrate
+    from .study.check import check_pair
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOMES = {
     "baselines": "study.baselines",
     "calibrate": "study.calibration",
     "chat_inputs": "encoded_chats",
+    "check_pair": "study.check",
     "generate": "core.generate",
     "plain_prompt": "chats",
     "register": "registration",
@@ -57,6 +59,7 @@ __all__ = [
     "baselines",
     "calibrate",
     "chat_inputs",
+    "check_pair",
     "generate",
     "plain_prompt",
     "register",

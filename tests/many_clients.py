@@ -43,23 +43,22 @@ async def _visit(url: str, asked: list[Asked], bad: dict, clients: int, seconds:
             body, text = draw.choice(asked)
             chance = draw.random()
             if chance < 0.1:
-                reply = await http.post(address, json={**body, **bad})
-                counts["refused" if reply.status_code == 400 else str(reply.status_code)] += 1
+                status = (await http.post(address, json={**body, **bad})).status_code
+                outcome, expected = "refused", 400
             elif chance < 0.25:
                 async with http.stream("POST", address, json={**body, "stream": True}) as stream:
-                    lines = stream.aiter_lines()
+                    status, outcome, expected, lines = stream.status_code, "cancelled", 200, stream.aiter_lines()
                     for _ in range(draw.randint(1, 8)):
                         await anext(lines, None)
-                counts["cancelled" if stream.status_code == 200 else str(stream.status_code)] += 1
             else:
                 reply = await http.post(address, json=body)
-                if reply.status_code == 200:
-                    counts["right" if reply.json()["choices"][0]["text"] == text else "wrong"] += 1
-                elif reply.status_code == 429:
-                    counts["busy"] += 1
-                    await asyncio.sleep(1)
-                else:
-                    counts[str(reply.status_code)] += 1
+                status, expected = reply.status_code, 200
+                outcome = "right" if status == 200 and reply.json()["choices"][0]["text"] == text else "wrong"
+            if status == 429:
+                counts["busy"] += 1
+                await asyncio.sleep(1)
+            else:
+                counts[outcome if status == expected else str(status)] += 1
 
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=clients), headers=headers) as http:
         await asyncio.gather(*map(client, range(clients)))

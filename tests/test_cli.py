@@ -312,7 +312,7 @@ def test_a_mistyped_folder_is_told_apart_from_a_name_on_the_hub(models, pair_fol
 
 def test_a_shell_is_offered_what_may_come_next(tmp_path):
     pytest.importorskip("argcomplete")
-    for line, expected in (("nudging-hf ch", "chat "), ("nudging-hf generate --top", "--top-p\v--top-k")):
+    for line, expected in (("nudging-hf cha", "chat "), ("nudging-hf generate --top", "--top-p\v--top-k")):
         written = tmp_path / "completions"
         environment = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(written), "_ARGCOMPLETE_IFS": "\v",
                        "COMP_LINE": line, "COMP_POINT": str(len(line))}  # fmt: skip

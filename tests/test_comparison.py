@@ -12,7 +12,7 @@ import nudging_hf
 from nudging_hf import NudgingConfig, cli
 from nudging_hf.chats import messages_of
 from nudging_hf.provenance import Piece, count_nudged_words, pieces_of
-from nudging_hf.study import baselines, comparison
+from nudging_hf.study import baselines, comparison, judge
 from nudging_hf.study.comparison import (
     Contestant,
     Models,
@@ -28,7 +28,6 @@ from nudging_hf.study.prompt_files import read_labelled_prompts
 from nudging_hf.study.prompts import Prompt, first_of_each_task, tasks_of
 from nudging_hf.study.reader import Answer, Reader
 from nudging_hf.study.verdict import table
-from nudging_hf.tasks import judge
 
 LENGTH = 8
 ROWS = [

@@ -30,6 +30,7 @@ from nudging_hf.study.prompt_files import read_labelled_prompts
 pytest.importorskip("openai", reason="comes with transformers[serving]")
 import openai
 from fake_engine import FakeEngine
+from many_clients import Asked, visit
 
 EXAMPLE = Path(nudging_hf.__file__).parents[1] / "examples" / "mini"
 MINI = EXAMPLE / "models"
@@ -368,3 +369,22 @@ def test_the_key_is_no_part_of_the_help(monkeypatch, capsys):
         cli.main(["serve", "--help"])
     said = capsys.readouterr().out
     assert KEY not in said and "NUDGING_HF_API_KEY" in said
+
+
+@pytest.mark.slow
+def test_sixty_four_clients_for_a_minute(pair, tmp_path):
+    asked = []
+    for prompt in QUESTIONS:
+        inputs = pair.inputs([list(prompt.messages)], TEMPLATE)
+        text = pair.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+        for threshold in (0.4, 0.9):
+            body = {"model": "mini", "prompt": text, "max_tokens": 60, "temperature": 0, "nudge_threshold": threshold}
+            ids = pair.tokenizer(text, return_tensors="pt")
+            written = pair.generate(ids, nudge_threshold=threshold, max_new_tokens=60, do_sample=False)
+            answer = written[0, ids["input_ids"].shape[1] :]
+            asked.append(Asked(body, pair.tokenizer.decode(answer, skip_special_tokens=True)))
+    with served(tmp_path / "log", "--max-requests", "16", "--max-queue", "32") as (_, url):
+        counts = visit(url, asked, bad={"nudge_treshold": 0.5}, clients=64, seconds=60, key=KEY)
+        assert counts.keys() == {"right", "refused", "cancelled", "busy"} and min(counts.values()) > 10, counts
+        wait_until(lambda: not metrics_of(url)["nudging_hf_answers_running"])
+        assert not metrics_of(url)["nudging_hf_answers_waiting"]

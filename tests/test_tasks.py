@@ -7,8 +7,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from nudging_hf.study import judge
 from nudging_hf.study.demo import find_folder, read_questions
-from nudging_hf.tasks import FOLDER, generated, judge, scoring
+from nudging_hf.tasks import FOLDER, generated, scoring
 
 yaml_loader = pytest.importorskip("lm_eval.tasks._yaml_loader")
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "answer a prompt",
     "chat": "chat with a pair of models",
     "compare": "see whether nudging helps a pair, and against what",
+    "check": "see whether a pair is fit, and whether the laws of nudging hold for it",
     "bench": "see whether nudging is faster here",
     "calibrate": "find the threshold for a pair",
     "analyze": "look into a pair of models",

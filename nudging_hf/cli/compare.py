@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..chats import turn_template
 from ..core.config import DEFAULT_THRESHOLDS, NudgingConfig
+from ..study import judge
 from ..study.journal import Journal, digest, model_setup
 from ..study.prompt_files import description, read_prompts
 from ..study.prompts import Prompt, are_labelled, first_of_each_task
-from ..tasks import judge
 from .arguments import (
     PROMPT_FILE,
     add_models,

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from ..core.config import NudgingConfig
-from ..tasks import judge
+from . import judge
 from .baselines import STOP_STRING, ensemble, in_context, proxy_tuning
 from .intervals import Interval, wilson
 from .journal import Journal
@@ -250,7 +250,7 @@ Grades = dict[str, int]
 
 
 def judged_turn(questions: Sequence[Prompt], turn: Turn) -> list[Grades]:
-    """What the judge says of a turn's answers that no rule can mark: [`~tasks.judge.verdict`]."""
+    """What the judge says of a turn's answers that no rule can mark: [`~judge.verdict`]."""
     return [
         judge.grades(question.question, answer.text, question.answer) if right is None else {}
         for question, answer, right in zip(questions, turn.answers, turn.right, strict=True)

@@ -4,7 +4,7 @@ With a pattern, a text answers what the last match of the pattern holds. Without
 how a text is read:
 
 - a number: the last number of the text, as the nudging paper's authors score it, but with its sign;
-- yes, no, true or false: the last verdict (see `tasks.scoring.last_verdict`);
+- yes, no, true or false: the last verdict (see [`last_verdict`]);
 - a capital letter from A to J: the last choice that the text states or marks;
 - any other text of up to 12 words: what the text concludes with must contain it as whole words, whatever the case.
   That is what a box (`\\boxed{18}`) or a last line `#### 18` holds, or the rest of the sentence after the last "answer
@@ -17,10 +17,8 @@ numbers, with or without a pattern: "1,234", "1234.0" and "$1,234." are equal.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
-
-from ..tasks.scoring import last_label, last_verdict
 
 LONGEST_ANSWER = 12  # In words.
 _VERDICTS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
@@ -45,6 +43,34 @@ def last_number(text: str) -> str | None:
     """The last number of a text, as it stands there."""
     found = _NUMBER.findall(text)
     return found[-1] if found else None
+
+
+def last_label(text: str, labels: Sequence[str]) -> str | None:
+    """The label that a text states, marks or consists of: the last that it states, or else the last that it marks."""
+    label = "|".join(map(re.escape, labels))
+    stated = rf"(?i:\banswer|\bchoice|\boption)\b(?i:\s+is)?\W{{0,5}}\(?({label})\b(?!['’])"
+    marked = rf"(?<!\w)\(?({label})[.):](?!\w)"
+    for pattern in (stated, marked, rf"\A\W*({label})\W*\Z"):
+        if found := re.findall(pattern, text):
+            return found[-1]
+    return None
+
+
+YES, NO = r"yes|true", r"no|false"
+
+
+def last_verdict(text: str, yes: str = YES, no: str = NO) -> str | None:
+    """The verdict of a text, "yes" or "no".
+
+    It is read after "answer is"; if there is none, at the start of a sentence; and otherwise anywhere. If there are
+    several of one kind, the last one counts. `yes` and `no` are regular expressions without groups.
+    """
+    word = rf"(?:(?P<no>{no})|(?P<yes>{yes}))\b"
+    for before in (r"\banswer(?:\s+is|:)\W{0,5}", r"(?:^|[.!?:]\W+)", r"\b"):
+        found = list(re.finditer(before + word, text, re.IGNORECASE | re.MULTILINE))
+        if found:
+            return "no" if found[-1]["no"] else "yes"
+    return None
 
 
 def conclusion(text: str) -> str | None:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from . import judge
+from ..study import judge
+from ..study.marking import NO, YES, last_label, last_verdict
 
 Doc = Mapping[str, Any]
 
@@ -35,34 +36,6 @@ def last_choice(text: str, labels: Sequence[str], choices: Sequence[str]) -> str
     places = {label: lowered.rfind(choice.lower().strip(" .")) for label, choice in zip(labels, choices, strict=True)}
     last = max(places, key=lambda label: places[label])
     return last if places[last] >= 0 else None
-
-
-def last_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that a text states, marks or consists of: [`last_choice`] without the words of the choices."""
-    label = "|".join(map(re.escape, labels))
-    stated = rf"(?i:\banswer|\bchoice|\boption)\b(?i:\s+is)?\W{{0,5}}\(?({label})\b(?!['’])"
-    marked = rf"(?<!\w)\(?({label})[.):](?!\w)"
-    for pattern in (stated, marked, rf"\A\W*({label})\W*\Z"):
-        if found := re.findall(pattern, text):
-            return found[-1]
-    return None
-
-
-_YES, _NO = r"yes|true", r"no|false"
-
-
-def last_verdict(text: str, yes: str = _YES, no: str = _NO) -> str | None:
-    """The verdict of a text, "yes" or "no".
-
-    It is read after "answer is"; if there is none, at the start of a sentence; and otherwise anywhere. If there are
-    several of one kind, the last one counts. `yes` and `no` are regular expressions without groups.
-    """
-    word = rf"(?:(?P<no>{no})|(?P<yes>{yes}))\b"
-    for before in (r"\banswer(?:\s+is|:)\W{0,5}", r"(?:^|[.!?:]\W+)", r"\b"):
-        found = list(re.finditer(before + word, text, re.IGNORECASE | re.MULTILINE))
-        if found:
-            return "no" if found[-1]["no"] else "yes"
-    return None
 
 
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
@@ -101,8 +74,8 @@ def coin_side(text: str) -> str | None:
     """The last verdict of a text on a coin: "yes" if the coin is still heads up, "no" if it is not."""
     return last_verdict(
         text,
-        rf"{_YES}|(?:still|now) heads(?: up)?",
-        rf"{_NO}|not (?:still )?heads(?: up)?|no longer heads(?: up)?|(?:now )?tails(?: up)?",
+        rf"{YES}|(?:still|now) heads(?: up)?",
+        rf"{NO}|not (?:still )?heads(?: up)?|no longer heads(?: up)?|(?:now )?tails(?: up)?",
     )
 
 
@@ -172,7 +145,7 @@ def coin_flip(doc: Doc, results: Sequence[str]) -> dict[str, float]:
 
 
 def sports(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    given = last_verdict(results[0], rf"{_YES}|plausible", rf"{_NO}|implausible|not plausible")
+    given = last_verdict(results[0], rf"{YES}|plausible", rf"{NO}|implausible|not plausible")
     due = "yes" if doc["targets"][0] == "plausible" else "no"
     return _scored(doc, results[0], given == due, doc["inputs"], f"{due}, {doc['targets'][0]}")
 
