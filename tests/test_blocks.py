@@ -17,6 +17,7 @@ import textwrap
 from configparser import ConfigParser
 
 import pytest
+import torch
 from documents import NAMES, ROOT, blocks_of, commands_of, text_of
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
@@ -70,6 +71,7 @@ def run(text, names, line=1):
 @pytest.fixture(scope="module")
 def after_readme():
     """The names that the README's lines leave."""
+    torch.set_num_threads(1)  # What conftest.py does for each test comes later.
     names = {}
     [block] = blocks_of("README.md", "python")
     run(block.text, names, block.line)
@@ -125,7 +127,7 @@ def test_the_example_of_a_docstring_runs(module, after_readme, engine, monkeypat
     for name in ("base", "nudging"):
         (tmp_path / "models" / name).symlink_to(MINI / name)
     names = vars(importlib.import_module(module)) | after_readme
-    names |= {"messages": [{"role": "user", "content": "Rosa has 4 coins."}], "prompts": [names["question"]]}
+    names |= {"messages": [{"role": "user", "content": "Rosa has 4 coins."}], "prompts": [names["question"]] * 2}
     names |= {"pipeline": pipeline, "nudging_tokenizer": AutoTokenizer.from_pretrained(MINI / "nudging")}
     names |= {"RemoteBase": openai.RemoteBase, "Piece": Piece}
     monkeypatch.setattr(names["base"].generation_config, "max_new_tokens", 20)
