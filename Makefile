@@ -22,7 +22,7 @@ HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow test-hosts test-engines demo eval-demo bench hub format clean
+.PHONY: help venv test test-slow test-hosts test-engines demo eval-demo bench docs hub format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,13 @@ eval-demo: $(STAMP) ## compare nudging with its rivals on dev questions, in some
 
 bench: $(STAMP) ## time nudging and its rivals; BENCH=--quick checks that it runs
 	$(BIN)/python benchmarks/run.py $(BENCH)
+
+docs: $(VENV)/.installed-docs ## build the documentation as a site in build/site
+	$(BIN)/mkdocs build
+
+$(VENV)/.installed-docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 hub: $(STAMP) ## copy the code into hub_custom_code
 	$(BIN)/nudging-hf hub code hub_custom_code

@@ -50,8 +50,10 @@ def chat_inputs(
             would get the system message.
 
     Example:
+        ```python
         inputs = nudging_hf.chat_inputs(messages, tokenizer, nudging_tokenizer)
         base.generate(**inputs, nudging_model=nudger)
+        ```
     """
     many = list_of_chats(chats)
     if reserved := sorted(set(chat_template_kwargs or {}) & set(_RESERVED_TEMPLATE_KWARGS)):

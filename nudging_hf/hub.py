@@ -102,7 +102,9 @@ def export(
             of range, and an `out` that would be lost.
 
     Example:
+        ```python
         nudging_hf.hub.export("models/base", "models/nudging", "models/nudged", nudge_threshold=0.4)
+        ```
     """
     out, base, nudging_model = Path(out).resolve(), os.fspath(base), os.fspath(nudging_model)
     NudgingConfig(**parameters)

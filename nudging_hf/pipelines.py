@@ -64,9 +64,11 @@ class NudgedTextGenerationPipeline(TextGenerationPipeline):
         ValueError: if there is no nudging model or tokenizer, and for what nudging or this pipeline cannot do.
 
     Example:
+        ```python
         nudging_hf.register()
         pipe = pipeline("nudged-text-generation", model=base, nudging_model=nudger)
         pipe([{"role": "user", "content": "What is 12 + 7?"}], return_nudged_spans=True)
+        ```
     """
 
     _load_tokenizer = None  # The tokenizer is optional: a base that is given as an object may name it.

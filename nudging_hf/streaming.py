@@ -26,10 +26,12 @@ class MarkingStreamer(BaseStreamer):
         ValueError: if a plain `generate` has several rows.
 
     Example:
-        nudging_hf.generate(model, **inputs, nudging_model=m, streamer=MarkingStreamer(tokenizer))
+        ```python
+        nudging_hf.generate(base, **inputs, nudging_model=nudger, streamer=MarkingStreamer(tokenizer))
 
         pieces = []  # With a callback; `nudging_hf.provenance.spans(pieces)` joins neighbours and counts characters.
         streamer = MarkingStreamer(tokenizer, lambda text, nudged: pieces.append(Piece(text, nudged)))
+        ```
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str, bool], None] | None = None):

@@ -1,6 +1,6 @@
 """Every program of `examples/` runs as it stands, on the pair in miniature.
 
-`serving_client.py` is tested in test_serving.py, and the Space in test_space.py.
+`serving_client.py` is tested in test_serving.py, `memory.py` in test_docs.py, and the Space in test_space.py.
 """
 
 import runpy
@@ -12,7 +12,7 @@ import pytest
 import nudging_hf
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ELSEWHERE = {"serving_client.py"}
+ELSEWHERE = {"memory.py", "serving_client.py"}
 
 
 @pytest.fixture

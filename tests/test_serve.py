@@ -18,6 +18,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from documents import blocks_of
 from transformers import AutoModelForCausalLM
 
 import nudging_hf
@@ -146,6 +147,12 @@ def test_a_stream_is_the_answer(client, nudged):
             for place in range(first, last)}  # fmt: skip
     assert told == {place for span in spans if span.nudged for place in range(span.start, span.end)}
     assert chunks[-1].usage.completion_tokens > 5 and not chunks[-1].choices
+
+
+def test_the_lines_of_the_server_s_page_run(url, capsys):
+    [block] = blocks_of("docs/server.md", "python")
+    exec(block.text.replace('"http://127.0.0.1:8000/v1"', f'"{url}/v1"').replace('"none"', repr(KEY)), {})
+    assert "So the answer is 19." in capsys.readouterr().out
 
 
 def test_fields_reach_generate(client, nudged):

@@ -239,8 +239,10 @@ def calibrate(
             other models, prompts or parameters.
 
     Example:
-        found = calibrate(base, nudger, tokenizer, nudging_tokenizer)
+        ```python
+        found = calibrate(base, nudger, tokenizer, nudging_tokenizer, prompts=prompts)
         base.generate(**inputs, nudging_model=nudger, nudge_threshold=found.threshold)
+        ```
     """
     prompts = built_in_prompts() if prompts is None else prompts_of(prompts)
     if not prompts:

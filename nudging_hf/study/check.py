@@ -92,8 +92,10 @@ def check_pair(
         ValueError: for fewer than two prompts, and for a pair that nudging refuses.
 
     Example:
-        >>> found = nudging_hf.check_pair(base, nudging_model)
-        >>> assert not found.problems, found.verdict
+        ```python
+        found = nudging_hf.check_pair(base, nudger, prompts=prompts, max_new_tokens=16)
+        assert not found.problems, found.verdict
+        ```
     """
     asked = spread(built_in_prompts(), 4) if prompts is None else prompts_of(prompts)
     if len(asked) < 2:

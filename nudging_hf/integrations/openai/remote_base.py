@@ -108,8 +108,10 @@ class RemoteBase:
         requests (`RowRequests`): what the engine is asked for a row, which refuses what it cannot be told.
 
     Example:
+        ```python
         async with RemoteBase("http://localhost:8000/v1", "allenai/OLMo-2-1124-7B") as base:
             answers = await base.generate(prompts, nudging_model=nudger, nudge_threshold=0.3, max_new_tokens=200)
+        ```
     """
 
     def __init__(
