@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
-from .core.prompts import TemplateRefusal, templated_ids
+from .core.prompts import TemplateRefusal, guarded_ids, templated_ids
 
 # The plain prompts of the nudging paper (arXiv 2410.09300).
 REASONING_TEMPLATE = "{system}\nQuestion: {user}\n"
@@ -72,8 +72,7 @@ def chat_inputs(
             f"`chat_template_kwargs` takes arguments of the chat template alone, got `{reserved[0]}`, which concerns "
             "how a prompt is encoded: leave it out."
         )
-    plain = [plain_prompt(chat, base_template) for chat in many]
-    rows = [tokenizer(text)["input_ids"] for text in plain]
+    rows = [plain_ids(tokenizer, chat, base_template) for chat in many]
     if nudging_tokenizer.chat_template:
         nudging_rows = [chat_ids(nudging_tokenizer, chat, chat_template_kwargs) for chat in many]
     else:
@@ -83,7 +82,7 @@ def chat_inputs(
                 "base's prompt, and `base_template` has no {system}. Put {system} into `base_template`, or leave the "
                 "system message out."
             )
-        nudging_rows = [nudging_tokenizer(text)["input_ids"] for text in plain]
+        nudging_rows = [plain_ids(nudging_tokenizer, chat, base_template) for chat in many]
     ids, mask = padded(rows, tokenizer)
     nudging_ids, nudging_mask = padded(nudging_rows, nudging_tokenizer)
     own = {"input_ids": ids, "attention_mask": mask}
@@ -105,8 +104,22 @@ def plain_prompt(messages: Sequence[Message], template: str = REASONING_TEMPLATE
     Raises:
         ValueError: if the messages have another order or a content that is not text, or the template lacks `{user}`.
     """
-    later = turn_template(template)
+    return _fill_in(template, *checked_messages(messages))
+
+
+def plain_ids(tokenizer: Any, messages: Sequence[Message], template: str = REASONING_TEMPLATE) -> list[int]:
+    """The base's prompt for a chat in its own vocabulary; see [`plain_prompt`].
+
+    Control tokens that a message spells out are text. Those of the template are kept.
+    """
     system, turns = checked_messages(messages)
+    if system is None:
+        return guarded_ids(tokenizer, turns, lambda texts: _fill_in(template, None, texts))
+    return guarded_ids(tokenizer, [system, *turns], lambda texts: _fill_in(template, texts[0], texts[1:]))
+
+
+def _fill_in(template: str, system: str | None, turns: Sequence[str]) -> str:
+    later = turn_template(template)
     text = template.format(system=system, user=turns[0]) if system is not None else later.format(user=turns[0])
     for answer, question in zip(turns[1::2], turns[2::2], strict=True):
         text += answer + ("" if answer.endswith("\n") else "\n") + later.format(user=question)

@@ -10,13 +10,14 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from .control_tokens import control_ids
 from .transformers_private import byte_of_character
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Vocabulary:
         _validate_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self.control = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        self.control = control_ids(tokenizer)
         self._added = {i: token.content for i, token in added.items()}
         self._scheme = _byte_scheme(tokenizer)
         self._bytes = _CachedBytes(self._compute_bytes)
@@ -168,8 +169,10 @@ class Vocabulary:
     def _get_codec(self) -> _Codec:
         with self._lock:
             if self._codec is None:
-                self._codec = _BackendCodec(self.tokenizer) if _uses_backend_only(self.tokenizer) else None
-                self._codec = self._codec or _TokenizerCodec(self.tokenizer)
+                by_backend = uses_backend_only(self.tokenizer)
+                self._codec = (
+                    _BackendCodec(self.tokenizer, self.control) if by_backend else _TokenizerCodec(self.tokenizer)
+                )
             return self._codec
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
@@ -232,10 +235,22 @@ class _BackendCodec:
 
     Args:
         tokenizer: a tokenizer whose call does nothing to a text beyond what its backend does.
+        control: the tokens that are no text.
+
+    Raises:
+        ValueError: if the copy would have other ids.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._backend = _copy_backend(tokenizer.backend_tokenizer)
+    def __init__(self, tokenizer: Any, control: Collection[int]):
+        backend = tokenizer.backend_tokenizer
+        added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+        self._backend = copy_backend(backend, added, control)
+        if {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()} != added:
+            raise ValueError(
+                "The tokenizer cannot be copied, nor saved: its added tokens would get other ids if they were added "
+                "again, because its model was replaced after they were added. Load the tokenizer again and add them "
+                "anew."
+            )
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -313,32 +328,35 @@ def _context_starts(context: str) -> Iterator[int]:
         yield from range(max(near, 1), len(context))
 
 
-def _copy_backend(backend: Any) -> Any:
+def copy_backend(backend: Any, names: Mapping[int, str], control: Collection[int] = ()) -> Any:
     """A copy of `backend` that treats control tokens as text, and neither pads nor truncates.
 
     It shares the parts that hold the vocabulary with `backend`, because encoding changes none of them. Added tokens
     and flags are its own.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`, which this module does not import.
+        names: the spelling in the copy of each added token. A new one may get another id.
+        control: the added tokens that are control tokens, besides the special ones.
     """
-    own = type(backend)(backend.model)  # `tokenizers.Tokenizer`, which this module does not import.
+    own = type(backend)(backend.model)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if (given := getattr(backend, part)) is not None:
             setattr(own, part, given)
-    added = backend.get_added_tokens_decoder()
-    own.add_tokens([added[i] for i in sorted(added)])
-    if _added_tokens(own) != _added_tokens(backend):
-        raise ValueError(
-            "The tokenizer cannot be copied, nor saved: its added tokens would get other ids if they were added "
-            "again, because its model was replaced after they were added. Load the tokenizer again and add them anew."
-        )
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    own.add_tokens(
+        [
+            type(token)(
+                names[i], **{flag: getattr(token, flag) for flag in flags}, special=token.special or i in control
+            )
+            for i, token in sorted(backend.get_added_tokens_decoder().items())
+        ]
+    )
     own.encode_special_tokens = True
     return own
 
 
-def _added_tokens(backend: Any) -> dict[int, str]:
-    return {i: repr(token) for i, token in backend.get_added_tokens_decoder().items()}
-
-
-def _uses_backend_only(tokenizer: Any) -> bool:
+def uses_backend_only(tokenizer: Any) -> bool:
     """Whether a call of the tokenizer does nothing to a text beyond what its `tokenizers.Tokenizer` does."""
     kinds = type(tokenizer).__mro__
     if PreTrainedTokenizerFast not in kinds:

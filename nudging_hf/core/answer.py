@@ -98,11 +98,23 @@ class _Answer:
 
 
 class OneVocabulary(_Answer):
-    """An answer of two models that share one vocabulary: both read the same ids."""
+    """An answer of two models that share one vocabulary: both read the same ids.
+
+    The nudging model does not read the control tokens that the base has drawn: they could end a turn of its chat.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._nudging_ids: list[int] = []
+
+    def append(self, token: int) -> None:
+        super().append(token)
+        if token not in self.nudging_vocabulary.control:
+            self._nudging_ids.append(token)
 
     def nudging_ids(self) -> list[int]:
-        """The answer so far in the nudging model's vocabulary."""
-        return self.ids
+        """The answer so far in the nudging model's vocabulary. The list changes as the answer grows."""
+        return self._nudging_ids
 
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
         """Splits a lookahead into words. A split inside a token moves to its start, but not to the first token's."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..chats import REASONING_TEMPLATE, chat_inputs, padded, plain_prompt
+from ..chats import REASONING_TEMPLATE, chat_inputs, padded, plain_ids, plain_prompt
 from ..core.answer import OneVocabulary, answer_class
 from ..core.config import NudgingConfig
 from ..core.gate import top1_probabilities
@@ -110,7 +110,9 @@ class Reader:
         if self._chat:
             inputs = chat_inputs(prompt.messages, self.tokenizer, self.tokenizer)
             return inputs["nudging_input_ids"][0].tolist()
-        return self.tokenizer(self.base_prompt(prompt))["input_ids"]
+        if prompt.prompt is not None:
+            return self.tokenizer(prompt.prompt)["input_ids"]
+        return plain_ids(self.tokenizer, prompt.messages, self._base_template)
 
     def padded_prompts(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and attention mask of shape (batch, length), on the device where the model reads them."""
