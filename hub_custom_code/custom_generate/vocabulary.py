@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -224,7 +224,7 @@ class Vocabulary:
         if self._scheme == "ByteFallback" and (match := _BYTE_FALLBACK.fullmatch(piece)):
             return bytes.fromhex(match[1])
         if self._anchor is None:  # Decoders drop the space of a first token, so another token goes before it.
-            candidates = (*self._tokenize("a b"), *self.tokenizer.get_vocab().values())
+            candidates = chain(self._tokenize("a b"), range(len(self.tokenizer)))
             self._anchor = [next(i for i in candidates if i not in self.control)]
         decode = self._get_codec().decode
         return decode([*self._anchor, token])[len(decode(self._anchor)) :].encode()
