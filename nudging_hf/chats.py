@@ -39,8 +39,12 @@ def plain_prompt(messages: Sequence[Message], template: str = DEFAULT_TEMPLATE) 
     Raises:
         ValueError: if the messages have another order or a content that is not text, or the template lacks `{user}`.
     """
+    return fill_in(template, *checked_messages(messages))
+
+
+def fill_in(template: str, system: str | None, turns: Sequence[str]) -> str:
+    """The [`plain_prompt`] of checked messages."""
     later = turn_template(template)
-    system, turns = checked_messages(messages)
     text = template.format(system=system, user=turns[0]) if system is not None else later.format(user=turns[0])
     for answer, question in zip(turns[1::2], turns[2::2], strict=True):
         text += answer + ("" if answer.endswith("\n") else "\n") + later.format(user=question)

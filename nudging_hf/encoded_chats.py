@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
-from .chats import DEFAULT_TEMPLATE, Message, checked_messages, has_system, list_of_chats, plain_prompt
-from .core.prompts import TemplateRefusal, templated_ids
+from .chats import DEFAULT_TEMPLATE, Message, checked_messages, fill_in, has_system, list_of_chats
+from .core.prompts import TemplateRefusal, guarded_ids, templated_ids
 
 # `chat_inputs` sets these arguments of a chat template itself, or they would change how it encodes the prompts.
 _RESERVED_TEMPLATE_KWARGS = "add_generation_prompt continue_final_message padding return_assistant_tokens_mask".split()
@@ -61,8 +61,7 @@ def chat_inputs(
             f"`chat_template_kwargs` takes arguments of the chat template alone, got `{reserved[0]}`, which concerns "
             "how a prompt is encoded: leave it out."
         )
-    plain = [plain_prompt(chat, base_template) for chat in many]
-    rows = [tokenizer(text)["input_ids"] for text in plain]
+    rows = [plain_ids(tokenizer, chat, base_template) for chat in many]
     if nudging_tokenizer.chat_template:
         nudging_rows = [chat_ids(nudging_tokenizer, chat, chat_template_kwargs) for chat in many]
     else:
@@ -72,11 +71,22 @@ def chat_inputs(
                 "base's prompt, and `base_template` has no {system}. Put {system} into `base_template`, or leave the "
                 "system message out."
             )
-        nudging_rows = [nudging_tokenizer(text)["input_ids"] for text in plain]
+        nudging_rows = [plain_ids(nudging_tokenizer, chat, base_template) for chat in many]
     ids, mask = padded(rows, tokenizer)
     nudging_ids, nudging_mask = padded(nudging_rows, nudging_tokenizer)
     own = {"input_ids": ids, "attention_mask": mask}
     return BatchEncoding({**own, "nudging_input_ids": nudging_ids, "nudging_attention_mask": nudging_mask})
+
+
+def plain_ids(tokenizer: Any, messages: Sequence[Message], template: str = DEFAULT_TEMPLATE) -> list[int]:
+    """The base's prompt for a chat in its own vocabulary; see [`plain_prompt`].
+
+    Control tokens that a message spells out are text. Those of the template are kept.
+    """
+    system, turns = checked_messages(messages)
+    if system is None:
+        return guarded_ids(tokenizer, turns, lambda texts: fill_in(template, None, texts))
+    return guarded_ids(tokenizer, [system, *turns], lambda texts: fill_in(template, texts[0], texts[1:]))
 
 
 def chat_ids(

@@ -418,9 +418,13 @@ class _Decoder:
         return whole, ended
 
     def nudging_context(self) -> list[int]:
-        """The nudging model's context: its prompt and the answer's text or, in one vocabulary, the answer's ids."""
+        """The nudging model's context: its prompt and the answer's text or, in one vocabulary, the answer's ids.
+
+        It has no control tokens of the answer.
+        """
         if self.one_vocabulary:
-            return self.nudging_prompt_ids + self.answer.ids
+            hidden = control_ids(self.nudging_tokenizer)
+            return self.nudging_prompt_ids + [token for token in self.answer.ids if token not in hidden]
         left = text_of(self.nudging_tokenizer, after_last_control(self.nudging_tokenizer, self.nudging_prompt_ids))
         answer = text_of(self.tokenizer, self.answer.ids)
         return self.nudging_prompt_ids + encode_in_context(self.nudging_tokenizer, left, answer)

@@ -1,7 +1,6 @@
 """Text and ids of answers: words, encoding in context, chunks of any script, and the user's tokenizers."""
 
 import copy
-import logging
 import random
 import sys
 import threading
@@ -12,14 +11,15 @@ import pytest
 import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, answer_class, ends_inside_character, word_starts
 from nudging_hf.core.vocabulary import Vocabulary
 
 TOKENIZERS = ["byte_bpe", "other_byte_bpe", "metaspace_bpe", "unigram", "wordpiece"]
-LOSSLESS = TOKENIZERS[:4]
+LOSSLESS = TOKENIZERS[:4]  # They hold all text but U+2581.
+BYTE_LEVEL = TOKENIZERS[:2]  # They hold all text.
 TEXT = 'The cat sat on the mat. It had 12 hats,  and 3 mice; see "Anna".\nThen the café closed 😀 at nine!  '
 
 
@@ -480,7 +480,7 @@ def test_mistral_common_tokenizers_are_refused_with_a_remedy():
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_added_tokens_for_runs_of_spaces_translate_to_spaces(name, caplog):
+def test_added_tokens_for_runs_of_spaces_translate_to_spaces(name):
     tokens = vocabulary("spaces_bpe")
     text = "def f():\n    return   1\n\n        <table> x"
     assert tokens.join(tokens.encode_after("a", text)) == text.encode()
@@ -491,7 +491,6 @@ def test_added_tokens_for_runs_of_spaces_translate_to_spaces(name, caplog):
         for token in ids:
             row.append(token)
         assert row.nudging_vocabulary.join(row.nudging_ids()) == text.encode()
-    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -503,26 +502,37 @@ def test_added_tokens_for_runs_of_spaces_translate_to_spaces(name, caplog):
         ("wordpiece", "a\nb", "a b"),  # It drops white space.
     ],
 )
-def test_a_lossy_tokenizer_is_warned_about_once(name, text, held, caplog):
-    caplog.set_level(logging.WARNING, "nudging_hf")
-    row = answer(name, "byte_bpe")
+def test_a_lossy_tokenizer_is_announced_once_before_anything_crosses(name, text, held, caplog):
+    lossy, other = vocabulary(name), vocabulary("byte_bpe")
+    assert lossy.join(lossy.encode_after("x", text)).decode().strip() == held
     for _ in range(3):
-        words = row.words(row.nudging_vocabulary.encode_after("x", text))
-        assert row.vocabulary.join([token for word in words for token in word.ids]).decode().strip() == held
-    assert len(caplog.records) == 1
-    assert "its model will write" in caplog.text and type(row.vocabulary.tokenizer).__name__ in caplog.text
-    caplog.clear()
-    row = answer("byte_bpe", name)
-    for token in row.vocabulary.encode_after("x", text):
-        row.append(token)
+        row = TwoVocabularies(lossy, other, [5], [6])
+        row.words(other.encode_after("x", text))
+        row = TwoVocabularies(other, lossy, [5], [6])
+        for token in other.encode_after("x", text):
+            row.append(token)
         row.nudging_ids()
-    assert len(caplog.records) == 1
-    assert "its model will read" in caplog.text
+    [record] = caplog.records
+    assert "cannot represent all text" in caplog.text and type(lossy.tokenizer).__name__ in caplog.text
+    sample, becomes = next(iter(lossy.losses.items()))
+    assert f"{sample!a} becomes {becomes!a}" in record.getMessage()
+
+
+def test_a_loss_that_no_sample_shows_is_warned_about_when_it_occurs(caplog):
+    tokenizer = copy.deepcopy(tiny.byte_bpe())
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("colour", "color")
+    row = TwoVocabularies(vocabulary("byte_bpe"), Vocabulary(tokenizer), [5], [6])
+    assert not caplog.records
+    for _ in range(3):
+        for token in row.vocabulary.encode_after("x", " the colour"):
+            row.append(token)
+        row.nudging_ids()
+    [record] = caplog.records
+    assert "'ur' becomes 'r' (at character 9 of 11)" in record.getMessage()
 
 
 def test_a_lossless_tokenizer_is_not_warned_about(caplog):
-    caplog.set_level(logging.WARNING, "nudging_hf")
-    for name, nudging_name in [(a, b) for a in (*LOSSLESS, "composing_byte_bpe", "spaces_bpe") for b in LOSSLESS]:
+    for name, nudging_name in [(a, b) for a in BYTE_LEVEL for b in BYTE_LEVEL]:
         row = answer(name, nudging_name)
         row.words(row.nudging_vocabulary.encode_after("x", TEXT))
         for token in row.vocabulary.encode_after("x", TEXT):

@@ -73,7 +73,11 @@ def test_another_setup_is_refused_with_the_differing_names_and_nothing_is_lost(t
 
 @pytest.mark.parametrize(
     "text",
-    ["Dear diary", "Dear diary\n", "[]\n", json.dumps(SETUP) + "\n[]\n", "{}\n{\n", json.dumps(SETUP) + "\n{}\n"],
+    [
+        *("Dear diary", "Dear diary\n", "[]\n", json.dumps(SETUP) + "\n[]\n", "{}\n{\n", json.dumps(SETUP) + "\n{}\n"),
+        *("\0\x1b[2J\n", "[" * 100_000 + "\n"),
+    ],
+    ids=range(8),
 )
 def test_a_file_of_another_kind_is_refused_and_not_changed(tmp_path, text):
     path = tmp_path / "j"

@@ -10,9 +10,9 @@ import nudging_hf
 
 PACKAGE = Path(nudging_hf.__file__).parent
 CORE = [
-    {"config", "rounds", "transformers_private"},
+    {"config", "control_tokens", "rounds", "transformers_private"},
     {"arguments", "gate", "vocabulary", "sampling", "constraints", "draft_policy", "prompt_lookup"},
-    {"answer", "cache_layers", "drafting"},
+    {"answer", "cache_layers", "drafting", "prompt_guard"},
     {"kv_cache", "reading_mode"},
     {"state_cache", "validation"},
     {"copied_cache"},

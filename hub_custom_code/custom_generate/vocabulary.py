@@ -10,12 +10,14 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from itertools import chain, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from .control_tokens import control_ids
 from .transformers_private import byte_of_character
 
 logger = logging.getLogger(__name__)
@@ -25,9 +27,26 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Translating between text and ids needs these methods of a tokenizer.
 _REQUIRED_METHODS = ("convert_ids_to_tokens", "get_vocab", "decode")
 _SENTENCEPIECE_SPACE = "\u2581"
-_MAX_QUOTED_CHARACTERS = 20  # A warning quotes at most this much of a text.
+_MAX_QUOTED_CHARACTERS = 20  # A warning quotes at most this much of a text,
+_MAX_QUOTED_LOSSES = 4  # and at most so many samples.
 _JOIN_CHARACTERS = 32  # `encode_after` drops a context up to any place within this end of it.
 _HEAD_CHARACTERS = 256  # It tries each place with this beginning of the text first.
+# Text that some tokenizers cannot represent. A sample of each kind tells whether one can.
+_SAMPLES = (
+    *("e\u0301", "\u1112\u1161\u11ab", "\u212b", "\u2000", "\u0958"),  # NFC composes and replaces characters,
+    *("\uac01", "\u00e9", "\u0e33"),  # NFD takes them apart,
+    *("\uff21", "\u00bd", "\u2026", "\ufb01", "\u0133"),  # NFKC replaces more of them,
+    *("A", "\u0391", "\u00df", "``x''"),  # and others write small letters, no accents, or plain quotation marks.
+    *("a\nb", "a\r\nb", "a\rb", "a\tb", "a  b   c", "a ", " \n "),  # White space is dropped or made one space.
+    *("\u3000", "\u2028", "\u200b", "\u200d", "\u200e", "\ufe0f", "\ufeff", "\u2581"),  # Some stand for others.
+    *("\u6f22", "\u3042", "\u0e01", "\u0639", "\u05e9", "\u0939", "\ud55c"),  # A script may be unknown.
+    *("\U0001f600", "\U00012000", "\ue000", "\U000e0041", "\ufffd", "\U0010fffd"),
+    # A byte may be missing: these characters have all the bytes of UTF-8.
+    *map(chr, range(0xC0)),
+    *map(chr, range(0xC0, 0x800, 0x40)),
+    *map(chr, range(0x800, 0xD800, 0x1000)),
+    *map(chr, range(0x10000, 0x110000, 0x40000)),
+)
 
 
 class _CachedBytes(dict[int, bytes]):
@@ -58,7 +77,7 @@ class Vocabulary:
         _validate_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self.control = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        self.control = control_ids(tokenizer)
         self._added = {i: token.content for i, token in added.items()}
         self._scheme = _byte_scheme(tokenizer)
         self._bytes = _CachedBytes(self._compute_bytes)
@@ -66,7 +85,7 @@ class Vocabulary:
         self._encode = lru_cache(maxsize=4096)(self._tokenize)
         self._codec: _Codec | None = None
         self._lock = threading.Lock()
-        self._warned_purposes: set[str] = set()
+        self._has_warned = False
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token adds to a text, whatever stands before it. A control token adds none."""
@@ -106,45 +125,63 @@ class Vocabulary:
         ids, both = self._encode(context), self._encode(context + text)
         return list(both[len(ids) :]) if both[: len(ids)] == ids else None
 
-    def warn_if_lossy(self, text: str, ids: Sequence[int], purpose: str) -> None:
-        """Warns once for each purpose if the ids do not decode to the text that they were made from.
+    @cached_property
+    def losses(self) -> dict[str, str]:
+        """Samples of the text that the tokenizer cannot represent, with what it holds in their place.
 
-        Not every tokenizer can represent every text: Qwen's composes characters (NFC), SentencePiece has one symbol
-        for both U+2581 and the space, and WordPiece drops white space.
-
-        Args:
-            purpose: what the model does with the ids, "write" or "read".
+        Qwen's composes characters (NFC), SentencePiece has one symbol for both U+2581 and the space, and WordPiece
+        drops white space.
         """
-        if purpose in self._warned_purposes or (got := self.join(ids)) == text.encode():
+        held = {text: to_text(self.join(self.encode_after("x", text))) for text in _SAMPLES}
+        return {text: other for text, other in held.items() if other != text}
+
+    def announce_losses(self) -> None:
+        """Warns, once, if the tokenizer cannot represent all text that another model may write."""
+        if self.losses:
+            self._warn_once(
+                "%d of %d samples of text change: %s.",
+                len(self.losses),
+                len(_SAMPLES),
+                ", ".join(
+                    f"{text!a} becomes {held!a}" for text, held in islice(self.losses.items(), _MAX_QUOTED_LOSSES)
+                ),
+            )
+
+    def warn_if_lossy(self, text: str, ids: Sequence[int]) -> None:
+        """Warns, unless losses were announced, if the ids do not decode to the text that they were made from."""
+        if not self._has_warned and (got := self.join(ids)) != text.encode():
+            start, given, held = _difference(text, to_text(got))
+            self._warn_once("%s becomes %s (at character %d of %d).", ascii(given), ascii(held), start, len(text))
+
+    def _warn_once(self, what: str, *values: Any) -> None:
+        if self._has_warned:
             return
-        self._warned_purposes.add(purpose)
-        start, given, held = _difference(text, to_text(got))
+        self._has_warned = True
+        name = getattr(self.tokenizer, "name_or_path", "")
         logger.warning(
-            "The tokenizer %s(name_or_path=%r) cannot represent all text that the other model writes: its model will "
-            "%s %s in the place of %s (at character %d of %d). This warning appears once for each tokenizer.",
+            "The tokenizer %s(name_or_path=%r) cannot represent all text that the other model may write, so its model "
+            f"may write or read something else: {what} This warning appears once for each tokenizer.",
             type(self.tokenizer).__name__,
-            getattr(self.tokenizer, "name_or_path", ""),
-            purpose,
-            ascii(held),
-            ascii(given),
-            start,
-            len(text),
+            name,
+            *values,
         )
 
     def _get_codec(self) -> _Codec:
         with self._lock:
             if self._codec is None:
-                self._codec = _BackendCodec(self.tokenizer) if _uses_backend_only(self.tokenizer) else None
-                self._codec = self._codec or _TokenizerCodec(self.tokenizer)
+                by_backend = uses_backend_only(self.tokenizer)
+                self._codec = (
+                    _BackendCodec(self.tokenizer, self.control) if by_backend else _TokenizerCodec(self.tokenizer)
+                )
             return self._codec
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         encode = self._get_codec().encode
         ids = encode(text)
-        if self.control.isdisjoint(ids):
+        if self._unspeakable.isdisjoint(ids):
             return tuple(ids)
-        # Unigram has control tokens among its pieces and encodes a control token that is spelt out as one. So each
-        # spelling is cut in two and the parts are encoded on their own.
+        # Unigram encodes a control token or a byte that is spelt out as that token, because all tokens are pieces. So
+        # each spelling is cut in two and the parts are encoded on their own.
         found: list[int] = []
         rest, guard = text, ""
         line_break = encode("\n")
@@ -154,9 +191,19 @@ class Vocabulary:
             ids = encode(rest)
         return tuple(found + ids[len(line_break) if guard else 0 :])
 
+    @cached_property
+    def _unspeakable(self) -> frozenset[int]:
+        """The tokens that stand for something other than their spelling: control tokens, and bytes of Unigram."""
+        if self._scheme != "ByteFallback":
+            return self.control
+        spelt = [f"<0x{byte:02X}>" for byte in range(256)]
+        ids = self.tokenizer.convert_tokens_to_ids(spelt)
+        encode = self._get_codec().encode
+        return self.control.union(i for token, i in zip(spelt, ids, strict=True) if i in encode(token))
+
     def _find_cut(self, text: str, ids: Sequence[int], start: int) -> int | None:
-        """The place after the first character of the first control token that is in `ids` and spelt out."""
-        spellings = map(self.tokenizer.convert_ids_to_tokens, self.control.intersection(ids))
+        """The place after the first character of the first token of `ids` that is spelt out and is no text."""
+        spellings = map(self.tokenizer.convert_ids_to_tokens, self._unspeakable.intersection(ids))
         places = [place for spelt in spellings if (place := text.find(spelt, start)) >= 0]
         return min(places) + 1 if places else None
 
@@ -177,7 +224,7 @@ class Vocabulary:
         if self._scheme == "ByteFallback" and (match := _BYTE_FALLBACK.fullmatch(piece)):
             return bytes.fromhex(match[1])
         if self._anchor is None:  # Decoders drop the space of a first token, so another token goes before it.
-            candidates = (*self._tokenize("a b"), *self.tokenizer.get_vocab().values())
+            candidates = chain(self._tokenize("a b"), range(len(self.tokenizer)))
             self._anchor = [next(i for i in candidates if i not in self.control)]
         decode = self._get_codec().decode
         return decode([*self._anchor, token])[len(decode(self._anchor)) :].encode()
@@ -188,10 +235,22 @@ class _BackendCodec:
 
     Args:
         tokenizer: a tokenizer whose call does nothing to a text beyond what its backend does.
+        control: the tokens that are no text.
+
+    Raises:
+        ValueError: if the copy would have other ids.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._backend = _copy_backend(tokenizer.backend_tokenizer)
+    def __init__(self, tokenizer: Any, control: Collection[int]):
+        backend = tokenizer.backend_tokenizer
+        added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+        self._backend = copy_backend(backend, added, control)
+        if {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()} != added:
+            raise ValueError(
+                "The tokenizer cannot be copied, nor saved: its added tokens would get other ids if they were added "
+                "again, because its model was replaced after they were added. Load the tokenizer again and add them "
+                "anew."
+            )
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -269,32 +328,35 @@ def _context_starts(context: str) -> Iterator[int]:
         yield from range(max(near, 1), len(context))
 
 
-def _copy_backend(backend: Any) -> Any:
+def copy_backend(backend: Any, names: Mapping[int, str], control: Collection[int] = ()) -> Any:
     """A copy of `backend` that treats control tokens as text, and neither pads nor truncates.
 
     It shares the parts that hold the vocabulary with `backend`, because encoding changes none of them. Added tokens
     and flags are its own.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`, which this module does not import.
+        names: the spelling in the copy of each added token. A new one may get another id.
+        control: the added tokens that are control tokens, besides the special ones.
     """
-    own = type(backend)(backend.model)  # `tokenizers.Tokenizer`, which this module does not import.
+    own = type(backend)(backend.model)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if (given := getattr(backend, part)) is not None:
             setattr(own, part, given)
-    added = backend.get_added_tokens_decoder()
-    own.add_tokens([added[i] for i in sorted(added)])
-    if _added_tokens(own) != _added_tokens(backend):
-        raise ValueError(
-            "The tokenizer cannot be copied, nor saved: its added tokens would get other ids if they were added "
-            "again, because its model was replaced after they were added. Load the tokenizer again and add them anew."
-        )
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    own.add_tokens(
+        [
+            type(token)(
+                names[i], **{flag: getattr(token, flag) for flag in flags}, special=token.special or i in control
+            )
+            for i, token in sorted(backend.get_added_tokens_decoder().items())
+        ]
+    )
     own.encode_special_tokens = True
     return own
 
 
-def _added_tokens(backend: Any) -> dict[int, str]:
-    return {i: repr(token) for i, token in backend.get_added_tokens_decoder().items()}
-
-
-def _uses_backend_only(tokenizer: Any) -> bool:
+def uses_backend_only(tokenizer: Any) -> bool:
     """Whether a call of the tokenizer does nothing to a text beyond what its `tokenizers.Tokenizer` does."""
     kinds = type(tokenizer).__mro__
     if PreTrainedTokenizerFast not in kinds:

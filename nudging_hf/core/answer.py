@@ -26,6 +26,7 @@ _MAX_CHUNK_CHARACTERS = _CHUNK_CHARACTERS + _CONTEXT_CHARACTERS  # A chunk is no
 _MAX_CHARACTER_BYTES = 4  # In UTF-8.
 _MAX_ENDS_TRIED = 16  # This many places are tried as the end of a chunk without spaces.
 _MAX_CLUSTER_CHARACTERS = 16  # A longer cluster (a letter with accents, a joined emoji) may be cut.
+_FIRST_COMPARED = slice(1000, 1100)  # These ids of two vocabularies are compared before all others.
 _ZERO_WIDTH_JOINER = "\u200d"  # It joins emoji into one.
 
 
@@ -97,11 +98,23 @@ class _Answer:
 
 
 class OneVocabulary(_Answer):
-    """An answer of two models that share one vocabulary: both read the same ids."""
+    """An answer of two models that share one vocabulary: both read the same ids.
+
+    The nudging model does not read the control tokens that the base has drawn: they could end a turn of its chat.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._nudging_ids: list[int] = []
+
+    def append(self, token: int) -> None:
+        super().append(token)
+        if token not in self.nudging_vocabulary.control:
+            self._nudging_ids.append(token)
 
     def nudging_ids(self) -> list[int]:
-        """The answer so far in the nudging model's vocabulary."""
-        return self.ids
+        """The answer so far in the nudging model's vocabulary. The list changes as the answer grows."""
+        return self._nudging_ids
 
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
         """Splits a lookahead into words. A split inside a token moves to its start, but not to the first token's."""
@@ -145,6 +158,8 @@ class TwoVocabularies(_Answer):
         self._nudging_ids: list[int] = []  # The ids of the chunks, then those of the text after them.
         self._num_chunk_ids = 0
         self._is_stale = False
+        self.vocabulary.announce_losses()
+        self.nudging_vocabulary.announce_losses()
 
     def append(self, token: int) -> None:
         super().append(token)
@@ -170,7 +185,7 @@ class TwoVocabularies(_Answer):
             word = to_text(text[start:end])
             ids = tuple(self.vocabulary.encode_after(context, word))
             if ids or (end == len(text) and words):
-                self.vocabulary.warn_if_lossy(word, ids, "write")
+                self.vocabulary.warn_if_lossy(word, ids)
                 words.append(Word(word, ids))
                 context += word
                 if len(context) > 2 * _CHUNK_CHARACTERS:
@@ -206,7 +221,7 @@ class TwoVocabularies(_Answer):
         """Encodes the text from the last chunk's end to the byte `end`, and replaces the ids after the chunks."""
         text = to_text(bytes(self.text[self._chunks_end : end]))
         ids = self.nudging_vocabulary.encode_after(self._nudging_context_at(self._chunks_end), text) if text else []
-        self.nudging_vocabulary.warn_if_lossy(text, ids, "read")
+        self.nudging_vocabulary.warn_if_lossy(text, ids)
         self._nudging_ids[self._num_chunk_ids :] = ids
 
     def _nudging_context_at(self, place: int) -> str:
@@ -263,7 +278,11 @@ def answer_class(
     They can if the nudging model's vocabulary contains the base's with the same ids and adds only control tokens,
     because control tokens are never exchanged.
     """
-    ours, theirs = vocabulary.tokenizer.get_vocab(), nudging_vocabulary.tokenizer.get_vocab()
+    tokenizer, nudging_tokenizer = vocabulary.tokenizer, nudging_vocabulary.tokenizer
+    few = [token for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))[_FIRST_COMPARED])) if token]
+    if nudging_tokenizer.convert_tokens_to_ids(few) != tokenizer.convert_tokens_to_ids(few):
+        return TwoVocabularies  # A few tokens tell most vocabularies apart, in a fraction of the time.
+    ours, theirs = tokenizer.get_vocab(), nudging_tokenizer.get_vocab()
     holds = all(theirs.get(token) == i for token, i in ours.items())
     extra_is_control = all(i in nudging_vocabulary.control for token, i in theirs.items() if token not in ours)
     return OneVocabulary if holds and extra_is_control else TwoVocabularies

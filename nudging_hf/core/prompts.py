@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-# These marks end the reasoning before an answer. The templates of reasoning models (Qwen3, DeepSeek-R1, EXAONE-Deep,
-# Seed-OSS) leave the reasoning out of earlier answers, because the models were trained so.
-_REASONING_END_MARKS = ("</think>", "</thought>", "</seed:think>")
+from .control_tokens import REASONING_END_MARKS
+from .prompt_guard import PromptGuard
+
 # Some templates (SmolLM3's, Nemotron's) obey these switches in a message and remove them from its text.
 _TEMPLATE_SWITCHES = ("/think", "/no_think", "/system_override")
 # A template must not change these characters. It may change white space and escape the others.
@@ -89,14 +89,32 @@ def nudging_prompts(
         return [list(prompt) for prompt in prompts]
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     if not nudging_tokenizer.chat_template:
-        return [nudging_tokenizer(text).input_ids for text in texts]
+        return [guarded_ids(nudging_tokenizer, [text], "".join) for text in texts]
     return [templated_ids(nudging_tokenizer, [{"role": "user", "content": text}]) for text in texts]
+
+
+def guarded_ids(tokenizer: Any, contents: Sequence[str], fill_in: Callable[[list[str]], str]) -> list[int]:
+    """Encodes a plain prompt, with the tokens that the tokenizer adds to a text, such as BOS.
+
+    Control tokens that a content spells out are encoded as text, and those of the prompt around it are kept.
+
+    Args:
+        tokenizer: the tokenizer of the model that reads the prompt.
+        contents: what users have written.
+        fill_in: makes the prompt from the contents.
+    """
+    guard = PromptGuard(tokenizer, contents)
+    if not guard.is_needed:
+        return tokenizer(fill_in(list(contents)))["input_ids"]
+    return guard.encode(fill_in([guard.broken(content) for content in contents]), add_special_tokens=True)
 
 
 def templated_ids(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
     """Applies the nudging model's chat template to messages and checks that the result has each message's content.
+
+    Control tokens that a content spells out are encoded as text.
 
     A template may change white space, escape quotation marks and angle brackets, and leave the reasoning out of an
     earlier answer. Some templates of multimodal models cannot read a content that is a string. They get it as a list
@@ -112,16 +130,18 @@ def templated_ids(
 
     Raises:
         TemplateRefusal: if the template raises an error for these messages, or leaves out a content.
+        ValueError: if the tokenizer can encode a spelling only as the control token that it spells.
     """
     kwargs = dict(template_kwargs or {})
+    guard = PromptGuard(tokenizer, [message["content"] for message in messages])
     order = _find_content_order(tokenizer, messages, kwargs)
-    given: Sequence[Mapping[str, Any]] = messages
+    given: Sequence[Mapping[str, Any]] = [{**each, "content": guard.broken(each["content"])} for each in messages]
     if order == ():
-        in_parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
+        in_parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in given]
         if in_order := _find_content_order(tokenizer, in_parts, kwargs):
             order, given = in_order, in_parts
     text = _render(tokenizer, given, kwargs)
-    for i in _missing_messages(messages, text, order):
+    for i in _missing_messages(messages, guard.mended(text), order):
         content = messages[i]["content"]
         raise TemplateRefusal(
             f"The nudging model's chat template leaves out the content of message {i + 1} of {len(messages)}, of role "
@@ -129,6 +149,13 @@ def templated_ids(
             "`nudging_tokenizer.chat_template` to one that writes every message, or give the nudging model's prompt "
             "as `nudging_input_ids`."
         )
+    if guard.is_needed:
+        if refused := sorted(kwargs.keys() & _ENCODING_KWARGS - {"sanitize_control_tokens"}):
+            raise ValueError(
+                "A message spells out a control token, which is encoded as text, and then the chat template takes no "
+                f"`{refused[0]}`: leave it out."
+            )
+        return guard.encode(text, add_special_tokens=False)
     if kwargs.keys() & _ENCODING_KWARGS or not _uses_standard_encoding(tokenizer):
         encoded = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True, **kwargs)
     else:  # The same, without rendering the messages a second time.
@@ -155,7 +182,7 @@ def _missing_messages(messages: Sequence[Mapping[str, str]], text: str, order: t
         content, role = messages[i]["content"], messages[i]["role"]
         wanted = [content]
         if role == "assistant":
-            wanted += [content.rpartition(mark)[2] for mark in _REASONING_END_MARKS if mark in content]
+            wanted += [content.rpartition(mark)[2] for mark in REASONING_END_MARKS if mark in content]
         ends = [at for each in wanted if (at := _find_end(each, text, 0 if order is None else end)) is not None]
         if ends:
             found.add(i)

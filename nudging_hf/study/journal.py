@@ -72,7 +72,7 @@ class Journal:
         try:
             before, *rows = [json.loads(line) for line in whole.splitlines()]
             self._results = {_text(row["key"]): row["result"] for row in rows}
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self._no_journal() from error
         if not isinstance(before, dict):
             raise self._no_journal()

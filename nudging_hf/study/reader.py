@@ -15,7 +15,7 @@ from ..core.config import NudgingConfig
 from ..core.gate import top1_probabilities
 from ..core.transformers_private import end_tokens, input_device, plain_generate
 from ..core.vocabulary import Vocabulary
-from ..encoded_chats import chat_inputs, padded
+from ..encoded_chats import chat_inputs, padded, plain_ids
 from ..pair import Pair, load_model
 from ..provenance import Alternative, Piece, count_nudged_words, pieces_of, spans, text_of
 from .prompts import Prompt
@@ -124,7 +124,9 @@ class Reader:
         if self._chat:
             inputs = chat_inputs(prompt.messages, self.tokenizer, self.tokenizer)
             return inputs["nudging_input_ids"][0].tolist()
-        return self.tokenizer(self.base_prompt(prompt))["input_ids"]
+        if prompt.prompt is not None:
+            return self.tokenizer(prompt.prompt)["input_ids"]
+        return plain_ids(self.tokenizer, prompt.messages, self._base_template)
 
     def padded_prompts(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and attention mask of shape (batch, length), on the device where the model reads them."""
