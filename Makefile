@@ -6,12 +6,15 @@
 #   BENCH    further arguments of the benchmark, as in `make bench BENCH=--quick`
 #   HOSTS    the versions of transformers that `make test-hosts` runs on
 #   VLLM     the version of vLLM that `make test-engines` runs on
+#   MUTANTS  words of the rules that `make mutants` breaks; all if it is empty
+#   SECONDS  how long `make fuzz` fuzzes each of its targets
 
 PYTHON ?= python3
 VENV ?= .venv
 EVAL ?= build/eval-demo
 HOSTS ?= 5.12.0 5.16.1 5.19.0 5.20.2 5.23.0 5.24.0
 VLLM ?= 0.32.0
+SECONDS ?= 300
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,7 +25,7 @@ HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow test-hosts test-engines demo eval-demo bench hub format clean
+.PHONY: help venv test test-slow test-long test-hosts test-engines mutants fuzz demo eval-demo bench hub format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +78,15 @@ $(VENV)-vllm/%/.installed: setup.cfg pyproject.toml
 	$(VENV)-vllm/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VENV)-vllm/$*/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
+
+mutants: $(STAMP) ## break each rule of the algorithm by hand: a test must fail each time; takes half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)
+
+# The fuzzer has no build for some systems, so it is an extra of its own.
+fuzz: $(STAMP) ## fuzz the algorithm and the bridge between vocabularies, as in make fuzz SECONDS=60
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py rounds $(SECONDS)
+	$(BIN)/python tests/fuzz/run.py bridge $(SECONDS)
 
 demo: $(STAMP) ## see nudging at work, on a CPU
 	$(BIN)/nudging-hf demo
