@@ -8,6 +8,7 @@ import threading
 from itertools import pairwise
 from typing import ClassVar
 
+import oracle
 import pytest
 import tiny
 from hypothesis import example, given, settings
@@ -174,6 +175,51 @@ def test_with_one_vocabulary_splits_move_to_the_start_of_a_token():
         assert [token for word in words for token in word.ids] == ids
         assert all(word.ids for word in words)
         assert not any(word.is_empty for word in words[1:-1])
+
+
+def ordinary_ids(tokens: Vocabulary, draw: random.Random, length: int) -> list[int]:
+    """Random ids that are no control tokens. Half of them have a space."""
+    ids = [i for i in range(len(tokens.tokenizer)) if tokens.bytes_of(i) and i not in tokens.control]
+    with_space = [i for i in ids if b" " in tokens.bytes_of(i)]
+    return [draw.choice(with_space if draw.random() < 0.5 else ids) for _ in range(length)]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_with_one_vocabulary_words_are_those_of_the_rule(name):
+    row, draw = answer(name, name, OneVocabulary), random.Random(name)
+    for _ in range(200):
+        ids = ordinary_ids(row.vocabulary, draw, draw.randint(1, 9))
+        words = [list(word.ids) for word in row.words(ids)]
+        assert words == oracle.words_of_tokens(row.vocabulary.tokenizer, ids)
+
+
+@pytest.mark.parametrize(("name", "nudging_name"), [("byte_bpe", "unigram"), ("metaspace_bpe", "other_byte_bpe")])
+def test_each_text_is_encoded_after_the_text_before_it(name, nudging_name):
+    """Before it are the prompt, from its last control token on, the answer, and the words before it."""
+    ours, theirs, draw = vocabulary(name), vocabulary(nudging_name), random.Random(name)
+    texts = [piece for line in tiny.CORPUS[:3] for piece in split(line)]
+    for _ in range(60):
+        prompts = []
+        for tokens in (ours, theirs):
+            ids = tokens.encode_after("", "".join(draw.sample(texts, 2)))
+            ids.insert(draw.randint(0, len(ids)), tokens.tokenizer.eos_token_id)
+            prompts.append(ids)
+        row = TwoVocabularies(ours, theirs, *prompts)
+        for _ in range(4):
+            left = [
+                oracle.text_of(tokens.tokenizer, oracle.after_last_control(tokens.tokenizer, prompt))
+                for tokens, prompt in zip((ours, theirs), prompts, strict=True)
+            ]
+            written = oracle.text_of(ours.tokenizer, row.ids)
+            assert row.nudging_ids() == oracle.encode_in_context(theirs.tokenizer, left[1], written)
+            lookahead = theirs.encode_after("a", "".join(draw.sample(texts, 3))[draw.randint(0, 2) :])
+            left[0] += written
+            words = row.words(lookahead)
+            for word in words:
+                assert list(word.ids) == oracle.encode_in_context(ours.tokenizer, left[0], word.text)
+                left[0] += word.text
+            for token in words[0].ids:
+                row.append(token)
 
 
 def test_an_emoji_split_over_tokens_is_one_unfinished_word():

@@ -2,8 +2,11 @@
 
 from collections import Counter
 
+import pytest
 import torch
 from running import padded
+from scripted import ScriptedLM
+from tiny import byte_bpe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -92,6 +95,30 @@ def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
     monkeypatch.setattr(NudgedDecoder, "_read", read_too_kindly)
     statistic, bound = chi_square(undrafted, sampled(4, seed=2))
     assert statistic > bound
+
+
+@pytest.mark.parametrize("threshold", [0, 1.01], ids=["base", "nudging model"])
+def test_each_row_and_each_place_has_a_draw_of_its_own(threshold):
+    """Each model has the same flat distribution everywhere."""
+    tokenizer = byte_bpe()
+    base, nudging_model = (ScriptedLM(tokenizer, lambda ids: (40, 1 / len(tokenizer))) for _ in range(2))
+    nudging_model.generation_config.do_sample = True
+    answers = nudging_hf.generate(
+        base,
+        torch.tensor([[5]]),
+        nudging_model=nudging_model,
+        tokenizer=tokenizer,
+        nudging_tokenizer=tokenizer,
+        nudge_threshold=threshold,
+        takeover_on_agreement=False,
+        do_sample=True,
+        use_cache=False,
+        max_new_tokens=30,
+        num_return_sequences=3,
+    )[:, 1:].tolist()
+    for i in range(4):  # Also where one answer has just one token more or less than another.
+        assert len({tuple(ids[i:][:10]) for ids in answers} | {tuple(ids[i + 1 :][:10]) for ids in answers}) == 6
+    assert all(len(set(ids)) > 12 for ids in answers)
 
 
 def test_a_draw_has_the_distribution_of_its_scores():
