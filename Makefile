@@ -7,6 +7,8 @@
 #   HOSTS    the versions of transformers that `make test-hosts` runs on
 #   VLLM     the version of vLLM that `make test-engines` runs on
 #   MUTANTS  words of the rules that `make mutants` breaks; all if it is empty
+#   CASES    how many cases `make test-long` tries
+#   SEED     the seed of these cases
 #   SECONDS  how long `make fuzz` fuzzes each of its targets
 
 PYTHON ?= python3
@@ -14,6 +16,8 @@ VENV ?= .venv
 EVAL ?= build/eval-demo
 HOSTS ?= 5.12.0 5.16.1 5.19.0 5.20.2 5.23.0 5.24.0
 VLLM ?= 0.32.0
+CASES ?= 10000
+SEED ?= 0
 SECONDS ?= 300
 
 BIN := $(VENV)/bin
@@ -49,6 +53,10 @@ test: $(STAMP) ## run ruff, mypy and the tests, in some minutes
 
 test-slow: $(STAMP) ## run the tests that `make test` leaves out: every architecture of transformers, in some minutes
 	$(BIN)/python -m pytest -m slow
+
+# A run that was broken off goes on. CASES and SEED say how many cases, and which.
+test-long: $(STAMP) ## try the laws on ten thousand random cases, in some hours; goes on where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python tests/long_run.py --cases $(CASES) --seed $(SEED)
 
 test-hosts: $(HOSTS:%=test-host-%) ## run the tests that use transformers with each version of HOSTS
 

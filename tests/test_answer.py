@@ -193,7 +193,10 @@ def test_with_one_vocabulary_words_are_those_of_the_rule(name):
         assert words == oracle.words_of_tokens(row.vocabulary.tokenizer, ids)
 
 
-@pytest.mark.parametrize(("name", "nudging_name"), [("byte_bpe", "unigram"), ("metaspace_bpe", "other_byte_bpe")])
+@pytest.mark.parametrize(
+    ("name", "nudging_name"),
+    [("byte_bpe", "unigram"), ("other_byte_bpe", "wordpiece"), ("wordpiece", "metaspace_bpe")],
+)
 def test_each_text_is_encoded_after_the_text_before_it(name, nudging_name):
     """Before it are the prompt, from its last control token on, the answer, and the words before it."""
     ours, theirs, draw = vocabulary(name), vocabulary(nudging_name), random.Random(name)
@@ -218,7 +221,7 @@ def test_each_text_is_encoded_after_the_text_before_it(name, nudging_name):
             for word in words:
                 assert list(word.ids) == oracle.encode_in_context(ours.tokenizer, left[0], word.text)
                 left[0] += word.text
-            for token in words[0].ids:
+            for token in words[0].ids if words else ():
                 row.append(token)
 
 
@@ -227,6 +230,17 @@ def test_an_emoji_split_over_tokens_is_one_unfinished_word():
     ids = row.nudging_vocabulary.encode_after("a", " 😀")
     states = [row.is_one_unfinished_word(ids[:n]) for n in range(1, len(ids) + 1)]
     assert states[-1] is False and any(states[:-1])
+    assert not row.is_one_unfinished_word([*row.nudging_vocabulary.encode_after("a", "a b"), *ids[:-1]])
+
+
+def test_an_answer_ends_inside_a_character_until_its_last_token():
+    row = answer("byte_bpe", "other_byte_bpe")
+    ids = row.vocabulary.encode_after("a", "😀")
+    inside = []
+    for token in ids:
+        row.append(token)
+        inside.append(row.inside_character)
+    assert inside == [True] * (len(ids) - 1) + [False] and len(ids) > 1
 
 
 def test_models_exchange_ids_only_if_the_ids_mean_the_same():
@@ -464,12 +478,12 @@ def test_the_users_padding_and_truncation_are_ignored_and_kept():
 def test_a_tokenizer_that_does_more_than_its_backend_is_copied_whole():
     class Shouting(PreTrainedTokenizerFast):
         def _encode_plus(self, text, *args, **kwargs):
-            return super()._encode_plus(text.upper(), *args, **kwargs)
+            return super()._encode_plus(text.replace("the", "THE"), *args, **kwargs)
 
     tokenizer = Shouting(tokenizer_object=copy.deepcopy(tiny.byte_bpe().backend_tokenizer), eos_token="<eos>")
     before = state_of(tokenizer)
     tokens = Vocabulary(tokenizer)
-    assert tokens.join(tokens.encode_after("", "the <eos>")) == b"THE <EOS>"
+    assert tokens.join(tokens.encode_after("", "the <eos>")) == b"THE <eos>"
     assert state_of(tokenizer) == before
 
 
