@@ -144,6 +144,13 @@ def test_a_draw_is_a_function_of_its_key():
     assert len({choose(torch.zeros(1, 1000), [key])[0].item() for key in range(20)}) > 15
 
 
+def test_a_greedy_row_takes_the_greatest_score_beside_a_row_that_samples():
+    """Also where the probabilities of two scores are the same number."""
+    scores = torch.tensor([[0.1, 0.1], [0.0, 0.0]])
+    scores[0, 1] = torch.nextafter(scores[0, 1], torch.tensor(1.0))
+    assert choose(scores, [None, 5])[0][0] == choose(scores, [None, None])[0][0] == 1
+
+
 def test_keys_mix_well():
     assert len({fold_in(a, b) for a in range(100) for b in range(100)}) == 10000
     assert fold_in(1, 2) != fold_in(2, 1)
