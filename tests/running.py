@@ -146,6 +146,34 @@ def decode_in_every_way(
     return answers[0]
 
 
+def state_of(pair: Pair) -> list[Any]:
+    """The state of the user's objects, and of torch in this thread, that a call might change."""
+    tokenizers = [pair.tokenizer, pair.nudging_tokenizer]
+    models = [pair.base, pair.nudging_model]
+    return [
+        *[(t.backend_tokenizer.encode_special_tokens, t.padding_side, t.truncation_side) for t in tokenizers],
+        *[(t.backend_tokenizer.padding, t.backend_tokenizer.truncation) for t in tokenizers],
+        *[(id(m.generation_config), dict(vars(m.generation_config)), m.training) for m in models],
+        *[{**vars(m.config), "dtype": None} for m in models],
+        *[_attributes(part) for m in models for part in m.modules()],
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+    ]
+
+
+def _attributes(part: torch.nn.Module) -> dict[str, Any]:
+    """What a module is made of: its attributes, and the names in its tables of hooks, parameters and parts.
+
+    Where transformers keeps the length of its last static cache is left out.
+    """
+    return {
+        name: tuple(value) if isinstance(value, dict) else id(value)
+        for name, value in vars(part).items()
+        if name != "_previous_max_cache_length"
+    }
+
+
 class ForbidTokens(LogitsProcessor):
     """A logits processor as a caller may write it: it forbids the tokens that a function of the answer's ids returns.
 

@@ -7,6 +7,7 @@ import threading
 from itertools import pairwise
 from typing import ClassVar
 
+import oracle
 import pytest
 import tiny
 from hypothesis import example, given, settings
@@ -176,11 +177,70 @@ def test_with_one_vocabulary_splits_move_to_the_start_of_a_token():
         assert not any(word.is_empty for word in words[1:-1])
 
 
+def ordinary_ids(tokens: Vocabulary, draw: random.Random, length: int) -> list[int]:
+    """Random ids that are no control tokens. Half of them have a space."""
+    ids = [i for i in range(len(tokens.tokenizer)) if tokens.bytes_of(i) and i not in tokens.control]
+    with_space = [i for i in ids if b" " in tokens.bytes_of(i)]
+    return [draw.choice(with_space if draw.random() < 0.5 else ids) for _ in range(length)]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_with_one_vocabulary_words_are_those_of_the_rule(name):
+    row, draw = answer(name, name, OneVocabulary), random.Random(name)
+    for _ in range(200):
+        ids = ordinary_ids(row.vocabulary, draw, draw.randint(1, 9))
+        words = [list(word.ids) for word in row.words(ids)]
+        assert words == oracle.words_of_tokens(row.vocabulary.tokenizer, ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "nudging_name"),
+    [("byte_bpe", "unigram"), ("other_byte_bpe", "wordpiece"), ("wordpiece", "metaspace_bpe")],
+)
+def test_each_text_is_encoded_after_the_text_before_it(name, nudging_name):
+    """Before it are the prompt, from its last control token on, the answer, and the words before it."""
+    ours, theirs, draw = vocabulary(name), vocabulary(nudging_name), random.Random(name)
+    texts = [piece for line in tiny.CORPUS[:3] for piece in split(line)]
+    for _ in range(60):
+        prompts = []
+        for tokens in (ours, theirs):
+            ids = tokens.encode_after("", "".join(draw.sample(texts, 2)))
+            ids.insert(draw.randint(0, len(ids)), tokens.tokenizer.eos_token_id)
+            prompts.append(ids)
+        row = TwoVocabularies(ours, theirs, *prompts)
+        for _ in range(4):
+            left = [
+                oracle.text_of(tokens.tokenizer, oracle.after_last_control(tokens.tokenizer, prompt))
+                for tokens, prompt in zip((ours, theirs), prompts, strict=True)
+            ]
+            written = oracle.text_of(ours.tokenizer, row.ids)
+            assert row.nudging_ids() == oracle.encode_in_context(theirs.tokenizer, left[1], written)
+            lookahead = theirs.encode_after("a", "".join(draw.sample(texts, 3))[draw.randint(0, 2) :])
+            left[0] += written
+            words = row.words(lookahead)
+            for word in words:
+                assert list(word.ids) == oracle.encode_in_context(ours.tokenizer, left[0], word.text)
+                left[0] += word.text
+            for token in words[0].ids if words else ():
+                row.append(token)
+
+
 def test_an_emoji_split_over_tokens_is_one_unfinished_word():
     row = answer("byte_bpe", "other_byte_bpe")
     ids = row.nudging_vocabulary.encode_after("a", " 😀")
     states = [row.is_one_unfinished_word(ids[:n]) for n in range(1, len(ids) + 1)]
     assert states[-1] is False and any(states[:-1])
+    assert not row.is_one_unfinished_word([*row.nudging_vocabulary.encode_after("a", "a b"), *ids[:-1]])
+
+
+def test_an_answer_ends_inside_a_character_until_its_last_token():
+    row = answer("byte_bpe", "other_byte_bpe")
+    ids = row.vocabulary.encode_after("a", "😀")
+    inside = []
+    for token in ids:
+        row.append(token)
+        inside.append(row.inside_character)
+    assert inside == [True] * (len(ids) - 1) + [False] and len(ids) > 1
 
 
 def test_models_exchange_ids_only_if_the_ids_mean_the_same():
@@ -418,12 +478,12 @@ def test_the_users_padding_and_truncation_are_ignored_and_kept():
 def test_a_tokenizer_that_does_more_than_its_backend_is_copied_whole():
     class Shouting(PreTrainedTokenizerFast):
         def _encode_plus(self, text, *args, **kwargs):
-            return super()._encode_plus(text.upper(), *args, **kwargs)
+            return super()._encode_plus(text.replace("the", "THE"), *args, **kwargs)
 
     tokenizer = Shouting(tokenizer_object=copy.deepcopy(tiny.byte_bpe().backend_tokenizer), eos_token="<eos>")
     before = state_of(tokenizer)
     tokens = Vocabulary(tokenizer)
-    assert tokens.join(tokens.encode_after("", "the <eos>")) == b"THE <EOS>"
+    assert tokens.join(tokens.encode_after("", "the <eos>")) == b"THE <eos>"
     assert state_of(tokenizer) == before
 
 

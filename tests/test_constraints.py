@@ -276,7 +276,7 @@ def test_soft_processors_shape_the_base_alone():
     given = prompts(chosen, 2, 1)
     settings = {"max_new_tokens": 24, "nudge_threshold": 1.01, "takeover_on_agreement": False}
     free = nudge(chosen, *given, **settings)
-    biased = {"repetition_penalty": 2.0, "sequence_bias": [[[50], 9.0]], "do_sample": True, "top_k": 1}
+    biased = {"repetition_penalty": 2.0, "sequence_bias": [[[50], 9.0]], "do_sample": True, "top_k": 1, "top_p": 0.3}
     eos = chosen.tokenizer.eos_token_id
     for with_penalty, without in zip(nudge(chosen, *given, **settings, **biased), free, strict=True):
         n = min(len(with_penalty.ids), len(without.ids))

@@ -105,6 +105,19 @@ def test_a_stop_token_that_is_the_nudging_models_eos_ends_the_answer_with_itself
     assert found
 
 
+def test_the_base_writes_none_of_its_eos_tokens():
+    chosen = pair("llama", 0, "shared")
+    prompt, nudging_prompt = ([each] for (each,) in prompts(chosen, 1, 0))
+    settings = {"max_new_tokens": 24, "nudge_threshold": 0.2}
+    [free] = nudge(chosen, prompt, nudging_prompt, **settings)
+    often = sorted({token for token, nudged in zip(free.ids, free.nudged, strict=True) if not nudged})
+    with changed(chosen.base.generation_config, eos_token_id=[chosen.tokenizer.eos_token_id, *often]):
+        [result] = nudge(chosen, prompt, nudging_prompt, **settings)
+        expected = decode_with_oracle(chosen, prompt[0], nudging_prompt[0], **settings)
+    assert outcomes([result]) == outcomes([expected])
+    assert not {t for t, nudged in zip(result.ids[:-1], result.nudged, strict=False) if not nudged} & set(often)
+
+
 def test_the_nudging_model_also_ends_with_its_tokenizers_eos():
     """It still ends its answers if its generation config names another token as EOS."""
     chosen = pair("llama", 0, "shared")

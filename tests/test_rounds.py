@@ -72,6 +72,16 @@ def test_agreement_takes_over_where_the_base_is_unsure():
     assert run(*script, on_agreement=False)[1][:4] == ["lookahead", ("A", "nudging"), "verdict", (" b", "nudging")]
 
 
+def test_agreement_includes_the_space_before_a_word():
+    """Here the base would continue the word before, or begin a word after two spaces."""
+    for token in ("b", "  b"):
+        algorithm = rounds(True)
+        algorithm.send(None)
+        algorithm.send(Lookahead(words("A| b| c"), False))
+        algorithm.send(None)
+        assert algorithm.send(Verdict(7, token, False, False, False)) == Accept((32, 98), True)
+
+
 def test_the_last_word_is_asked_about_and_never_accepted():
     text, log, _ = run({"": "A| b", "A": EOS}, {"A": ("z", 0.1)})
     assert (text, log) == ("A", ["lookahead", ("A", "nudging"), "verdict", "lookahead"])

@@ -2,14 +2,18 @@
 
 from collections import Counter
 
+import pytest
 import torch
 from running import padded
+from scripted import ScriptedLM
+from tiny import byte_bpe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import nudging_hf
 from nudging_hf.core.decoding import NudgedDecoder
 from nudging_hf.core.sampling import choose, fold_in
+from nudging_hf.core.vocabulary import Vocabulary
 
 VOCABULARY = ["<eos>", "<pad>", " a", " b", " c", " d", "e", "f"]
 ROWS, ROUNDS, LENGTH = 500, 2, 4
@@ -94,6 +98,32 @@ def test_the_statistic_finds_a_wrong_acceptance_rule(monkeypatch):
     assert statistic > bound
 
 
+@pytest.mark.parametrize("threshold", [0, 1.01], ids=["base", "nudging model"])
+def test_each_row_and_each_place_has_a_draw_of_its_own(threshold):
+    """The model that writes has the same flat distribution everywhere. Where the base does, it is asked at once."""
+    tokenizer = byte_bpe()
+    flat, word = 1 / len(tokenizer), Vocabulary(tokenizer).encode_after("a", " the")[0]
+    base = ScriptedLM(tokenizer, lambda ids: (word, flat))
+    nudging_model = ScriptedLM(tokenizer, lambda ids: (word, flat if threshold > 1 else 1 - 1e-9))
+    nudging_model.generation_config.do_sample = True
+    answers = nudging_hf.generate(
+        base,
+        torch.tensor([[5]]),
+        nudging_model=nudging_model,
+        tokenizer=tokenizer,
+        nudging_tokenizer=tokenizer,
+        nudge_threshold=threshold,
+        takeover_on_agreement=False,
+        do_sample=True,
+        use_cache=False,
+        max_new_tokens=30,
+        num_return_sequences=3,
+    )[:, 1:].tolist()
+    for i in range(1, 4):  # Also where one answer has just one token more or less than another.
+        assert len({tuple(ids[i:][:10]) for ids in answers} | {tuple(ids[i + 1 :][:10]) for ids in answers}) == 6
+    assert all(len(set(ids)) > 12 for ids in answers)
+
+
 def test_a_draw_has_the_distribution_of_its_scores():
     scores = torch.tensor([1.0, 0.0, -1.0, 2.0, float("-inf")])
     draws = 20000
@@ -112,6 +142,13 @@ def test_a_draw_is_a_function_of_its_key():
     assert tokens.tolist() == [choose(scores[i : i + 1], [keys[i]])[0].item() for i in range(4)]
     assert tokens[1] == scores[1].argmax() and torch.equal(best, scores.amax(dim=-1))
     assert len({choose(torch.zeros(1, 1000), [key])[0].item() for key in range(20)}) > 15
+
+
+def test_a_greedy_row_takes_the_greatest_score_beside_a_row_that_samples():
+    """Also where the probabilities of two scores are the same number."""
+    scores = torch.tensor([[0.1, 0.1], [0.0, 0.0]])
+    scores[0, 1] = torch.nextafter(scores[0, 1], torch.tensor(1.0))
+    assert choose(scores, [None, 5])[0][0] == choose(scores, [None, None])[0][0] == 1
 
 
 def test_keys_mix_well():

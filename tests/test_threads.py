@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny
 import torch
-from running import inputs_of
+from running import inputs_of, state_of
 from transformers import GenerationMixin
 
 import nudging_hf
@@ -30,19 +30,6 @@ def _frequent_thread_switches():
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(usual)
-
-
-def state_of(pair):
-    """The state of the user's objects that a call might change."""
-    tokenizers = [pair.tokenizer, pair.nudging_tokenizer]
-    models = [pair.base, pair.nudging_model]
-    return [
-        *[(t.backend_tokenizer.encode_special_tokens, t.padding_side, t.truncation_side) for t in tokenizers],
-        *[(t.backend_tokenizer.padding, t.backend_tokenizer.truncation) for t in tokenizers],
-        *[(id(m.generation_config), dict(vars(m.generation_config)), m.training) for m in models],
-        *[{**vars(m.config), "dtype": None} for m in models],
-        torch.is_inference_mode_enabled(),
-    ]
 
 
 class Watch(threading.Thread):
