@@ -193,9 +193,7 @@ class NudgedDecoder:
     def _read(self, work: _Read) -> None:
         """Lets the base read each row's answer and draft, and predict at every position that it has not read."""
         rows = work.rows
-        rank_accepted(
-            self.rows
-        )  # Before the pass, so that the logits of the last one need not be kept beside its own.
+        rank_accepted(self.rows)  # Now, so that the last pass's logits need not be kept beside those of this one.
         reads_prompts = not all(len(row.predictions) for row in rows)
         self.drafter.read(self._answer_tokens())
         for row in rows:
