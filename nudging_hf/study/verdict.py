@@ -68,7 +68,8 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         scale, digits = (100, 0) if self.in_points else (1, 2)
-        said = f"{abs(self.gain) * scale:.{digits}f} {'points' if self.in_points else 'grades'}"
+        size = f"{abs(self.gain) * scale:.{digits}f}"
+        said = f"{size} {'point' if self.in_points else 'grade'}{'' if size == '1' else 's'}"
         said += " less" if self.gain < 0 else " more"
         if self.interval is None:
             return f"{said} (on a single answer)"
