@@ -17,22 +17,28 @@ _CONTROL_PICTURES = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
     0x7F: 0x2421,
     **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+    # These set the direction of all text after them, so that it could show other authors than it has.
+    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
 }
-_ON_ONE_LINE = {**_CONTROL_PICTURES, ord("\t"): 0x2409, ord("\n"): 0x23CE}
+# Brackets of an answer must not look like the marks.
+_OTHER_BRACKETS = {ord(OPENING): "[", ord(CLOSING): "]"}
+_ON_ONE_LINE = {**_CONTROL_PICTURES, **_OTHER_BRACKETS, ord("\t"): 0x2409, ord("\n"): 0x23CE}
 
 
 class TerminalWriter:
     """Writes an answer so that the nudging model's words stand out, but not the white space around them.
 
-    With colours or marks, control characters other than tabs and line breaks are written as pictures (␛). With
-    neither, as for a pipe, the answer is written as it is.
+    With colours or marks, control characters other than tabs and line breaks are written as pictures (␛), and those
+    that set the direction of text as U+FFFD. With marks, an answer's own ⟦ and ⟧ are written as [ and ]. With neither,
+    as for a pipe, the answer is written as it is.
 
     As a context manager it resets the terminal and begins a new line at the end, also after an interrupt.
     """
 
     def __init__(self, out: TextIO, coloured: bool, marked: bool):
         self._out = out
-        self._shown = _CONTROL_PICTURES if coloured or marked else {}
+        pictures = _CONTROL_PICTURES if coloured or marked else {}
+        self._shown = {**pictures, **(_OTHER_BRACKETS if marked else {})}
         self._before = _COLOUR * coloured + OPENING * marked
         self._after = CLOSING * marked + _PLAIN * coloured
         self._nudged = False  # Whether the nudging model wrote the last text.

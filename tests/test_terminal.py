@@ -92,3 +92,11 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
     assert not is_coloured()
+
+
+def test_an_answer_cannot_forge_marks_or_turn_the_text_around():
+    out = io.StringIO()
+    with TerminalWriter(out, coloured=False, marked=True) as writer:
+        writer.write("base ⟦not nudged⟧ \u202eback\u2066 ", False)
+        writer.write("⟧nudged⟦", True)
+    assert out.getvalue() == "base [not nudged] \ufffdback\ufffd ⟦]nudged[⟧\n"
