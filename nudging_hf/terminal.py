@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 OPENING, CLOSING = "⟦", "⟧"
 _COLOUR, _PLAIN = "\033[1;32m", "\033[0m"
 # A control character in an answer could move the cursor or worse, so its picture is written in its place.
-_CONTROL_PICTURES = {
+_CONTROL_PICTURES: dict[int, int | str] = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
     0x7F: 0x2421,
     **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
@@ -21,7 +21,7 @@ _CONTROL_PICTURES = {
     **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
 }
 # Brackets of an answer must not look like the marks.
-_OTHER_BRACKETS = {ord(OPENING): "[", ord(CLOSING): "]"}
+_OTHER_BRACKETS: dict[int, int | str] = {ord(OPENING): "[", ord(CLOSING): "]"}
 _ON_ONE_LINE = {**_CONTROL_PICTURES, **_OTHER_BRACKETS, ord("\t"): 0x2409, ord("\n"): 0x23CE}
 
 
@@ -37,8 +37,11 @@ class TerminalWriter:
 
     def __init__(self, out: TextIO, coloured: bool, marked: bool):
         self._out = out
-        pictures = _CONTROL_PICTURES if coloured or marked else {}
-        self._shown = {**pictures, **(_OTHER_BRACKETS if marked else {})}
+        self._shown: dict[int, int | str] = {}
+        if coloured or marked:
+            self._shown |= _CONTROL_PICTURES
+        if marked:
+            self._shown |= _OTHER_BRACKETS
         self._before = _COLOUR * coloured + OPENING * marked
         self._after = CLOSING * marked + _PLAIN * coloured
         self._nudged = False  # Whether the nudging model wrote the last text.
