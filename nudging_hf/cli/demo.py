@@ -21,6 +21,7 @@ from .arguments import (
     loading_bars,
     warn_of_threshold,
 )
+from .files import refuse_missing_folders, versions, write_json
 
 if TYPE_CHECKING:
     from ..study.comparison import Models, Result
@@ -51,8 +52,7 @@ def run(args: argparse.Namespace) -> None:
     questions with known answers, how often each of them is right."""
     began = time.monotonic()
     warn_of_threshold(NudgingConfig(nudge_threshold=args.threshold))  # One out of range is refused now.
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {args.json.parent}.")
+    refuse_missing_folders({"--json": args.json})
     folder = args.pair if args.pair is not None else demo.find_folder()
     questions = demo.read_questions(folder)
     examples = first_of_each_task(questions, args.examples)
@@ -142,8 +142,6 @@ def _compare(models: Models, questions: Sequence[Prompt], args: argparse.Namespa
 
 
 def _write_json(folder: Path, results: Sequence[Result], seconds: float, args: argparse.Namespace) -> None:
-    from .files import versions, write_json
-
     report = {
         "pair": str(folder),
         "nudge_threshold": args.threshold,

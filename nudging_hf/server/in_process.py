@@ -21,11 +21,9 @@ from ..core.draft_policy import borrowed_draft_length
 from ..core.drafting import Drafter
 from ..pair import Pair
 from .engine import AnswerFailed, Stats
-from .row_engine import RowEngine
+from .row_engine import POLL_SECONDS, RowEngine
 
 logger = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.02
 
 
 class InProcessEngine(RowEngine):
@@ -73,7 +71,7 @@ class InProcessEngine(RowEngine):
             self._is_over = True
             self._changed.notify_all()
         while self._thread.is_alive():
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     # The thread that makes the forward passes.
 

@@ -31,7 +31,7 @@ from .engine import AnswerFailed, AnswerRequest, Chunk, Logprobs, QueueFull, Tok
 logger = logging.getLogger(__name__)
 
 _SHUTTING_DOWN = "The server is shutting down."
-_POLL_SECONDS = 0.02
+POLL_SECONDS = 0.02
 
 
 class RowEngine(ABC):
@@ -110,7 +110,7 @@ class RowEngine(ABC):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace
         while self._running and loop.time() < deadline:
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         await self._end()
         self._preparation.shutdown(wait=False)
 

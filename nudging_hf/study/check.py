@@ -56,7 +56,7 @@ class Check:
         """One sentence."""
         if problems := self.problems:
             return f"The pair is not in order: {'; '.join(f'{each.subject}: {each.message}' for each in problems)}"
-        ties = sum("near-tie" in each.message for each in self.findings)
+        ties = sum(each.subject in _LAWS and each.level is Level.NOTE for each in self.findings)
         with_ties = f", apart from near-ties in {ties} of {len(_LAWS)} laws" if ties else ""
         return f"The pair is in order: the laws hold in {self.answers} answers{with_ties}."
 
@@ -204,9 +204,12 @@ class _Laws:
             return
         place = common_prefix(one, other)
         margin = _Parting(self.pair, inputs, one[:place], self.config).nearest()
-        if not margin.is_near_tie:
+        told = f"prompt {number + 1} parts at token {place + 1}: {margin}"
+        if margin.is_near_tie:
+            self._differences[law].append(told)
+        else:  # A fault is told before near-ties.
+            self._differences[law].insert(0, told)
             self._faults.add(law)
-        self._differences[law].append(f"prompt {number + 1} parts at token {place + 1}: {margin}")
 
 
 class _Margin(NamedTuple):
