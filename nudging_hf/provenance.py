@@ -171,6 +171,13 @@ def spans_of(output: Any, tokenizer: Any) -> list[list[Span]]:
     return [spans(pieces) for pieces in pieces_of(output, tokenizer)]
 
 
+def add_stretch(stretches: list[tuple[int, int]], start: int, end: int) -> None:
+    """Adds a stretch at the end of others, and joins it to the last one if they touch."""
+    if stretches and stretches[-1][1] == start:
+        start, _ = stretches.pop()
+    stretches.append((start, end))
+
+
 def count_nudged_words(pieces: Iterable[Piece]) -> tuple[int, int]:
     """Counts the words of which the nudging model wrote at least one character, and all words.
 

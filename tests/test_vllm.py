@@ -11,15 +11,17 @@ from running import KINDS, nudge, pair_with_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nudging_hf
+from nudging_hf import provenance
 from nudging_hf.cli import main
 from nudging_hf.core.transformers_private import own_eos_token_ids
 from nudging_hf.hub import plain_chat_template
 from nudging_hf.integrations.described_base import described_base
-from nudging_hf.integrations.vllm import checks
+from nudging_hf.integrations.vllm import checks, reports
 from nudging_hf.integrations.vllm.launch import PLAIN_CHAT_TEMPLATE, vllm_command
 from nudging_hf.integrations.vllm.middleware import NudgingMiddleware
 from nudging_hf.integrations.vllm.nudger import Nudger, Request, Step
 from nudging_hf.integrations.vllm.params import CountPenalties, generate_arguments, validate_params
+from nudging_hf.integrations.vllm.replies import choice_index
 
 
 def sampling_params(**changes):
@@ -241,18 +243,14 @@ def test_count_penalties_are_those_of_openai():
 # Middleware ----------------------------------------------------------------------------------------------------------
 
 
-def call(path: str, body: bytes, nudging, logprobs_mode: str = "raw_logprobs"):
-    """What the middleware passes on, as JSON, or its status and error."""
-    passed, sent = [], []
-
-    async def app(scope, receive, send):
-        message = await receive()
-        assert dict(scope["headers"])[b"content-length"] == str(len(message["body"])).encode()
-        passed.append(message["body"])
-
+def visit(app, path: str, body: bytes, folder, logprobs_mode: str = "raw_logprobs") -> list:
+    """What the middleware sends for a request, with `app` behind it."""
+    sent = []
+    model_config = SimpleNamespace(
+        model=str(folder / "base"), tokenizer=str(folder / "base"), logprobs_mode=logprobs_mode
+    )
     config = SimpleNamespace(
-        additional_config={"nudging": {"model": str(nudging)}},
-        model_config=SimpleNamespace(logprobs_mode=logprobs_mode),
+        additional_config={"nudging": {"model": str(folder / "nudging")}}, model_config=model_config
     )
     scope = {
         "type": "http",
@@ -273,15 +271,31 @@ def call(path: str, body: bytes, nudging, logprobs_mode: str = "raw_logprobs"):
         sent.append(message)
 
     asyncio.run(NudgingMiddleware(app)(scope, receive, send))
-    if passed:
+    return sent
+
+
+def call(path: str, body: bytes, folder, logprobs_mode: str = "raw_logprobs"):
+    """What the middleware passes on, without the report's name, or its status and error."""
+    passed = []
+
+    async def app(scope, receive, send):
+        message = await receive()
+        assert dict(scope["headers"])[b"content-length"] == str(len(message["body"])).encode()
+        passed.append(message["body"])
+
+    sent = visit(app, path, body, folder, logprobs_mode)
+    if not passed:
+        return sent[0]["status"], json.loads(sent[1]["body"])["error"]["message"]
+    said = json.loads(passed[0]) if passed[0][:1] == b"{" else {}
+    if said.get("vllm_xargs", {}).pop(reports.KEY, None) is None:
         return passed[0]
-    return sent[0]["status"], json.loads(sent[1]["body"])["error"]["message"]
+    return json.dumps({name: value for name, value in said.items() if value != {}}).encode()
 
 
 def test_a_chat_takes_along_the_nudging_models_prompt(stored):
     pair, _, folder = stored
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is the name?"}]
-    passed = json.loads(call("/v1/chat/completions", json.dumps({"messages": messages}).encode(), folder / "nudging"))
+    passed = json.loads(call("/v1/chat/completions", json.dumps({"messages": messages}).encode(), folder))
     expected = nudging_hf.chat_inputs(messages, pair.tokenizer, pair.nudging_tokenizer)["nudging_input_ids"][
         0
     ].tolist()
@@ -294,6 +308,7 @@ def test_a_chat_takes_along_the_nudging_models_prompt(stored):
         ("/v1/completions", {"vllm_xargs": {"nudge_treshold": 1}}, "nudge_treshold"),
         ("/v1/completions", {"vllm_xargs": {"nudge_threshold": "x"}}, "nudge_threshold"),
         ("/v1/completions", {"vllm_xargs": [1]}, "vllm_xargs"),
+        ("/v1/completions", {"vllm_xargs": {"nudging_report": "abcdefgh/" + "0" * 32}}, "'nudging_report'"),
         ("/v1/completions", {"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ("/v1/completions", {"use_beam_search": True}, "use_beam_search"),
         ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
@@ -302,14 +317,214 @@ def test_a_chat_takes_along_the_nudging_models_prompt(stored):
     ],
 )
 def test_a_bad_request_is_answered_with_400(path, body, match, stored):
-    status, message = call(path, json.dumps(body).encode(), stored[2] / "nudging")
+    status, message = call(path, json.dumps(body).encode(), stored[2])
     assert status == 400 and match in message
 
 
 @pytest.mark.parametrize("body", [b"no JSON here", b"[1, 2, 3, 4, 5]", b'{"vllm_xargs": {"nudging": 0}, "n": 2}'])
 def test_other_bodies_are_passed_on_unchanged(body, stored):
-    passed = call("/v1/completions", body, stored[2] / "nudging")
+    passed = call("/v1/completions", body, stored[2])
     assert passed == body or json.loads(passed) == json.loads(body)
+
+
+# Who wrote what, and errors ------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """Stands for vLLM behind the middleware: it answers prompts of ids through a `Nudger`, in pieces if it streams.
+
+    Args:
+        edit: what becomes of each text, as stop strings and `echo` change it.
+        spoil: what makes the parameters of the answers that fail.
+    """
+
+    def __init__(self, stored, edit=lambda text: text, spoil=lambda place, params: params):
+        self.pair, _, self.folder = stored
+        self.edit, self.spoil = edit, spoil
+
+    async def __call__(self, scope, receive, send):
+        body = json.loads((await receive())["body"])
+        number, requests = body.get("n", 1), {}
+        for i, prompt in enumerate(body["prompt"]):
+            for j in range(number):
+                params = sampling_params(
+                    temperature=body.get("temperature", 0.0),
+                    seed=body.get("seed", 0) + j,
+                    extra_args=body["vllm_xargs"],
+                )
+                name = f"cmpl-name-of-it-{i}-0a1b2c3d"
+                requests[f"{j}_{name}" if number > 1 else name] = Request(prompt, self.spoil(i * number + j, params))
+        written = answers(nudger_of(self.folder), self.pair.base, requests)
+        texts = [self.edit(self.text(written[name])) for name in requests]
+        if not body.get("stream"):
+            choices = [{"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts)]
+            await self.send(send, b"application/json", [json.dumps({"choices": choices}).encode()])
+        else:
+            await self.send(send, b"text/event-stream", [*self.events(texts), b"data: [DONE]\n\n"])
+
+    def text(self, ids):
+        reader = provenance.PieceReader(self.pair.tokenizer)
+        return provenance.text_of([*(piece for token in ids for piece in reader.read(token, False)), *reader.finish()])
+
+    def events(self, texts):
+        for start in range(0, max(map(len, texts)) + 1, 3):
+            for i, text in enumerate(texts):
+                if start <= len(text):
+                    reason = "stop" if start + 3 > len(text) else None
+                    choice = {"index": i, "text": text[start : start + 3], "finish_reason": reason}
+                    yield b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+        yield b'data: {"choices": [], "usage": {}}\n\n'
+
+    async def send(self, send, kind, pieces):
+        body = b"".join(pieces)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        for start in range(0, len(body), 50):  # Pieces are not events.
+            await send({"type": "http.response.body", "body": body[start : start + 50], "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def ask(engine, **body):
+    """The status, and the reply or all events of a stream."""
+    start, *rest = visit(engine, "/v1/completions", json.dumps(body).encode(), engine.folder)
+    sent = b"".join(message["body"] for message in rest)
+    if not body.get("stream"):
+        assert dict(start["headers"])[b"content-length"] == str(len(sent)).encode()
+        return start["status"], json.loads(sent)
+    events = [event.removeprefix(b"data: ") for event in sent.split(b"\n\n")]
+    assert events[-2:] == [b"[DONE]", b""]
+    return start["status"], [json.loads(event) for event in events[:-2]]
+
+
+def joined(events, number):
+    """The choices of a stream."""
+    choices = [{"index": i, "text": "", "nudging": {"spans": []}} for i in range(number)]
+    for event in events:
+        for choice in event["choices"]:
+            whole, report = choices[choice["index"]], choice.get("nudging", {})
+            for start, end in report.get("spans", ()):
+                assert len(whole["text"]) <= start < end <= len(whole["text"] + choice["text"])
+                provenance.add_stretch(spans := whole["nudging"]["spans"], start, end)
+                spans[-1] = list(spans[-1])
+            whole["nudging"] |= {name: report[name] for name in ("rate", "finish_reason") if name in report}
+            whole |= {"text": whole["text"] + choice["text"], "finish_reason": choice["finish_reason"]}
+    return choices
+
+
+def in_process(pair, prompt, **settings):
+    """Text and report of a single run."""
+    output = nudging_hf.generate(
+        pair.base,
+        torch.tensor([prompt]),
+        nudging_model=pair.nudging_model,
+        tokenizer=pair.tokenizer,
+        nudging_tokenizer=pair.nudging_tokenizer,
+        max_new_tokens=24,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    [found] = nudging_hf.spans_of(output, pair.tokenizer)
+    report = {
+        "spans": [[span.start, span.end] for span in found if span.nudged],
+        "rate": pytest.approx(output.nudge_rate.item()),
+        "finish_reason": output.finish_reasons[0],
+    }
+    return "".join(span.text for span in found), report
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_tells_who_wrote_it(stored, stream):
+    pair, prompts, _ = stored
+    expected = []
+    for prompt in prompts[:3]:
+        for seed in (5, 6):
+            torch.manual_seed(seed)
+            expected.append(in_process(pair, prompt, do_sample=True, temperature=0.8, top_k=0))
+    body = {"prompt": prompts[:3], "n": 2, "temperature": 0.8, "seed": 5}
+    status, reply = ask(Engine(stored), **body, stream=stream)
+    choices = joined(reply, 6) if stream else reply["choices"]
+    assert status == 200 and [(each["text"], each["nudging"]) for each in choices] == expected
+    assert len({report["rate"].expected for _, report in expected}) > 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_that_vllm_cuts_or_changes_is_told_as_far_as_it_can_be(stored, stream):
+    pair, prompts, _ = stored
+    text, report = in_process(pair, prompts[0])
+    size = len(text) // 2
+    [cut] = _choices(ask(Engine(stored, lambda text: text[:size]), prompt=prompts[:1], stream=stream)[1], stream)
+    assert cut["nudging"]["spans"] == [[a, min(b, size)] for a, b in report["spans"] if a < size]
+    assert cut["nudging"]["finish_reason"] == report["finish_reason"] and 0 < cut["nudging"]["rate"] <= 1
+    [echoed] = _choices(ask(Engine(stored, lambda text: f"!{text}"), prompt=prompts[:1], stream=stream)[1], stream)
+    assert echoed["nudging"] == {**report, "spans": []} if stream else {**report, "spans": None}
+
+
+def _choices(reply, stream):
+    return joined(reply, 1) if stream else reply["choices"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_fails_is_an_error(stored, stream):
+    _, prompts, _ = stored
+
+    def spoil(place, params):
+        if place == 1:
+            params.extra_args = {**params.extra_args, "nudge_threshold": "high"}
+        return params
+
+    status, reply = ask(Engine(stored, spoil=spoil), prompt=prompts[:3], stream=stream)
+    if not stream:
+        assert status == 400 and "nudge_threshold" in reply["error"]["message"] and reply["error"]["code"] == 400
+        return
+    [error] = [event["error"] for event in reply if "error" in event]
+    assert error["type"] == "invalid_request_error" and "nudge_threshold" in error["message"]
+    choices = joined([event for event in reply if "error" not in event], 3)
+    assert [each["nudging"].get("finish_reason") is None for each in choices] == [False, True, False]
+
+
+def test_a_failing_forward_pass_is_an_error(stored, monkeypatch):
+    class NoMemory(Engine):
+        async def __call__(self, *args):
+            with monkeypatch.context() as patch:
+                patch.setattr(type(self.pair.nudging_model), "forward", self.forward)
+                await super().__call__(*args)
+
+        def forward(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("no memory")
+
+    status, reply = ask(NoMemory(stored), prompt=stored[1][:2])
+    assert status == 500 and reply["error"]["message"] == "no memory"
+
+
+@pytest.mark.parametrize(
+    ("request_id", "index"),
+    [
+        ("cmpl-a-0-0a1b2c3d", 0), ("cmpl-a-2-12345678", 6), ("1_cmpl-a-1-0a1b2c3d", 4), ("cmpl-a-2", 6),
+        ("2_chatcmpl-a-1-0a1b2c3d", 2), ("chatcmpl-7-3", 0), ("2_cmpl-cmpl-5-1-deadbeef", 5), ("other", 0),
+    ],
+)  # fmt: skip
+def test_a_request_of_the_engine_is_a_choice_of_the_reply(request_id, index):
+    assert choice_index(request_id, 3) == index
+
+
+def test_a_report_is_written_only_where_one_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = reports.Reports()
+    report = made.new()
+    reports.tell(report.name, "a", ids=[1])
+    assert list(report.news()) == [{"request": "a", "ids": [1]}] and not list(report.news())
+    reports.tell(report.name, "b", error="x\ny")
+    assert list(report.news()) == [{"request": "b", "error": "x\ny"}]
+    other = tmp_path / "other"
+    other.write_text("")
+    (tmp_path / f"nudging-hf-vllm-{report.name[:8]}" / ("0" * 32)).symlink_to(other)
+    for name in (None, 7, "", "../other", f"{report.name[:8]}/../other", str(other), f"{report.name[:8]}/{'0' * 32}"):
+        reports.tell(name, "a")
+    assert not other.read_text()
+    report.close()
+    reports.tell(report.name, "a", ids=[2])  # The client has left.
+    assert [path.name for path in tmp_path.glob("*/*")] == ["0" * 32]
+    del made, report
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 # Checks and the command ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 from ..core.vocabulary import Vocabulary
+from ..provenance import add_stretch
 from .engine import Chunk
 from .protocol import (
     ChatChoice,
@@ -23,7 +24,7 @@ from .protocol import (
     Usage,
     finish_reason_of,
 )
-from .text import AnswerText, Delta, ToldToken, add_stretch
+from .text import AnswerText, Delta, ToldToken
 
 _LEAST_LOGPROB = -9999.0  # JSON has no −∞.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..core.vocabulary import Vocabulary
-from ..provenance import Piece, PieceReader
+from ..provenance import Piece, PieceReader, add_stretch
 from .engine import Chunk, Logprobs
 
 
@@ -129,10 +129,3 @@ class AnswerText:
             if any(stop.startswith(self._held[-size:]) for stop in self._stop):
                 return size
         return 0
-
-
-def add_stretch(stretches: list[tuple[int, int]], start: int, end: int) -> None:
-    """Adds a stretch at the end of others, and joins it to the last one if they touch."""
-    if stretches and stretches[-1][1] == start:
-        start, _ = stretches.pop()
-    stretches.append((start, end))

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from ...core import predicting
@@ -27,7 +27,15 @@ from ...core.row import Row
 from ...core.transformers_private import end_tokens, own_eos_token_ids
 from ..described_base import described_base
 from ..engine_decoder import EngineDecoder, EnginePass
-from .params import generate_arguments, hub_arguments, is_plain, nudging_arguments, nudging_tokenizer
+from . import reports
+from .params import (
+    base_tokenizer,
+    generate_arguments,
+    hub_arguments,
+    is_plain,
+    nudging_arguments,
+    nudging_tokenizer,
+)
 
 logger = logging.get_logger(__name__)
 _Shared = TypeVar("_Shared")
@@ -69,7 +77,8 @@ class Nudger:
     Args:
         options: what vLLM's `additional_config` says under "nudging": the nudging `model`, its `tokenizer`, `revision`
             and `dtype`, `trust_remote_code`, `num_draft_tokens`, and defaults of the other fields of `NudgingConfig`.
-        base: the folder or Hub name of the base, and `base_arguments`, how it is loaded.
+        base: the folder or Hub name of the base.
+        base_arguments: how it is loaded; see [`~params.base_arguments`].
         max_model_len: how many tokens prompt and answer can have.
         max_rows: how many requests run at once.
         num_draft_tokens: how many tokens of a draft the engine reads at most.
@@ -98,6 +107,7 @@ class Nudger:
         self._is_first = rank == 0
         self._share = shared
         self._rows: dict[str, Row | _NoRow | None] = {}  # `None` for a request that asks for the base alone.
+        self._report_names: dict[str, Any] = {}  # Of each request.
         self._began: float | None = None  # When the engine's present pass began, if it reads no prompts.
         settings = {name: value for name, value in options.items() if name not in OPTIONS}
         if unknown := sorted(set(settings) - set(NudgingConfig.field_names())):
@@ -116,10 +126,9 @@ class Nudger:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=options.get("dtype", "auto"), **hub)
         self._model = model.to(self._device).eval()
         self._nudging_tokenizer = nudging_tokenizer(options)
-        self._tokenizer = AutoTokenizer.from_pretrained(base_arguments.get("tokenizer") or base)
-        self._base = described_base(
-            base, self._device, **{k: v for k, v in base_arguments.items() if k != "tokenizer"}
-        )
+        self._tokenizer = base_tokenizer(base, base_arguments)
+        of_model = {name: value for name, value in base_arguments.items() if not name.startswith("tokenizer")}
+        self._base = described_base(base, self._device, **of_model)
         self._base_eos = own_eos_token_ids(self._base) or end_tokens(self._base, self._tokenizer)
         if not self._base_eos:
             raise ValueError(f"The base, {base}, has no EOS token, with which vLLM ends an answer.")
@@ -154,6 +163,7 @@ class Nudger:
     def forget(self, request_id: str) -> None:
         """Drops a request that has ended, was aborted, or is not known."""
         row = self._rows.pop(request_id, None)
+        self._report_names.pop(request_id, None)
         if isinstance(row, Row) and row in self.decoder.rows:
             self.decoder.forget(row)
 
@@ -192,11 +202,13 @@ class Nudger:
                 return None
             if not self._is_first:
                 return _NoRow.OTHER_RANK
+            self._report_names[request_id] = (request.params.extra_args or {}).get(reports.KEY)
             row = self._row(request)
             self.decoder.admit(row)
             return row
-        except Exception:
-            _log_end(request_id)
+        except Exception as error:
+            if self._is_first:
+                self._tell_error(request_id, error, 400 if isinstance(error, ValueError) else 500)
             return _NoRow.FAILED
 
     def _row(self, request: Request) -> Row:
@@ -204,7 +216,8 @@ class Nudger:
         most = self._max_model_len - len(prompt)
         most = most if params.max_tokens is None else min(params.max_tokens, most)
         arguments = generate_arguments(params, self._ends, len(prompt), max(1, most))
-        own = nudging_arguments(params.extra_args)
+        extra = {name: value for name, value in (params.extra_args or {}).items() if name != reports.KEY}
+        own = nudging_arguments(extra)
         given = own.pop("nudging_input_ids", None)
         seed = secrets.randbits(62) if params.seed is None else params.seed
         with torch.random.fork_rng(devices=[]):
@@ -231,17 +244,21 @@ class Nudger:
             passes = self._passes(going, logits)
             ids = self.decoder.decide(passes, seconds, self.num_draft_tokens)
             grown |= {step.request_id: ids[row] for step, row in going if ids.get(row)}
-        except Exception:  # Of a forward pass of the nudging model: no row of its cache can be trusted.
+        except Exception as error:  # Of a forward pass of the nudging model: no row of its cache can be trusted.
             for request_id, row in self._rows.items():
                 if isinstance(row, Row):
                     self._rows[request_id] = _NoRow.FAILED
-                    _log_end(request_id)
+                    self._tell_error(request_id, error)
             self.decoder = self._new_decoder()
         for step, row in going:
-            if row.error is not None and self._rows[step.request_id] is row:
-                _log_end(step.request_id, row.error)
+            if self._rows[step.request_id] is not row:
+                continue
+            if row.error is not None:
                 self._rows[step.request_id] = _NoRow.FAILED
+                self._tell_error(step.request_id, row.error)
                 self.decoder.forget(row)
+            else:
+                self._tell_authors(step, row)
         return [grown[step.request_id] for step in steps]
 
     def _passes(self, going: Sequence[tuple[Step, Row]], logits: torch.Tensor) -> dict[Row, EnginePass]:
@@ -257,6 +274,19 @@ class Nudger:
             except Exception as error:
                 row.error = error
         return passes
+
+    def _tell_authors(self, step: Step, row: Row) -> None:
+        """Tells the API server who wrote the tokens by which a request grows in this step, and how it ends."""
+        told = self.decoder.told(row)
+        new = slice(step.told, min(told, len(row.answer.ids) - row.end_marks))
+        ids, nudged = row.answer.ids[new], row.nudged[new]
+        end = {} if row.is_open or told < len(row.answer.ids) else {"finish_reason": row.finish_reason}
+        reports.tell(self._report_names[step.request_id], step.request_id, ids=ids, nudged=nudged, **end)
+
+    def _tell_error(self, request_id: str, error: Exception, status: int = 500) -> None:
+        """Tells the API server, and the log, why a request ends."""
+        logger.error("Request %s of vLLM ends with an error.", request_id, exc_info=error)
+        reports.tell(self._report_names.get(request_id), request_id, error=str(error), status=status)
 
     def _drafts(self, request_ids: Sequence[str]) -> list[list[int]]:
         rows = {name: row for name in request_ids if isinstance(row := self._rows[name], Row)}
@@ -278,7 +308,3 @@ class _NoRow(Enum):
 
     OTHER_RANK = "the first rank has it"
     FAILED = "it has ended with an error"
-
-
-def _log_end(request_id: str, error: Exception | bool = True) -> None:
-    logger.error("Request %s of vLLM ends with an error.", request_id, exc_info=error)

@@ -41,6 +41,24 @@ def nudging_tokenizer(options: Mapping[str, Any]) -> Any:
     return AutoTokenizer.from_pretrained(options.get("tokenizer") or options["model"], **hub_arguments(options))
 
 
+def base_arguments(model_config: Any) -> dict[str, Any]:
+    """How the base's config and tokenizer are loaded, by vLLM's `ModelConfig`."""
+    names = ("tokenizer", "tokenizer_revision", "revision", "trust_remote_code")
+    return {name: value for name in names if (value := getattr(model_config, name, None))}
+
+
+def base_tokenizer(base: str, arguments: Mapping[str, Any]) -> Any:
+    """Loads the base's tokenizer.
+
+    Args:
+        base: the folder or Hub name of the base.
+        arguments: the [`base_arguments`].
+    """
+    hub = {"revision": arguments.get("tokenizer_revision"), "trust_remote_code": arguments.get("trust_remote_code")}
+    given = {name: value for name, value in hub.items() if value}
+    return AutoTokenizer.from_pretrained(arguments.get("tokenizer") or base, **given)
+
+
 def is_plain(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a request asks for the base alone.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from .checks import validate_config, validate_runner, validate_version
 from .nudger import Nudger
+from .params import base_arguments
 
 
 class _Nudging:
@@ -47,15 +48,10 @@ def _nudger(config: Any, device: Any) -> Nudger:
 
     group, model = get_tp_group(), config.model_config
     more = {} if group.world_size == 1 else {"shared": lambda value: group.broadcast_object(value, src=0)}
-    base_arguments = {
-        "tokenizer": model.tokenizer,
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-    }
     return Nudger(
         dict((config.additional_config or {}).get("nudging", {})),
         model.model,
-        {name: value for name, value in base_arguments.items() if value},
+        base_arguments(model),
         max_model_len=model.max_model_len,
         max_rows=config.scheduler_config.max_num_seqs,
         num_draft_tokens=config.speculative_config.num_speculative_tokens,
