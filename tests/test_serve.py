@@ -372,7 +372,8 @@ def test_the_key_is_no_part_of_the_help(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_sixty_four_clients_for_a_minute(pair, tmp_path):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_sixty_four_clients_for_a_minute(elsewhere, pair, tmp_path):
     asked = []
     for prompt in QUESTIONS:
         inputs = pair.inputs([list(prompt.messages)], TEMPLATE)
@@ -383,7 +384,12 @@ def test_sixty_four_clients_for_a_minute(pair, tmp_path):
             written = pair.generate(ids, nudge_threshold=threshold, max_new_tokens=60, do_sample=False)
             answer = written[0, ids["input_ids"].shape[1] :]
             asked.append(Asked(body, pair.tokenizer.decode(answer, skip_special_tokens=True)))
-    with served(tmp_path / "log", "--max-requests", "16", "--max-queue", "32") as (_, url):
+    with contextlib.ExitStack() as stack:
+        options = ["--max-requests", "16", "--max-queue", "32"]
+        if elsewhere:
+            _, engine_url = stack.enter_context(inference_engine(pair.base, pair.tokenizer))
+            options += ["--base-url", engine_url, "--base-model", "base"]
+        _, url = stack.enter_context(served(tmp_path / "log", *options))
         counts = visit(url, asked, bad={"nudge_treshold": 0.5}, clients=64, seconds=60, key=KEY)
         assert counts.keys() == {"right", "refused", "cancelled", "busy"} and min(counts.values()) > 10, counts
         wait_until(lambda: not metrics_of(url)["nudging_hf_answers_running"])
