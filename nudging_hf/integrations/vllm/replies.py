@@ -112,42 +112,42 @@ class Replies:
         self._authors: dict[int, _Authors] = {}  # By the choice, as are the errors.
         self._errors: dict[int, tuple[int, str]] = {}
         self._start: Message = {}
-        self._is_stream = False
+        self._sends: Callable[[Message], Awaitable[None]] = send  # What sends the parts of the body.
         self._held = b""  # A whole reply so far, or the beginning of an event.
 
     async def __call__(self, message: Message) -> None:
         """Sends a message of the reply."""
+        if message["type"] == "http.response.body":
+            return await self._sends(message)
         if message["type"] == "http.response.start":
-            self._start = message
-            kind = dict(message.get("headers", ())).get(b"content-type", b"")
-            self._is_stream = kind.startswith(b"text/event-stream")
-            if self._is_stream:
-                await self._send(message)
-        elif message["type"] != "http.response.body":
-            await self._send(message)
-        elif self._is_stream:
-            *events, self._held = (self._held + message.get("body", b"")).split(b"\n\n")
-            if not message.get("more_body", False):
-                events, self._held = [*events, self._held] if self._held else events, b""
-            body = b"".join(self._event(event) + b"\n\n" for event in events)
-            await self._send({**message, "body": body})
-        else:
-            self._held += message.get("body", b"")
-            if not message.get("more_body", False):
-                await self._send_whole()
+            headers = {name.lower(): value for name, value in message.get("headers", ())}
+            kind = headers.get(b"content-type", b"").partition(b";")[0]
+            if message["status"] == 200 and b"content-encoding" not in headers:
+                if kind == b"application/json":
+                    self._start, self._sends = message, self._send_whole
+                    return None
+                if kind == b"text/event-stream":
+                    self._sends = self._send_events
+        await self._send(message)
 
-    async def _send_whole(self) -> None:
-        body, start = self._held, self._start
-        if start["status"] == 200:
-            reply = json.loads(body)
-            self._read()
-            if self._errors:
-                return await send_error(self._send, *next(iter(self._errors.values())))
-            self._mark(reply)
-            body = json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
-            others = [each for each in start["headers"] if each[0].lower() != b"content-length"]
-            start = {**start, "headers": [*others, (b"content-length", str(len(body)).encode())]}
-        await self._send(start)
+    async def _send_events(self, message: Message) -> None:
+        *events, self._held = (self._held + message.get("body", b"")).split(b"\n\n")
+        if not message.get("more_body", False) and self._held:
+            events, self._held = [*events, self._held], b""
+        await self._send({**message, "body": b"".join(self._event(event) + b"\n\n" for event in events)})
+
+    async def _send_whole(self, message: Message) -> None:
+        self._held += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        reply = json.loads(self._held)
+        self._read()
+        if self._errors:
+            return await send_error(self._send, *next(iter(self._errors.values())))
+        self._mark(reply)
+        body = json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
+        others = [each for each in self._start["headers"] if each[0].lower() != b"content-length"]
+        await self._send({**self._start, "headers": [*others, (b"content-length", str(len(body)).encode())]})
         await self._send({"type": "http.response.body", "body": body})
 
     def _event(self, event: bytes) -> bytes:
