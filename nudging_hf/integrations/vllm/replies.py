@@ -145,7 +145,7 @@ class Replies:
         if self._errors:
             return await send_error(self._send, *next(iter(self._errors.values())))
         self._mark(reply)
-        body = json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
+        body = json.dumps(reply, separators=(",", ":")).encode()
         others = [each for each in self._start["headers"] if each[0].lower() != b"content-length"]
         await self._send({**self._start, "headers": [*others, (b"content-length", str(len(body)).encode())]})
         await self._send({"type": "http.response.body", "body": body})
@@ -163,7 +163,7 @@ class Replies:
             if choice.get("finish_reason") and choice["index"] in self._errors:
                 return b"data: " + error_body(*self._errors[choice["index"]])
         self._mark(chunk)
-        return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
+        return b"data: " + json.dumps(chunk, separators=(",", ":")).encode()
 
     def _read(self) -> None:
         for said in self._report.news():
