@@ -269,7 +269,7 @@ def test_a_file_of_another_setup_or_kind_is_refused(pair, tmp_path):
     for kwargs, name in (
         ({"max_new_tokens": 13}, "max_new_tokens"),
         ({"prompts": PROMPTS[:2]}, "prompts"),
-        ({"base_template": "{user}"}, "prompts"),
+        ({"base_template": "{user}"}, "base_template"),
         ({"nudging_config": NudgingConfig(num_nudging_tokens=3)}, "num_nudging_tokens"),
     ):
         with pytest.raises(ValueError, match=f"another setup \\({name} differ\\)"):

@@ -200,6 +200,17 @@ def test_the_results_describe_the_model(pair):
     json.dumps({name: value for name, value in info.items() if name not in ("model_dtype", "model_sha")})
 
 
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_a_control_token_of_the_base_is_text_in_a_message_and_meant_in_the_harness_prompt(pair, add_bos_token):
+    lm, spelt = model(pair, add_bos_token=add_bos_token), f"so {pair.tokenizer.eos_token}"
+
+    def ends_in(context):
+        return int((lm._inputs([context], 8)["input_ids"] == pair.tokenizer.eos_token_id).sum())
+
+    assert ends_in(lm.apply_chat_template(messages_of(spelt))) == ends_in(lm.apply_chat_template(messages_of("so")))
+    assert ends_in(spelt) == ends_in("so") + 1
+
+
 ROWS = [
     {
         "task": "things",

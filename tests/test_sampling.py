@@ -129,9 +129,12 @@ def test_each_model_draws_by_keys_of_its_own(monkeypatch):
     """In a vocabulary of eight tokens, many ids of one model are places of the other."""
     keys = {predicting: set(), writing: set()}
     for module, own in keys.items():
-        monkeypatch.setattr(
-            module, "choose", lambda scores, given, own=own: (own.update(given), choose(scores, given))[1]
-        )
+
+        def choose_and_note(scores, given, own=own):
+            own.update(given)
+            return choose(scores, given)
+
+        monkeypatch.setattr(module, "choose", choose_and_note)
     sampled(0, seed=1)
     assert len(keys[predicting]) > ROWS and len(keys[writing]) > ROWS
     assert keys[predicting].isdisjoint(keys[writing])

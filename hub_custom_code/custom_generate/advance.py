@@ -65,7 +65,7 @@ def must_read(row: Row) -> bool:
 def draft_progress(row: Row) -> DraftProgress:
     """What the nudging model has written of the row's draft, and how long the draft can become."""
     written = row.ahead.top1_probs
-    # Before `min_new_tokens` what is drafted holds for one count alone, which a text does not tell in two vocabularies.
+    # Before `min_new_tokens` a draft holds for one count of tokens, which a text does not tell in two vocabularies.
     holds = isinstance(row.answer, OneVocabulary) or len(row.answer.ids) >= row.request.rules.min_new_tokens
     may_write_on = holds and row.ahead.end is None and len(row.ahead.all_ids) < row.nudging.room
     return DraftProgress(written, _max_draft(row) if may_write_on else len(written))

@@ -263,11 +263,11 @@ def calibrate(
         replace(config, nudge_threshold=threshold)  # A threshold out of range is refused now, not after hours.
     base_reader = Reader(base, tokenizer, chat=False, base_template=base_template)
     nudging_reader = Reader(nudging_model, nudging_tokenizer, chat=True, base_template=base_template)
-    texts = [base_reader.base_prompt(prompt) for prompt in prompts]
     setup = {
         "base": model_setup(base),
         "nudging_model": model_setup(nudging_model),
-        "prompts": digest([texts, *(asdict(prompt) for prompt in prompts)]),
+        "prompts": digest([asdict(prompt) for prompt in prompts]),
+        "base_template": base_template,
         **{name: getattr(config, name) for name in ("nudge_gate", "num_nudging_tokens", "takeover_on_agreement")},
         "max_new_tokens": max_new_tokens,
     }
