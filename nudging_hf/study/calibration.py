@@ -48,6 +48,11 @@ class Point:
     right: int | None = None
     unread: str | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        counts = self.nudged_words, self.words, self.answers, self.right or 0
+        if not all(type(count) is int for count in counts) or not 0 <= counts[0] <= counts[1] or counts[3] > counts[2]:
+            raise ValueError(f"A point has impossible counts, got {self!r}.")
+
     @property
     def nudge_rate(self) -> float:
         """The share of all words that the nudging model wrote, wholly or in part."""
@@ -293,7 +298,7 @@ def calibrate(
         return asdict(Point(threshold, nudged, words, len(prompts), right, shown))
 
     def attempt(threshold: float) -> Point:
-        return Point(**journal.once({"threshold": threshold}, lambda: measure(threshold)))
+        return journal.once({"threshold": threshold}, lambda: measure(threshold), lambda row: Point(**row))
 
     if by_score:
         found = search_by_score(attempt, thresholds, gate)

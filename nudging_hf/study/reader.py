@@ -61,7 +61,10 @@ class Answer:
             Piece(text, nudged, top1, None if instead is None else Alternative(**instead))
             for text, nudged, top1, instead in row["pieces"]
         ]
-        return cls(**{**row, "pieces": pieces})
+        answer = cls(**{**row, "pieces": pieces})
+        if not isinstance(answer.text, str) or not all(type(each.text) is str for each in pieces):
+            raise ValueError(f"The text of an answer must be text, got {answer.text!r:.200}.")
+        return answer
 
     @property
     def nudged_spans(self) -> list[list[int]]:
