@@ -89,12 +89,13 @@ def caches_are_temporary_and_only_the_given_tasks_are_read(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def pair():
     made = tiny.pair("llama", 3, "two")
+    before = made.nudging_tokenizer.chat_template
     made.nudging_tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role[0] + ': ' + m.content + '|' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'a: ' }}{% endif %}"
     )
     yield made
-    made.nudging_tokenizer.chat_template = None
+    made.nudging_tokenizer.chat_template = before
 
 
 def model(pair, **kwargs):
