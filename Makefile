@@ -32,7 +32,7 @@ HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-slow test-long test-hosts test-engines tokenizers mutants fuzz demo eval-demo bench docs hub \
-	format clean
+	dist audit format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -141,6 +141,18 @@ docs: $(VENV)/.installed-docs ## build the documentation as a site in build/site
 
 $(VENV)/.installed-docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+dist: $(VENV)/.installed-release ## build the wheel and the source distribution in dist/, install each and try it
+	$(BIN)/python tests/try_dist.py
+
+# --strict: a package that PyPI does not tell of is an error, and not left out. --offline: zizmor reads the files alone.
+audit: $(VENV)/.installed-release ## look for known vulnerabilities in constraints.txt, by asking PyPI, and for risks in the workflows
+	$(BIN)/zizmor --offline .github
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+$(VENV)/.installed-release: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[release]'
 	@touch $@
 
 hub: $(STAMP) ## copy the code into hub_custom_code

@@ -78,15 +78,20 @@ def chat_inputs(
     return BatchEncoding({**own, "nudging_input_ids": nudging_ids, "nudging_attention_mask": nudging_mask})
 
 
-def plain_ids(tokenizer: Any, messages: Sequence[Message], template: str = DEFAULT_TEMPLATE) -> list[int]:
+def plain_ids(
+    tokenizer: Any, messages: Sequence[Message], template: str = DEFAULT_TEMPLATE, add_special_tokens: bool = True
+) -> list[int]:
     """The base's prompt for a chat in its own vocabulary; see [`plain_prompt`].
 
     Control tokens that a message spells out are text. Those of the template are kept.
     """
     system, turns = checked_messages(messages)
-    if system is None:
-        return guarded_ids(tokenizer, turns, lambda texts: fill_in(template, None, texts))
-    return guarded_ids(tokenizer, [system, *turns], lambda texts: fill_in(template, texts[0], texts[1:]))
+    contents = turns if system is None else [system, *turns]
+
+    def filled_in(texts: list[str]) -> str:
+        return fill_in(template, *((None, texts) if system is None else (texts[0], texts[1:])))
+
+    return guarded_ids(tokenizer, contents, filled_in, add_special_tokens)
 
 
 def chat_ids(

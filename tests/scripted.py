@@ -33,7 +33,7 @@ class ScriptedLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, logits_to_keep=0, use_cache=False, **kwargs):
         size = self.config.vocab_size
-        begin = input_ids.shape[1] - logits_to_keep
+        begin = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0  # As in transformers, 0 means all.
         rows = []
         for ids in input_ids.tolist():
             for i in range(begin, len(ids)):

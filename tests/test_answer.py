@@ -12,7 +12,7 @@ import pytest
 import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, answer_class, ends_inside_character, word_starts
@@ -122,6 +122,23 @@ def test_a_spelt_out_control_token_is_plain_text(name):
         assert tokens.bytes_of(i) == b""
 
 
+class _OwnCode(PreTrainedTokenizerFast):
+    def _encode_plus(self, text, *args, **kwargs):
+        return super()._encode_plus(text, *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, _OwnCode])
+def test_a_spelt_out_control_token_has_the_ids_that_its_letters_have_together(kind):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=12, special_tokens=["<|end|>"], show_progress=False)
+    backend.train_from_iterator(["<|no|> <|so|> <|on|>"] * 3, trainer)
+    tokenizer = kind(tokenizer_object=backend, eos_token="<|end|>")
+    ids = Vocabulary(tokenizer).encode_after("", "so <|end|>")
+    assert ids == tokenizer("so <|end|>", split_special_tokens=True)["input_ids"]
+    assert tokenizer.eos_token_id not in ids
+
+
 def answer(name: str, nudging_name: str, kind=TwoVocabularies):
     return kind(vocabulary(name), vocabulary(nudging_name), [5, 6], [7, 8])
 
@@ -148,7 +165,7 @@ def test_the_nudging_models_ids_are_those_of_the_whole_text(nudging_name):
     assert written.nudging_ids() == written.nudging_vocabulary.encode_after(written._nudging_prompt_context, text)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(["The", " cat", "  ", " 12", "\n", " é😀", " a"]), max_size=8))
 def test_words_of_two_vocabularies_lose_no_text(parts):
     text = "".join(parts)

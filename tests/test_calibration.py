@@ -269,13 +269,26 @@ def test_a_file_of_another_setup_or_kind_is_refused(pair, tmp_path):
     for kwargs, name in (
         ({"max_new_tokens": 13}, "max_new_tokens"),
         ({"prompts": PROMPTS[:2]}, "prompts"),
-        ({"base_template": "{user}"}, "prompts"),
+        ({"base_template": "{user}"}, "base_template"),
         ({"nudging_config": NudgingConfig(num_nudging_tokens=3)}, "num_nudging_tokens"),
     ):
         with pytest.raises(ValueError, match=f"another setup \\({name} differ\\)"):
             calibrated(pair, resume=file, **kwargs)
     assert file.read_text() == kept
-    for text in ("[]\n", "Dear diary\n"):
+    setup, first, *_ = kept.splitlines()
+    point = json.loads(first)
+    hostile = [
+        [],
+        5,
+        "x",
+        {},
+        {"threshold": 0.4},
+        {**point["result"], "words": "9" * 9},
+        {**point["result"], "more": 1},
+    ]
+    hostile += [{**point["result"], "words": value} for value in (-1, float("inf"), [[1]], None, 0.5)]
+    rows = ["\n".join([setup, json.dumps({**point, "result": result}), ""]) for result in hostile]
+    for text in ("[]\n", "Dear diary\n", *rows):
         file.write_text(text)
         with pytest.raises(ValueError, match="no file of finished work"):
             calibrated(pair, resume=file)

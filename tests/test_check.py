@@ -10,8 +10,12 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nudging_hf
+from nudging_hf.chats import DEFAULT_TEMPLATE
 from nudging_hf.cli import main
+from nudging_hf.pair import Pair
+from nudging_hf.study import check
 from nudging_hf.study.fitness import Level
+from nudging_hf.study.records import prompts_of
 
 MINI = Path(nudging_hf.__file__).parents[1] / "examples" / "mini" / "models"
 PROMPTS = ["Mia has 3 pears and gets 4 more. How many pears does she have?", "Is 8 greater than 5?"]
@@ -78,8 +82,13 @@ def tokenizer_that_lowers_letters(parts):
     parts[3].backend_tokenizer.normalizer = normalizers.Lowercase()
 
 
+def template_that_raises(parts):
+    parts[3].chat_template = "{{ raise_exception('no turns, please') }}"
+
+
 BROKEN = {
     "nudging model: end of a turn": end_token_that_the_template_does_not_write,
+    "nudging model: chat template": template_that_raises,
     "base: ids": tokens_without_embeddings,
     "base: logits": weights_that_are_nan,
     "nudging model: text": tokenizer_that_lowers_letters,
@@ -92,6 +101,66 @@ def test_what_is_broken_is_named(parts, subject):
     found = checked(parts)
     assert [problem.subject for problem in found.problems] == [subject]
     assert found.verdict.startswith(f"The pair is not in order: {subject}: ") and found.answers == 0
+
+
+def test_all_that_is_broken_is_named_at_once(parts):
+    several = [subject for subject in BROKEN if subject != "nudging model: chat template"]
+    for subject in several:
+        BROKEN[subject](parts)
+    found = checked(parts)
+    assert {problem.subject for problem in found.problems} == set(several)
+    assert all(f"{subject}: " in found.verdict for subject in several)
+
+
+def rows_that_affect_each_other(module, args, kwargs, output):
+    output.logits[1:] = output.logits[1:] + output.logits[:1]
+
+
+def mask_that_is_ignored(module, args, kwargs):
+    return args, {**kwargs, "attention_mask": None}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["base", "nudging model"])
+@pytest.mark.parametrize("breaks", [rows_that_affect_each_other, mask_that_is_ignored])
+def test_a_model_whose_rows_depend_on_the_batch_is_a_fault(parts, breaks, which):
+    before = breaks is mask_that_is_ignored
+    hook = parts[which].register_forward_pre_hook if before else parts[which].register_forward_hook
+    hook(breaks, with_kwargs=True)
+    found = checked(parts, nudging_config=nudging_hf.NudgingConfig(nudge_threshold=0.7))
+    assert {problem.subject for problem in found.problems} == {"batch = singles"}
+    assert "batch = singles: prompt " in found.verdict and "a fault" in found.verdict
+
+
+@pytest.fixture
+def laws(parts):
+    """The laws on two prompts, as if the answers had been written."""
+    made = check._Laws(Pair(parts[0], parts[2], parts[1], parts[3]), prompts_of(PROMPTS), DEFAULT_TEMPLATE, 8, None)
+    made._rates, made._reasons = [0.3], ["eos"]
+    return made
+
+
+def test_a_fault_is_told_before_near_ties(laws, monkeypatch):
+    tie, fault = (check._Margin("the base's choice", size, 1e-6, True) for size in (1e-6, 1.0))
+    margins = iter([tie, fault, tie])
+    monkeypatch.setattr(check._Parting, "__init__", lambda *args: None)
+    monkeypatch.setattr(check._Parting, "nearest", lambda self: next(margins))
+    for number in range(3):
+        laws._compare("batch = singles", number, None, [1, 2], [1, 3])
+    [told] = [finding for finding in laws.findings() if finding.level is Level.PROBLEM]
+    assert told.subject == "batch = singles" and "prompt 2 parts at token 2: a fault" in told.message
+
+
+@pytest.mark.parametrize(("rate", "says"), [(0.0, "changes next to nothing"), (1.0, "writes most of it"), (0.3, "")])
+def test_a_nudge_rate_at_an_end_of_the_scale_is_noted(laws, rate, says):
+    laws._rates = [rate, rate]
+    [told] = [finding for finding in laws.findings() if finding.subject == "nudge rate"]
+    assert told.level is (Level.NOTE if says else Level.FINE) and says in told.message
+
+
+def test_a_context_that_ends_before_the_bases_is_noted(parts):
+    parts[1].config.max_position_embeddings = 40
+    [contexts] = [finding for finding in checked(parts).findings if finding.subject == "contexts"]
+    assert contexts.level is Level.NOTE and "40 for the nudging model" in contexts.message
 
 
 def test_a_cache_that_changes_the_logits_is_a_fault(parts):

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 
+import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,3 +86,9 @@ def test_the_page_has_all_answers_beside_each_other_and_the_base_s_own_at_each_n
     assert html.count("\nthe base alone: ") > 4 and "below γ = 0.4" in html
     first_two, others = html.split("<h2>Prompt</h2>", 1)
     assert "would have written:</p>" in first_two and "would have written:</p>" not in others
+
+
+@pytest.mark.parametrize("changed", [{"text": 5}, {"text": ["<b>"]}, {"pieces": [[5, 1, None, None]]}])
+def test_an_answer_of_a_hostile_file_is_refused(changed):
+    with pytest.raises((TypeError, ValueError)):
+        Answer.from_row(asdict(Answer.of_one_model("a", [1], True)) | changed)

@@ -87,6 +87,16 @@ def test_a_file_of_another_kind_is_refused_and_not_changed(tmp_path, text):
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize("result", [[], 5, "../../x", {"n": None}, {"n": [[[]]]}, {"n": 1e400}])
+def test_a_result_that_cannot_be_read_is_refused_and_nothing_is_run_or_lost(tmp_path, result):
+    path = tmp_path / "j"
+    path.write_text(f"{json.dumps(SETUP)}\n{json.dumps({'key': {'n': 1}, 'result': result})}\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="no file of finished work"):
+        Journal(path, SETUP).once({"n": 1}, pytest.fail, lambda row: int(row["n"]) + 0 * len(row))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_digest_depends_only_on_the_value():
     assert digest([{"a": 1, "b": "\u00e9"}]) == digest([{"b": "\u00e9", "a": 1}]) != digest([{"a": 1, "b": "e"}])
 

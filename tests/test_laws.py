@@ -34,6 +34,7 @@ def test_answers_are_those_of_a_plain_decoder(arch, kind, threshold):
     settings = {"max_new_tokens": draw.choice([7, 24, 32]), "takeover_on_agreement": draw.random() < 0.8}
     if kind == "shared":
         settings["min_new_tokens"] = draw.choice([0, 5])
+    settings["num_nudging_tokens"] = draw.choice([1, 3, 16])
     results = nudge(
         chosen,
         base_prompts,

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import random
 import time
@@ -19,8 +20,8 @@ from running import (
     outcomes,
     random_rule,
 )
-from scripted import ScriptedLM
-from tiny import Pair, pair, prompts
+from scripted import ScriptedLM, writer_of
+from tiny import Pair, byte_bpe, pair, prompts
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -73,6 +74,46 @@ def test_a_stop_token_of_the_call_ends_an_answer_whichever_model_writes_it(kind)
             )
             assert through[0, len(given[0][0]) :].tolist() == ids
     assert by == {False, True}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fewest", [9, 18])
+def test_an_answer_is_no_longer_than_the_least_length_whoever_wrote_it(fewest, kind):
+    """`min_length` counts the prompt, and `min_new_tokens` does not. What was written ahead is not used where another
+    count of tokens kept it from ending.
+
+    The nudging model ends as soon as it may, and each of its words is one token of the base. After the first word, the
+    base writes tokens that the nudging model's text does not tell of: controls, or the same words letter by letter.
+    """
+    ours = byte_bpe()
+    theirs = ours if kind == "shared" else byte_bpe(259)  # The latter has the bytes alone.
+    space, letter, other = ours.convert_tokens_to_ids(["Ġ", "a", "z"])
+    spelt = itertools.cycle([space, letter] if kind == "two" else [ours.pad_token_id])
+    tokens = list(itertools.islice(spelt, 20))
+    prompt = [letter] * 30
+    nudging_model = ScriptedLM(theirs, writer_of(" a" * 40, theirs, 1))
+    forward = nudging_model.forward
+
+    @functools.wraps(forward)
+    def would_rather_end(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits[..., theirs.eos_token_id] = 9
+        return output
+
+    nudging_model.forward = would_rather_end
+    for number, least in itertools.product((0, 6, 10), ({"min_new_tokens": fewest}, {"min_length": 30 + fewest})):
+
+        def base_says(ids, number=number):
+            written = len(ids) - len(prompt) - 1  # After the first word.
+            return (tokens[written], 0.9) if written < number else (other, 0.1)
+
+        [answer] = decode_in_every_way(
+            Pair(ScriptedLM(ours, base_says), nudging_model, ours, theirs), [prompt], [[letter]],
+            max_new_tokens=40, use_cache=False, **least,
+        )  # fmt: skip
+        is_one_lookahead = kind == "shared" and fewest <= 16  # Then all of it is accepted.
+        expected = fewest if is_one_lookahead else max(fewest, 1 + number)
+        assert answer[2] == "eos" and len(answer[0]) - 1 == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -89,12 +89,13 @@ def caches_are_temporary_and_only_the_given_tasks_are_read(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def pair():
     made = tiny.pair("llama", 3, "two")
+    before = made.nudging_tokenizer.chat_template
     made.nudging_tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role[0] + ': ' + m.content + '|' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'a: ' }}{% endif %}"
     )
     yield made
-    made.nudging_tokenizer.chat_template = None
+    made.nudging_tokenizer.chat_template = before
 
 
 def model(pair, **kwargs):
@@ -198,6 +199,17 @@ def test_the_results_describe_the_model(pair):
     assert 0 < info["nudge_rate"] <= 1 and sum(info["finish_reasons"].values()) == len(CONTEXTS)
     assert info["nudging_model_num_parameters"] == pair.nudging_model.num_parameters()
     json.dumps({name: value for name, value in info.items() if name not in ("model_dtype", "model_sha")})
+
+
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_a_control_token_of_the_base_is_text_in_a_message_and_meant_in_the_harness_prompt(pair, add_bos_token):
+    lm, spelt = model(pair, add_bos_token=add_bos_token), f"so {pair.tokenizer.eos_token}"
+
+    def ends_in(context):
+        return int((lm._inputs([context], 8)["input_ids"] == pair.tokenizer.eos_token_id).sum())
+
+    assert ends_in(lm.apply_chat_template(messages_of(spelt))) == ends_in(lm.apply_chat_template(messages_of("so")))
+    assert ends_in(spelt) == ends_in("so") + 1
 
 
 ROWS = [

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 
 import pytest
 import tiny
@@ -122,13 +123,32 @@ def test_a_relative_name_needs_a_base_from_a_folder(pair, inputs):
         nudging_hf.generate(pair.base, **inputs, nudging_model="./nudging")
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "no-such/name"])
+NOT_NAMES = ["--no-such", "../../no/such", "http://localhost/no", "no\0such", "no\nsuch", "~", "", "/dev/null"]
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "no-such/name", *NOT_NAMES])
 def test_a_model_that_cannot_be_loaded_is_refused(pair, inputs, name):
-    with pytest.raises(ValueError, match=f"(?s)'{name}' cannot be loaded.*`nudging_model=`"):
+    with pytest.raises(ValueError, match=f"(?s){re.escape(repr(name))} cannot be loaded.*`nudging_model=`"):
         nudging_hf.generate(pair.base, **inputs, nudging_model=name, local_files_only=True)
     pair.base.generation_config.nudging_model_name_or_path = name
     with pytest.raises(ValueError, match=r"correct `nudging_model_name_or_path` in the base's generation_config.json"):
         nudging_hf.generate(pair.base, **inputs, local_files_only=True)
+
+
+@pytest.mark.parametrize("name", [5, True, [], {}, ["a"], b"a"])
+def test_a_config_that_names_no_model_is_refused(pair, inputs, name):
+    pair.base.generation_config.nudging_model_name_or_path = name
+    with pytest.raises(ValueError, match="`nudging_model` must be a causal language model of transformers, got"):
+        nudging_hf.generate(pair.base, **inputs)
+
+
+def test_absurd_lengths_in_a_config_change_nothing(pair, inputs, expected):
+    given = {"nudging_model": pair.nudging_model, "nudging_tokenizer": pair.nudging_tokenizer}
+    for name in ("num_nudging_tokens", "num_draft_tokens"):
+        setattr(pair.base.generation_config, name, 10**400)
+    nudging_hf.generate(pair.base, **inputs, **given)
+    del pair.base.generation_config.num_nudging_tokens
+    assert torch.equal(nudging_hf.generate(pair.base, **inputs, **given), expected)
 
 
 def test_pickled_weights_are_refused(pair, folder, inputs):

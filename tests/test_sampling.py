@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import nudging_hf
+from nudging_hf.core import predicting, writing
 from nudging_hf.core.decoding import NudgedDecoder
 from nudging_hf.core.sampling import choose, fold_in
 from nudging_hf.core.vocabulary import Vocabulary
@@ -122,6 +123,21 @@ def test_each_row_and_each_place_has_a_draw_of_its_own(threshold):
     for i in range(1, 4):  # Also where one answer has just one token more or less than another.
         assert len({tuple(ids[i:][:10]) for ids in answers} | {tuple(ids[i + 1 :][:10]) for ids in answers}) == 6
     assert all(len(set(ids)) > 12 for ids in answers)
+
+
+def test_each_model_draws_by_keys_of_its_own(monkeypatch):
+    """In a vocabulary of eight tokens, many ids of one model are places of the other."""
+    keys = {predicting: set(), writing: set()}
+    for module, own in keys.items():
+
+        def choose_and_note(scores, given, own=own):
+            own.update(given)
+            return choose(scores, given)
+
+        monkeypatch.setattr(module, "choose", choose_and_note)
+    sampled(0, seed=1)
+    assert len(keys[predicting]) > ROWS and len(keys[writing]) > ROWS
+    assert keys[predicting].isdisjoint(keys[writing])
 
 
 def test_a_draw_has_the_distribution_of_its_scores():

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .answer import TwoVocabularies
+from .answer import OneVocabulary, TwoVocabularies
 from .draft_policy import DraftProgress
 from .rounds import Accept, Lookahead, Question, Reply, Step, Verdict
 from .row import Row, WritingEnd
@@ -65,9 +65,9 @@ def must_read(row: Row) -> bool:
 def draft_progress(row: Row) -> DraftProgress:
     """What the nudging model has written of the row's draft, and how long the draft can become."""
     written = row.ahead.top1_probs
-    may_write_on = (
-        row.ahead.end is None and len(row.ahead.all_ids) < row.nudging.room and not _lookahead_depends_on_count(row)
-    )
+    # Before `min_new_tokens` a draft holds for one count of tokens, which a text does not tell in two vocabularies.
+    holds = isinstance(row.answer, OneVocabulary) or len(row.answer.ids) >= row.request.rules.min_new_tokens
+    may_write_on = holds and row.ahead.end is None and len(row.ahead.all_ids) < row.nudging.room
     return DraftProgress(written, _max_draft(row) if may_write_on else len(written))
 
 
@@ -97,8 +97,8 @@ def _resume(row: Row, reply: Reply) -> None:
         step = _next_step(row, None)
     if isinstance(step, Question):
         row.question = step
-        if step is Question.LOOKAHEAD and _lookahead_depends_on_count(row):
-            row.ahead.forget()
+        if step is Question.LOOKAHEAD and row.ahead.held_back_at not in (None, row.untold_tokens):
+            row.ahead.forget()  # Its end was held back by another count of tokens.
         return
     if step == "eos" and rules.one_vocabulary and row.ahead.eos in rules.stop_tokens:
         assert row.ahead.eos is not None
@@ -174,8 +174,6 @@ def _verdict(row: Row) -> Verdict | None:
             return None
         if not math.isfinite(top1):
             raise ValueError(_bad_logits("nudging model", place, row))
-        if _lookahead_depends_on_count(row):
-            row.ahead.forget()
     return Verdict(
         token=prediction.token,
         text=to_text(row.answer.vocabulary.bytes_of(prediction.token)),
@@ -183,15 +181,6 @@ def _verdict(row: Row) -> Verdict | None:
         is_eos=prediction.token in row.request.rules.base_eos,
         inside_character=row.answer.inside_character,
     )
-
-
-def _lookahead_depends_on_count(row: Row) -> bool:
-    """Whether what the nudging model writes here depends on more than the text.
-
-    Before `min_new_tokens` tokens of the base its EOS is suppressed, and with two vocabularies a text does not tell
-    how many these are. Then nothing is drafted, and each lookahead is written anew.
-    """
-    return isinstance(row.answer, TwoVocabularies) and len(row.answer.ids) < row.request.rules.min_new_tokens
 
 
 def check_logits(row: Row, place: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeGuard, cast
@@ -53,7 +53,7 @@ class NudgingConfig:
     num_draft_tokens: int | str = ADAPTIVE
 
     def __post_init__(self) -> None:
-        if self.nudge_gate not in DEFAULT_THRESHOLDS:
+        if not isinstance(self.nudge_gate, str) or self.nudge_gate not in DEFAULT_THRESHOLDS:
             raise ValueError(f"`nudge_gate` must be one of {', '.join(DEFAULT_THRESHOLDS)}, got {self.nudge_gate!r}.")
         threshold: object = self.nudge_threshold
         if threshold is None:
@@ -122,7 +122,7 @@ def _threshold(sources: list[dict[str, Any]], gate: str, target: float) -> Any:
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -93,8 +93,10 @@ def nudging_prompts(
     return [templated_ids(nudging_tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
 
-def guarded_ids(tokenizer: Any, contents: Sequence[str], fill_in: Callable[[list[str]], str]) -> list[int]:
-    """Encodes a plain prompt, with the tokens that the tokenizer adds to a text, such as BOS.
+def guarded_ids(
+    tokenizer: Any, contents: Sequence[str], fill_in: Callable[[list[str]], str], add_special_tokens: bool = True
+) -> list[int]:
+    """Encodes a plain prompt.
 
     Control tokens that a content spells out are encoded as text, and those of the prompt around it are kept.
 
@@ -102,11 +104,12 @@ def guarded_ids(tokenizer: Any, contents: Sequence[str], fill_in: Callable[[list
         tokenizer: the tokenizer of the model that reads the prompt.
         contents: what users have written.
         fill_in: makes the prompt from the contents.
+        add_special_tokens: whether it has the tokens that the tokenizer adds to a text, such as BOS.
     """
     guard = PromptGuard(tokenizer, contents)
     if not guard.is_needed:
-        return tokenizer(fill_in(list(contents)))["input_ids"]
-    return guard.encode(fill_in([guard.broken(content) for content in contents]), add_special_tokens=True)
+        return tokenizer(fill_in(list(contents)), add_special_tokens=add_special_tokens)["input_ids"]
+    return guard.encode(fill_in([guard.broken(content) for content in contents]), add_special_tokens)
 
 
 def templated_ids(

@@ -144,6 +144,7 @@ class WrittenAhead:
         end: why the nudging model can write no further, if it cannot.
         eos: the EOS token that it wrote, where that is the reason.
         best_score: the best processed score, where no token could be chosen.
+        held_back_at: the row's `untold_tokens` when `min_new_tokens` first kept EOS from being drawn, if it did.
         abandoned: what it had last written where the answer went another way, from one id after the divergence on.
     """
 
@@ -157,6 +158,7 @@ class WrittenAhead:
         self.end: WritingEnd | None = None
         self.eos: int | None = None
         self.best_score = 0.0
+        self.held_back_at: int | None = None
         self.abandoned: list[int] = []
 
     @property
@@ -203,6 +205,7 @@ class WrittenAhead:
     def forget(self) -> None:
         """Drops everything; `realign` puts the answer in again."""
         self._ids, self._key, self.end, self.eos, self.context = [], None, None, None, 0
+        self.held_back_at = None
         self._top1.clear()
 
     def write(self, token: int, top1: float) -> None:
@@ -333,6 +336,12 @@ class Row:
     def room(self) -> float:
         """How many more tokens of the base's vocabulary the answer can have."""
         return min(self.request.limits.room(self.length), self.base.room - len(self.answer.ids))
+
+    @property
+    def untold_tokens(self) -> int:
+        """How many tokens of the answer its ids in the nudging model's vocabulary do not tell of."""
+        told = self.answer.nudging_ids() if isinstance(self.answer, OneVocabulary) else ()
+        return len(self.answer.ids) - len(told)
 
     def limit_reached(self) -> str | None:
         """The limit that ends the answer with its last token, if one does."""

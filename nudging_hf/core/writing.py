@@ -43,6 +43,8 @@ def write(nudging: CachedLM | SeparateRows, rows: Sequence[Row], drafter: Drafte
     for row, ends in zip(rows, may_end, strict=True):
         text = [*row.answer.nudging_prompt, *row.ahead.all_ids]
         guesses.append(_guess(row, text, guess_length) if ends else [])
+        if not ends and row.ahead.held_back_at is None:
+            row.ahead.held_back_at = row.untold_tokens
         readings[row.number] = _reading(row, text, guesses[-1])
     logits = nudging.read(readings)
     raw = joined([logits[row.number] for row in rows]).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -23,12 +24,14 @@ try:
 except ImportError as error:
     raise ImportError("This needs lm-evaluation-harness: pip install 'nudging-hf[lm-eval]'.") from error
 
-from ..chats import plain_prompt, turn_template
+from ..chats import turn_template
 from ..core.config import NudgingConfig
+from ..encoded_chats import padded, plain_ids
 from ..pair import Pair, nudging_model_named_in
 from ..provenance import count_nudged_words, pieces_of, text_of
 from ..study.tables import share_of
 
+logger = logging.getLogger(__name__)
 NAME = "nudging_hf"
 # The paper's prompt. Each task writes its own "Question: " or "Instruction: ".
 BASE_TEMPLATE = "{system}\n{user}\n"
@@ -101,7 +104,8 @@ class NudgingLM(HFLM):
     Without `--apply_chat_template` the base is given the harness's prompt as it is, and the nudging model is given the
     same text as one user turn of its own chat template. With it, the nudging model is given the messages, including
     the system message, and the base is given the text that `base_template` makes of them. Line breaks at the end of a
-    message are removed.
+    message are removed, and control tokens that a message spells out are text. In the harness's own prompt, which it
+    hands over without saying what a user wrote, they are control tokens of the base.
 
     Args:
         pretrained (`str` or `PreTrainedModel`):
@@ -219,20 +223,22 @@ class NudgingLM(HFLM):
                 f"The base reads at most {self.max_length} tokens, and the answer alone may have "
                 f"{max_new_tokens}: lower `max_gen_toks`, or raise `max_length`."
             )
-        chats, texts = [], []
+        chats, rows = [], []
         for context in contexts:
             if isinstance(context, Conversation):
                 chat = [{**each, "content": each["content"].rstrip("\n")} for each in json.loads(context)]
-                texts.append(plain_prompt(chat, self.base_template))
-            else:
+                ids = plain_ids(self.tokenizer, chat, self.base_template, self.add_bos_token is not False)
+                if len(ids) > room:
+                    logger.warning("A prompt of %d tokens is cut to its last %d.", len(ids), room)
+                rows.append(ids[-room:])
+            else:  # It is the harness's own text, and its control tokens are meant.
                 chat = [{"role": "user", "content": context.rstrip("\n")}]
-                texts.append(context)
+                ids, _ = self.tok_batch_encode([context], left_truncate_len=room, truncation=self.truncation)
+                rows += ids.tolist()
             chats.append(chat)
         inputs = dict(self.pair.inputs(chats, self.base_template, self.chat_template_args))
-        # HFLM encodes the base's prompts, so that `add_bos_token`, `truncation` and `max_length` apply.
-        inputs["input_ids"], inputs["attention_mask"] = self.tok_batch_encode(
-            texts, left_truncate_len=room, truncation=self.truncation
-        )
+        # These obey `add_bos_token`, `truncation` and `max_length`.
+        inputs["input_ids"], inputs["attention_mask"] = padded(rows, self.tokenizer)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     # Answers --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ..core.answer import OneVocabulary, answer_class
 from ..core.cached_lm import CachedLM, Reading, SeparateRows, cached_lm
 from ..core.generate import loaded_vocabulary, take_over_stop_strings
 from ..core.named_model import resolved_model
-from ..core.prompts import given_prompts, nudging_prompts, unpad
+from ..core.prompts import given_prompts, guarded_ids, nudging_prompts, unpad
 from ..core.transformers_private import (
     end_tokens,
     merged_generation_config,
@@ -200,7 +200,10 @@ def in_context(
     config = merged_generation_config(model, **kwargs)
     tokenizer = loaded_vocabulary(tokenizer, model, "tokenizer", "base").tokenizer
     queries = tokenizer.batch_decode(unpad(input_ids, kwargs.pop("attention_mask", None)), skip_special_tokens=True)
-    rows = [tokenizer(in_context_prompt(query, preamble, examples)).input_ids for query in queries]
+    rows = [
+        guarded_ids(tokenizer, [query], lambda texts: in_context_prompt(texts[0], preamble, examples))
+        for query in queries
+    ]
     ids, mask = padded(rows, tokenizer)
     given = config.stop_strings or []
     kwargs["stop_strings"] = [*([given] if isinstance(given, str) else given), STOP_STRING]

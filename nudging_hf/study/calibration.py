@@ -48,6 +48,11 @@ class Point:
     right: int | None = None
     unread: str | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        counts = self.nudged_words, self.words, self.answers, self.right or 0
+        if not all(type(count) is int for count in counts) or not 0 <= counts[0] <= counts[1] or counts[3] > counts[2]:
+            raise ValueError(f"A point has impossible counts, got {self!r}.")
+
     @property
     def nudge_rate(self) -> float:
         """The share of all words that the nudging model wrote, wholly or in part."""
@@ -263,11 +268,11 @@ def calibrate(
         replace(config, nudge_threshold=threshold)  # A threshold out of range is refused now, not after hours.
     base_reader = Reader(base, tokenizer, chat=False, base_template=base_template)
     nudging_reader = Reader(nudging_model, nudging_tokenizer, chat=True, base_template=base_template)
-    texts = [base_reader.base_prompt(prompt) for prompt in prompts]
     setup = {
         "base": model_setup(base),
         "nudging_model": model_setup(nudging_model),
-        "prompts": digest([texts, *(asdict(prompt) for prompt in prompts)]),
+        "prompts": digest([asdict(prompt) for prompt in prompts]),
+        "base_template": base_template,
         **{name: getattr(config, name) for name in ("nudge_gate", "num_nudging_tokens", "takeover_on_agreement")},
         "max_new_tokens": max_new_tokens,
     }
@@ -293,7 +298,7 @@ def calibrate(
         return asdict(Point(threshold, nudged, words, len(prompts), right, shown))
 
     def attempt(threshold: float) -> Point:
-        return Point(**journal.once({"threshold": threshold}, lambda: measure(threshold)))
+        return journal.once({"threshold": threshold}, lambda: measure(threshold), lambda row: Point(**row))
 
     if by_score:
         found = search_by_score(attempt, thresholds, gate)

@@ -172,9 +172,12 @@ class Turn:
     right: list[bool | None]
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Turn:
-        """The inverse of `asdict`."""
-        return cls(**{**row, "answers": [Answer.from_row(answer) for answer in row["answers"]]})
+    def from_row(cls, questions: int, row: dict[str, Any]) -> Turn:
+        """The inverse of `asdict`, for a turn of so many questions."""
+        turn = cls(**{**row, "answers": [Answer.from_row(answer) for answer in row["answers"]]})
+        if len(turn.answers) != questions or len(turn.right) != questions:
+            raise ValueError(f"A turn of {questions} questions has {len(turn.answers)} answers.")
+        return turn
 
 
 def take_turn(contestant: Contestant, questions: Sequence[Prompt], max_new_tokens: int) -> Turn:
@@ -233,7 +236,7 @@ def compare(
         batch = questions[start : start + batch_size]
         for contestant in contestants:
             key = {"contestant": contestant.name, "start": start}
-            turn = Turn.from_row(journal.once(key, partial(take, contestant, batch)))
+            turn = journal.once(key, partial(take, contestant, batch), partial(Turn.from_row, len(batch)))
             turns[contestant.name].append(turn)
             if judge.is_wanted() and None in turn.right:
                 own = {**key, "judge": judge.name()}

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 
 from ..core.answer import OneVocabulary, answer_class
 from ..core.generate import loaded_vocabulary
@@ -127,12 +128,18 @@ def _contexts(pair: Pair) -> Finding:
 
 def _end_of_turn(pair: Pair) -> Finding:
     """Whether the token with which the nudging model's chat template ends a turn ends its answers."""
-    tokenizer, subject = pair.nudging_tokenizer, "nudging model: end of a turn"
+    tokenizer, template = pair.nudging_tokenizer, "nudging model: chat template"
+    subject = "nudging model: end of a turn"
     if not getattr(tokenizer, "chat_template", None):
         return Finding(subject, Level.NOTE, "its tokenizer has no chat template: is it an aligned model?")
     said = "That is all I know"
     turns = [{"role": "user", "content": "What do you know?"}, {"role": "assistant", "content": said}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (TemplateError, ValueError) as error:
+        return Finding(template, Level.PROBLEM, f"it refuses a question and its answer: {error}.")
+    if said not in text:
+        return Finding(template, Level.PROBLEM, "it leaves out the answer to a question.")
     after = tokenizer(text[text.rindex(said) + len(said) :], add_special_tokens=False)["input_ids"]
     control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     end = next((token for token in after if token in control), None)

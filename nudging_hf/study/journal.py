@@ -54,19 +54,29 @@ class Journal:
         """The result under a key; `None` if that work is not finished."""
         return self._results.get(_text(key))
 
-    def once(self, key: Mapping[str, Any], work: Callable[[], Any]) -> Any:
+    def once(
+        self, key: Mapping[str, Any], work: Callable[[], Any], read: Callable[[Any], Any] = lambda row: row
+    ) -> Any:
         """The result under a key. Work that is not finished yet is done now, and its result is written down.
 
         Args:
             key: what tells this piece of work from all others, in values that JSON has.
             work: does it, and returns something that JSON has, but not `None`.
+            read: makes of a result what is returned.
+
+        Raises:
+            ValueError: if `read` cannot read what the file has under the key.
         """
         found = self.find(key)
         if found is None:
             found = work()
             self._append({"key": key, "result": found})
             self._results[_text(key)] = found
-        return found
+            return read(found)
+        try:
+            return read(found)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise self._no_journal() from error
 
     def _read(self, whole: bytes, setup: Mapping[str, Any]) -> None:
         try:

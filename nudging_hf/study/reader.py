@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..chats import DEFAULT_TEMPLATE, plain_prompt
+from ..chats import DEFAULT_TEMPLATE
 from ..core.answer import OneVocabulary, answer_class
 from ..core.config import NudgingConfig
 from ..core.gate import top1_probabilities
@@ -61,7 +61,10 @@ class Answer:
             Piece(text, nudged, top1, None if instead is None else Alternative(**instead))
             for text, nudged, top1, instead in row["pieces"]
         ]
-        return cls(**{**row, "pieces": pieces})
+        answer = cls(**{**row, "pieces": pieces})
+        if not isinstance(answer.text, str) or not all(type(each.text) is str for each in pieces):
+            raise ValueError(f"The text of an answer must be text, got {answer.text!r:.200}.")
+        return answer
 
     @property
     def nudged_spans(self) -> list[list[int]]:
@@ -114,10 +117,6 @@ class Reader:
     def text(self, answer: Sequence[int]) -> str:
         """The text of an answer's ids."""
         return self.vocabulary.join(answer).decode("utf-8", errors="replace")
-
-    def base_prompt(self, prompt: Prompt) -> str:
-        """The text that a model without a chat template is given."""
-        return plain_prompt(prompt.messages, self._base_template) if prompt.prompt is None else prompt.prompt
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The model's prompt in its own vocabulary."""
