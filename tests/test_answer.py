@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, answer_class, ends_inside_character, word_starts
+from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, answer_class, ends_inside_character
+from nudging_hf.core.words import word_starts
 from nudging_hf.core.vocabulary import Vocabulary
 
 TOKENIZERS = ["byte_bpe", "other_byte_bpe", "metaspace_bpe", "unigram", "wordpiece"]

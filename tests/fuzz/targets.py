@@ -8,9 +8,10 @@ from typing import Any
 
 import tiny
 
-from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, ends_inside_character, word_starts
+from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, ends_inside_character
 from nudging_hf.core.rounds import Accept, Lookahead, Question, Verdict, Word, rounds
 from nudging_hf.core.vocabulary import Vocabulary, to_text
+from nudging_hf.core.words import word_starts
 
 _LOSSLESS = ("byte_bpe", "other_byte_bpe", "metaspace_bpe", "unigram")
 _PIECES = (
