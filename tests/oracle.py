@@ -140,7 +140,8 @@ def letter_points(text: bytes, spaces: Collection[int]) -> list[int]:
     [3, 6]
     """
     string = text.decode("utf-8", "surrogateescape")
-    string = re.sub("[\U0001f1e6-\U0001f1ff]", "\U0001d100", string)  # `regex` had a fault in half a flag.
+    for faulty, sign in {"[\U0001f1e6-\U0001f1ff]": "\U0001d100", "'": ".", "\u2019": "\ufe52"}.items():
+        string = re.sub(faulty, sign, string)  # Older versions of `regex` err in half a flag and before "'e".
     bounds = [match.start() for match in regex.finditer(r"(?w)\b", string)]
     inner = {match.start() for match in regex.finditer(r"(?<=\X)\X", string)}
     points, has_letter, at = [], False, 0

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, answer_class, ends_inside_character
-from nudging_hf.core.words import word_starts
 from nudging_hf.core.vocabulary import Vocabulary
+from nudging_hf.core.words import word_starts
 
 TOKENIZERS = ["byte_bpe", "other_byte_bpe", "metaspace_bpe", "unigram", "wordpiece"]
 LOSSLESS = TOKENIZERS[:4]  # They hold all text but U+2581.

@@ -40,6 +40,7 @@ def words_of(text: bytes, word_boundary: str = "unicode") -> list[bytes]:
         ("ذهب الولد، ثم عاد.", "ذهب| الولد،| ثم| عاد."),
         ("क्षत्रिय है।", "क्षत्रिय| है।"),
         ('He can\'t (really) say, "no".', 'He| can\'t| (really)| say,| "no".'),
+        ("l'arte dell\u2019uomo o'er", "l'arte| dell\u2019uomo| o'er"),
         ("a well-known 3.14, 1,000.", "a| well-|known| 3.14,| 1,000."),
         ("my_var = f(x)  # it", "my_var| =| f(|x) | #| it"),
         ("好👩\u200d👩\u200d👧🇯🇵1\ufe0f\u20e3吗🏽", "好👩\u200d👩\u200d👧🇯🇵|1\ufe0f\u20e3|吗🏽"),

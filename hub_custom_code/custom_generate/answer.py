@@ -1,8 +1,8 @@
 """An answer's text and ids, in one vocabulary or across two. It knows vocabularies, never models.
 
-Text is kept as UTF-8 bytes, because byte-level tokens may end inside a character. A word ends at the byte 0x20, which
-is part of no other character. `OneVocabulary` and `TwoVocabularies` keep an answer; both say what the nudging model
-reads, how its lookahead splits into words, and which ids of the base its text has as a draft.
+Text is kept as UTF-8 bytes, because byte-level tokens may end inside a character. `OneVocabulary` and
+`TwoVocabularies` keep an answer; both say what the nudging model reads, how its lookahead splits into words, and which
+ids of the base its text has as a draft.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
+from .config import NudgingConfig
 from .rounds import Word
 from .vocabulary import Vocabulary, to_text
+from .words import SPACE, word_starts
 
-SPACE = b" "
 _WORD_END = re.compile(rb"(?<=\S) (?=\S)")
 _CONTEXT_CHARACTERS = 64  # A word is encoded after this much text, more than any tokenizer looks back.
 _CHUNK_CHARACTERS = 256  # Finished text is encoded once, in chunks of about this length.
@@ -38,6 +39,7 @@ class _Answer:
         nudging_vocabulary: the nudging model's.
         prompt: the base's prompt, ids without padding.
         nudging_prompt: the nudging model's prompt, ids without padding.
+        word_boundary: the rule by which a lookahead is split into words: see [`word_starts`].
 
     Attributes:
         ids: the answer in the base's vocabulary.
@@ -45,12 +47,18 @@ class _Answer:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, nudging_vocabulary: Vocabulary, prompt: list[int], nudging_prompt: list[int]
+        self,
+        vocabulary: Vocabulary,
+        nudging_vocabulary: Vocabulary,
+        prompt: list[int],
+        nudging_prompt: list[int],
+        word_boundary: str = NudgingConfig.word_boundary,
     ):
         self.vocabulary = vocabulary
         self.nudging_vocabulary = nudging_vocabulary
         self.prompt = prompt
         self.nudging_prompt = nudging_prompt
+        self.word_boundary = word_boundary
         self.ids: list[int] = []
         self.text = bytearray()
 
@@ -94,7 +102,7 @@ class _Answer:
     def is_one_unfinished_word(self, lookahead: Sequence[int]) -> bool:
         """Whether a lookahead (ids of the nudging model) is a single word that ends inside a character."""
         text = self.nudging_vocabulary.join(lookahead)
-        return SPACE not in text.lstrip(SPACE) and ends_inside_character(text)
+        return ends_inside_character(text) and not word_starts(text, self.word_boundary)
 
 
 class OneVocabulary(_Answer):
@@ -116,11 +124,28 @@ class OneVocabulary(_Answer):
         """The answer so far in the nudging model's vocabulary. The list changes as the answer grows."""
         return self._nudging_ids
 
+    def is_one_unfinished_word(self, lookahead: Sequence[int]) -> bool:
+        """Whether a lookahead is a single word that ends inside a character. A token is never more than one word."""
+        if len(lookahead) == 1:
+            return ends_inside_character(self.vocabulary.bytes_of(lookahead[0]))
+        return super().is_one_unfinished_word(lookahead)
+
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
-        """Splits a lookahead into words. A split inside a token moves to its start, but not to the first token's."""
+        """Splits a lookahead into words. A split inside a token moves to its start, but not to the first token's.
+
+        The rule "unicode" splits no character either, so there a token that starts inside a character is passed over.
+        """
         pieces = [self.vocabulary.bytes_of(token) for token in lookahead]
+        joined = b"".join(pieces)
         starts = list(accumulate(map(len, pieces), initial=0))[:-1]  # The byte at which each token starts.
-        splits = {max(bisect_right(starts, split) - 1, 1) for split in word_starts(b"".join(pieces))}
+        places = list(range(1, len(pieces)))  # The tokens with which a word may start.
+        if self.word_boundary != "space":
+            places = [i for i in places if not ends_inside_character(joined[max(0, starts[i] - 3) : starts[i]])]
+        splits = {
+            places[max(bisect_right(places, split, key=lambda i: starts[i]) - 1, 0)]
+            for split in word_starts(joined, self.word_boundary)
+            if places
+        }
         words: list[Word] = []
         for begin, end in pairwise(sorted({0, *splits, len(pieces)})):
             text, ids = to_text(b"".join(pieces[begin:end])), tuple(lookahead[begin:end])
@@ -181,7 +206,7 @@ class TwoVocabularies(_Answer):
         context = self._base_context()
         words: list[Word] = []
         start = 0
-        for end in (*word_starts(text), len(text)):
+        for end in (*word_starts(text, self.word_boundary), len(text)):
             word = to_text(text[start:end])
             ids = tuple(self.vocabulary.encode_after(context, word))
             if ids or (end == len(text) and words):
@@ -197,8 +222,10 @@ class TwoVocabularies(_Answer):
         """The first `length` ids, for the base, of what the nudging model writes after the answer so far.
 
         The text is encoded in one piece. If its words have other ids on their own, the draft is wrong there and only
-        costs time.
+        costs time. With the rule "unicode" they often have: there it is the ids of the words.
         """
+        if self.word_boundary != "space":
+            return [token for word in self.words(continuation) for token in word.ids][:length]
         text = to_text(self.nudging_vocabulary.join(continuation))
         return self.vocabulary.encode_after(self._base_context(), text)[:length]
 
@@ -286,16 +313,6 @@ def answer_class(
     holds = all(theirs.get(token) == i for token, i in ours.items())
     extra_is_control = all(i in nudging_vocabulary.control for token, i in theirs.items() if token not in ours)
     return OneVocabulary if holds and extra_is_control else TwoVocabularies
-
-
-def word_starts(text: bytes) -> list[int]:
-    """Where each word but the first starts in a lookahead, in bytes: at the space before the word.
-
-    Leading spaces belong to the first word. In a run of spaces the last belongs to the word after it. A trailing space
-    starts an empty word.
-    """
-    lead = len(text) - len(text.lstrip(SPACE))
-    return [i for i in range(lead, len(text)) if text[i : i + 1] == SPACE and text[i + 1 : i + 2] != SPACE]
 
 
 def ends_inside_character(text: bytes) -> bool:

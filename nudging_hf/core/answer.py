@@ -1,8 +1,8 @@
 """An answer's text and ids, in one vocabulary or across two. It knows vocabularies, never models.
 
-Text is kept as UTF-8 bytes, because byte-level tokens may end inside a character. `OneVocabulary` and `TwoVocabularies`
-keep an answer; both say what the nudging model reads, how its lookahead splits into words, and which ids of the base
-its text has as a draft.
+Text is kept as UTF-8 bytes, because byte-level tokens may end inside a character. `OneVocabulary` and
+`TwoVocabularies` keep an answer; both say what the nudging model reads, how its lookahead splits into words, and which
+ids of the base its text has as a draft.
 """
 
 from __future__ import annotations

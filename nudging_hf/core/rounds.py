@@ -80,7 +80,7 @@ def rounds(takeover_on_agreement: bool, agrees_beyond_word: bool = False) -> Gen
 
     Args:
         takeover_on_agreement: whether an unsure base takes over where its token begins the next nudging word.
-        agrees_beyond_word: whether a token that is longer than this word agrees if it begins the rest of the lookahead.
+        agrees_beyond_word: whether it may be longer than this word, if it begins the rest of the lookahead.
 
     Yields:
         A `Question`, to be answered by `send` with a `Lookahead` or a `Verdict`, or an `Accept`, answered by `None`.

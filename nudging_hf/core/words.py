@@ -1,4 +1,4 @@
-"""Where words begin in a text, by the rule that `word_boundary` names, and who wrote them. It knows bytes, never tokens.
+"""Where words begin in a text, by the rule of `word_boundary`, and who wrote them. It knows bytes, never tokens.
 
 Text is kept as UTF-8 bytes, because byte-level tokens may end inside a character. U+0020 is the byte 0x20, which is
 part of no other character. Both rules are pure functions of the text. More text changes the last word alone: all words
@@ -14,8 +14,9 @@ from itertools import pairwise
 from typing import Any
 
 SPACE = b" "
-# `regex` before 2026.11.19 joins half a flag to the letter after it. Here a flag is as good as any other sign of 4 bytes.
-_FLAG_LETTERS = dict.fromkeys(range(0x1F1E6, 0x1F200), "\U00010100")
+# `regex` before 2026.11.19 joins half a flag to the letter after it, and splits "l'arte" at its apostrophe. So signs
+# of as many bytes stand in for them: any other sign, and others that join letters.
+_STAND_INS = dict.fromkeys(range(0x1F1E6, 0x1F200), "\U00010100") | {ord("'"): ".", ord("\u2019"): "\u2024"}
 _WHITE_SPACE = re.compile(rb"\s")
 _MAX_WORD_BYTES = 256  # A longer word counts as several while it grows, so that the cost of a token is bounded.
 
@@ -47,7 +48,7 @@ def _starts_within(word: bytes) -> list[int]:
     """Where further words start in a word of the rule "space", by UAX #29."""
     segments, clusters, lettered = _patterns()
     characters = word.decode("utf-8", "surrogateescape")  # A byte that is no whole character is a sign of its own.
-    characters = characters.translate(_FLAG_LETTERS)
+    characters = characters.translate(_STAND_INS)
     cluster_starts = {match.start() for match in clusters(characters)}
     starts, is_begun, place, size = [], False, 0, 0
     for segment in segments(characters):
