@@ -484,14 +484,19 @@ class _Decoder:
     def words(self, draft: list[int]) -> list[list[int]] | list[str]:
         if self.one_vocabulary:
             return words_of_tokens(self.tokenizer, draft, self.word_boundary)
+        if self.word_boundary == "unicode":  # The whole is encoded and split between tokens, unless that loses text.
+            text = text_of(self.nudging_tokenizer, draft)
+            ids = self.ids_of(text)
+            if join_bytes(self.tokenizer, ids) == text.encode():
+                return words_of_tokens(self.tokenizer, ids, self.word_boundary)
         return words_of_text(join_bytes(self.nudging_tokenizer, draft), self.word_boundary)
 
     def word_text(self, word: list[int] | str) -> str:
-        return text_of(self.tokenizer, word) if self.one_vocabulary else word
+        return text_of(self.tokenizer, word) if isinstance(word, list) else word
 
     def ids_of(self, word: list[int] | str) -> list[int]:
         """The base's ids of a word that follows the answer so far."""
-        if self.one_vocabulary:
+        if isinstance(word, list):
             return word
         left = text_of(self.tokenizer, after_last_control(self.tokenizer, self.prompt_ids) + self.answer.ids)
         return encode_in_context(self.tokenizer, left, word)
