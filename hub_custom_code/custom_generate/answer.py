@@ -131,30 +131,8 @@ class OneVocabulary(_Answer):
         return super().is_one_unfinished_word(lookahead)
 
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
-        """Splits a lookahead into words. A split inside a token moves to its start, but not to the first token's.
-
-        The rule "unicode" splits no character either, so there a token that starts inside a character is passed over.
-        """
-        pieces = [self.vocabulary.bytes_of(token) for token in lookahead]
-        joined = b"".join(pieces)
-        starts = list(accumulate(map(len, pieces), initial=0))[:-1]  # The byte at which each token starts.
-        places = list(range(1, len(pieces)))  # The tokens with which a word may start.
-        if self.word_boundary != "space":
-            places = [i for i in places if not ends_inside_character(joined[max(0, starts[i] - 3) : starts[i]])]
-        splits = {
-            places[max(bisect_right(places, split, key=lambda i: starts[i]) - 1, 0)]
-            for split in word_starts(joined, self.word_boundary)
-            if places
-        }
-        words: list[Word] = []
-        for begin, end in pairwise(sorted({0, *splits, len(pieces)})):
-            text, ids = to_text(b"".join(pieces[begin:end])), tuple(lookahead[begin:end])
-            # Splits that moved within a run of spaces can leave an empty word, which joins the word before it.
-            if words and words[-1].is_empty and len(words) > 1:
-                before, spaces = words[-2:]
-                words[-2:] = [Word(before.text + spaces.text, before.ids + spaces.ids)]
-            words.append(Word(text, ids))
-        return tuple(words)
+        """Splits a lookahead into words: see [`_words_of_tokens`]."""
+        return _words_of_tokens(lookahead, self.vocabulary, self.word_boundary)
 
     def draft(self, continuation: Sequence[int], length: int) -> list[int]:
         """The first `length` ids, for the base, of what the nudging model writes after the answer so far."""
@@ -200,9 +178,21 @@ class TwoVocabularies(_Answer):
             self._is_stale = False
         return self._nudging_ids
 
-    def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
-        """Splits a lookahead into words. A word for which the base has no ids is joined with the word after it."""
+    def is_one_unfinished_word(self, lookahead: Sequence[int]) -> bool:
+        """Whether a lookahead is a single word that ends inside a character."""
         text = self.nudging_vocabulary.join(lookahead)
+        words = self._words_of_whole(text) if ends_inside_character(text) else None
+        return len(words) == 1 if words else super().is_one_unfinished_word(lookahead)
+
+    def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
+        """Splits a lookahead into words. A word for which the base has no ids is joined with the word after it.
+
+        With the rule "space", each word is encoded on its own. With "unicode" that would split the base's tokens, of
+        which one often has several words: there the lookahead is encoded as a whole, and split as with one vocabulary.
+        """
+        text = self.nudging_vocabulary.join(lookahead)
+        if words_of_whole := self._words_of_whole(text):
+            return words_of_whole
         context = self._base_context()
         words: list[Word] = []
         start = 0
@@ -218,14 +208,22 @@ class TwoVocabularies(_Answer):
                 start = end
         return tuple(words)
 
+    def _words_of_whole(self, lookahead: bytes) -> tuple[Word, ...]:
+        """The words of a lookahead that is encoded as a whole; none with "space", or if the base's ids lose text."""
+        if self.word_boundary == "space":
+            return ()
+        text = to_text(lookahead)
+        ids = self.vocabulary.encode_after(self._base_context(), text)
+        if self.vocabulary.join(ids) != text.encode():
+            return ()
+        return _words_of_tokens(ids, self.vocabulary, self.word_boundary)
+
     def draft(self, continuation: Sequence[int], length: int) -> list[int]:
         """The first `length` ids, for the base, of what the nudging model writes after the answer so far.
 
         The text is encoded in one piece. If its words have other ids on their own, the draft is wrong there and only
-        costs time. With the rule "unicode" they often have: there it is the ids of the words.
+        costs time.
         """
-        if self.word_boundary != "space":
-            return [token for word in self.words(continuation) for token in word.ids][:length]
         text = to_text(self.nudging_vocabulary.join(continuation))
         return self.vocabulary.encode_after(self._base_context(), text)[:length]
 
@@ -313,6 +311,33 @@ def answer_class(
     holds = all(theirs.get(token) == i for token, i in ours.items())
     extra_is_control = all(i in nudging_vocabulary.control for token, i in theirs.items() if token not in ours)
     return OneVocabulary if holds and extra_is_control else TwoVocabularies
+
+
+def _words_of_tokens(ids: Sequence[int], vocabulary: Vocabulary, word_boundary: str) -> tuple[Word, ...]:
+    """Splits ids into words. A split inside a token moves to its start, but not to the first token's.
+
+    The rule "unicode" splits no character either, so there a token that starts inside a character is passed over.
+    """
+    pieces = [vocabulary.bytes_of(token) for token in ids]
+    joined = b"".join(pieces)
+    starts = list(accumulate(map(len, pieces), initial=0))[:-1]  # The byte at which each token starts.
+    places = list(range(1, len(pieces)))  # The tokens with which a word may start.
+    if word_boundary != "space":
+        places = [i for i in places if not ends_inside_character(joined[max(0, starts[i] - 3) : starts[i]])]
+    splits = {
+        places[max(bisect_right(places, split, key=lambda i: starts[i]) - 1, 0)]
+        for split in word_starts(joined, word_boundary)
+        if places
+    }
+    words: list[Word] = []
+    for begin, end in pairwise(sorted({0, *splits, len(pieces)})):
+        text, own = to_text(b"".join(pieces[begin:end])), tuple(ids[begin:end])
+        # Splits that moved within a run of spaces can leave an empty word, which joins the word before it.
+        if words and words[-1].is_empty and len(words) > 1:
+            before, spaces = words[-2:]
+            words[-2:] = [Word(before.text + spaces.text, before.ids + spaces.ids)]
+        words.append(Word(text, own))
+    return tuple(words)
 
 
 def ends_inside_character(text: bytes) -> bool:
