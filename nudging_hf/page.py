@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from . import html_page
 from .provenance import Alternative, Piece, count_nudged_words
@@ -25,11 +25,19 @@ class MarkedAnswer:
         pieces: the answer, as [`~provenance.pieces_of`] or [`~continuations.pieces_with_continuations`] return it; or
             a text, if one model wrote it alone.
         figures: what else the page says about the answer, by name, such as `{"finished": "eos"}`.
+        word_boundary: how its words are counted: that with which it was written.
     """
 
     prompt: str
     pieces: Sequence[Piece] | str
     figures: Mapping[str, str] = field(default_factory=dict)
+    word_boundary: str = "space"
+
+    @property
+    def nudged_words(self) -> tuple[int, int] | None:
+        """How many words are nudged, and how many there are; `None` if one model wrote it alone."""
+        is_plain = isinstance(self.pieces, str)
+        return None if is_plain else count_nudged_words(cast(Sequence[Piece], self.pieces), self.word_boundary)
 
 
 Entry = MarkedAnswer | Mapping[str, MarkedAnswer]
@@ -68,10 +76,10 @@ def render(
     """
     entries = _entries(answers, threshold, headings)
     counts = [
-        count_nudged_words(answer.pieces)
+        counted
         for entry in answers
         for answer in (entry.values() if isinstance(entry, Mapping) else [entry])
-        if not isinstance(answer.pieces, str)
+        if (counted := answer.nudged_words) is not None
     ]
     nudged, words = sum(count[0] for count in counts), sum(count[1] for count in counts)
     return html_page.render(
@@ -129,7 +137,7 @@ class _Part(NamedTuple):
 
 def _shown(heading: str, answer: MarkedAnswer, threshold: float | None, name: str) -> dict[str, object]:
     """What the template needs for an answer. The names of its elements begin with `name`."""
-    is_plain = isinstance(answer.pieces, str)
+    counted = answer.nudged_words
     pieces = [Piece(answer.pieces, False)] if isinstance(answer.pieces, str) else answer.pieces
     runs: list[tuple[bool, list[_Part], str]] = []
     continuations: list[tuple[str, str, str, str]] = []  # The target, the nudge, the text before it, and the base's.
@@ -143,7 +151,7 @@ def _shown(heading: str, answer: MarkedAnswer, threshold: float | None, name: st
             continuations.append((target, text.strip(), before[-_CONTEXT_CHARACTERS:], instead.continuation))
         runs += [(mark, parts, target if mark else "") for mark, parts in _parted(nudged, run, threshold)]
         before += text
-    figures = {} if is_plain else {"nudged words": _of(*count_nudged_words(pieces))}
+    figures = {} if counted is None else {"nudged words": _of(*counted)}
     return {
         "heading": heading,
         "runs": runs,

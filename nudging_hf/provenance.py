@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from .core.vocabulary import Vocabulary, to_text
+from .core.words import nudged_words, word_starts
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,18 @@ def add_stretch(stretches: list[tuple[int, int]], start: int, end: int) -> None:
     stretches.append((start, end))
 
 
-def count_nudged_words(pieces: Iterable[Piece]) -> tuple[int, int]:
+def count_nudged_words(pieces: Iterable[Piece], word_boundary: str = "space") -> tuple[int, int]:
     """Counts the words of which the nudging model wrote at least one character, and all words.
 
-    White space separates words. The pieces of the answer may be cut anywhere.
+    White space separates words. With the `word_boundary` "unicode", those of UAX #29 count, as when the answer was
+    written. The pieces of the answer may be cut anywhere.
     """
+    if word_boundary != "space":
+        parts = [(piece.text.encode("utf-8", "replace"), piece.nudged) for piece in pieces]
+        text = b"".join(part for part, _ in parts)
+        nudged = b"".join(bytes([own]) * len(part) for part, own in parts)
+        words = nudged_words(text, nudged, [*word_starts(text, word_boundary), len(text)])
+        return sum(words), len(words)
     characters = ((character, piece.nudged) for piece in pieces for character in piece.text)
     words = [
         any(nudged for _, nudged in word)

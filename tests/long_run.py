@@ -25,6 +25,7 @@ import torch
 from running import (
     DRAFT_LENGTHS,
     KINDS,
+    UNSPACED,
     ForbidTokens,
     Outcome,
     decode_with_oracle,
@@ -36,6 +37,7 @@ from tiny import Pair
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from nudging_hf.core.config import WORD_BOUNDARIES
 from nudging_hf.study.journal import Journal
 
 JOURNALS = Path(__file__).parent.parent / "build" / "long_run"
@@ -80,15 +82,15 @@ def pair_of(seed: int, number: int) -> Pair:
     """A pair of which one model is of the type whose turn it is, or both are of one of `tiny.ARCHITECTURES`."""
     draw = random.Random(f"{seed} pair {number}")
     if draw.random() < 0.3:
-        return tiny.pair(draw.choice(tiny.ARCHITECTURES), draw.randrange(40), draw.choice(KINDS))
+        return tiny.pair(draw.choice(tiny.ARCHITECTURES), draw.randrange(40), draw.choice(KINDS + UNSPACED))
     model_type = MODEL_TYPES[number % len(MODEL_TYPES)]
-    model, tokenizer = model_of(model_type, draw.randrange(3)), tiny.byte_bpe()
+    model, tokenizer = model_of(model_type, draw.randrange(3)), draw.choice([tiny.byte_bpe, tiny.unspaced_byte_bpe])()
     kind = draw.choice(["noisy copy", "noisy copy", "another type", "base of two", "nudging model of two"])
     if kind == "noisy copy":
         return Pair(model, noisy_copy(model, number), tokenizer, tokenizer)
     if kind == "another type":
         return Pair(model, model_of(draw.choice(MODEL_TYPES), draw.randrange(3)), tokenizer, tokenizer)
-    other = tiny.pair("llama", draw.randrange(40), "two")
+    other = tiny.pair("llama", draw.randrange(40), draw.choice(["two", "unspaced two"]))
     if kind == "base of two":
         return Pair(model, other.nudging_model, tokenizer, other.nudging_tokenizer)
     return Pair(other.base, model, other.tokenizer, tokenizer)
@@ -122,6 +124,7 @@ def case_of(seed: int, number: int) -> Case:
         "max_new_tokens": draw.choice([1, 5, 12, 12, 20]),
         "num_nudging_tokens": draw.choice([1, 4, 8, 16]),
         "takeover_on_agreement": draw.random() < 0.7,
+        "word_boundary": draw.choice(WORD_BOUNDARIES),
     }
     settings = {**plain, "nudge_gate": gate, "nudge_threshold": "auto" if threshold is None else threshold}
     if threshold is None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import regex
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -119,27 +120,66 @@ def encode_in_context(tokenizer: PreTrainedTokenizerFast, left: str, text: str) 
 # Words --------------------------------------------------------------------------------------------------------------
 
 
-def split_points(text: bytes) -> list[int]:
+def split_points(text: bytes, boundary: str = "space") -> list[int]:
     """Where the words after the first one begin in a lookahead (rule 3): at the last space of each run of spaces.
 
-    The offsets are in bytes.
+    The offsets are in bytes. With the boundary "unicode" there are more of them: see [`letter_points`].
 
     >>> split_points(b"  a  b ")
     [4, 6]
     """
     first = len(text) - len(text.lstrip(b" "))  # Leading spaces belong to the first word.
-    return [i for i in range(first, len(text)) if text[i : i + 1] == b" " and text[i + 1 : i + 2] != b" "]
+    spaces = [i for i in range(first, len(text)) if text[i : i + 1] == b" " and text[i + 1 : i + 2] != b" "]
+    return spaces if boundary == "space" else letter_points(text, spaces)
 
 
-def words_of_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[list[int]]:
+def letter_points(text: bytes, spaces: Collection[int]) -> list[int]:
+    """`spaces`, and the bounds of UAX #29 before letters or digits, where a word has a letter or digit already.
+
+    >>> letter_points("我们 (3.5)".encode(), [6])
+    [3, 6]
+    """
+    string = text.decode("utf-8", "surrogateescape")
+    for faulty, sign in {"[\U0001f1e6-\U0001f1ff]": "\U0001d100", "'": ".", "\u2019": "\ufe52"}.items():
+        string = re.sub(faulty, sign, string)  # Older versions of `regex` err in half a flag and before "'e".
+    bounds = [match.start() for match in regex.finditer(r"(?w)\b", string)]
+    inner = {match.start() for match in regex.finditer(r"(?<=\X)\X", string)}
+    points, has_letter, at = [], False, 0
+    for i, letter in enumerate(string):
+        if at in spaces:
+            points.append(at)
+            has_letter = False
+        elif has_letter and i in inner and i in bounds:
+            end = min((bound for bound in bounds if bound > i), default=len(string))
+            if any(map(is_letter, string[i:end])):
+                points.append(at)
+                has_letter = False
+        has_letter = has_letter or is_letter(letter)
+        at += len(letter.encode("utf-8", "surrogateescape"))
+    return points
+
+
+def is_letter(character: str) -> bool:
+    """Whether it is a letter or digit of its own. Halfwidth voicing marks of Japanese are not."""
+    return regex.fullmatch(r"[\p{L}\p{N}]", character) is not None and character not in "\uff9e\uff9f"
+
+
+def words_of_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int], boundary: str = "space") -> list[list[int]]:
     """The words of a lookahead in one vocabulary, as lists of tokens, including the last piece (rule 3)."""
     starts, offset = [], 0
     for token_id in ids:
         starts.append(offset)
         offset += len(token_bytes(tokenizer, token_id))
     # A split inside a token moves to that token's start, and the first word has at least one token.
-    cuts = {max(i for i, start in enumerate(starts) if start <= at) for at in split_points(join_bytes(tokenizer, ids))}
+    points = split_points(join_bytes(tokenizer, ids), boundary)
+    cuts = {max(i for i, start in enumerate(starts) if start <= at) for at in points}
     bounds = sorted({0, len(ids), *(max(cut, 1) for cut in cuts)})
+    if (
+        boundary == "unicode"
+    ):  # No character is split: a split moves on to a token before which the characters are whole.
+        whole = [i for i in range(1, len(ids)) if not inside_character(tokenizer, ids[:i])]
+        cuts = {max((i for i in whole if starts[i] <= at), default=min(whole, default=len(ids))) for at in points}
+        bounds = sorted({0, len(ids), *cuts})
     words = [ids[start:end] for start, end in itertools.pairwise(bounds)]
     for i in range(len(words) - 2, 0, -1):  # Spaces alone belong to the word before.
         if join_bytes(tokenizer, words[i]).strip(b" ") == b"":
@@ -147,11 +187,10 @@ def words_of_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[
     return words
 
 
-def words_of_text(text: str) -> list[str]:
+def words_of_text(text: bytes, boundary: str = "space") -> list[str]:
     """The words of a lookahead between two vocabularies, as texts, including the last piece (rule 3)."""
-    raw = text.encode()
-    bounds = [0, *split_points(raw), len(raw)]
-    return [raw[start:end].decode() for start, end in itertools.pairwise(bounds)]
+    bounds = [0, *split_points(text, boundary), len(text)]
+    return [text[start:end].decode(errors="replace") for start, end in itertools.pairwise(bounds)]
 
 
 # The decoder --------------------------------------------------------------------------------------------------------
@@ -184,6 +223,7 @@ class _Decoder:
     max_new_tokens: int
     num_nudging_tokens: int
     takeover_on_agreement: bool
+    word_boundary: str
     min_new_tokens: int
     gate: str
     target: float | None
@@ -261,7 +301,7 @@ class _Decoder:
             if confident:
                 answer.saw("confident takeover")
                 return functools.partial(self.base_phase, first=token)
-            if self.takeover_on_agreement and self.agrees(token, word):
+            if self.takeover_on_agreement and self.agrees(token, word, words):
                 answer.saw("agreement takeover")
                 return functools.partial(self.base_phase, first=token)
             if set_aside:
@@ -336,8 +376,18 @@ class _Decoder:
         pieces = [token_bytes(self.tokenizer, token_id) for token_id in self.answer.ids]
         authors = [nudged for piece, nudged in zip(pieces, self.answer.nudged, strict=True) for _ in piece]
         level = self.target
-        for word in re.finditer(rb"\S+(?=\s)", b"".join(pieces)):
-            level += 0.05 * (self.target - any(authors[word.start() : word.end()]))
+        text = b"".join(pieces)
+        words = [word.span() for word in re.finditer(rb"\S+(?=\s)", text)]
+        if self.word_boundary == "unicode":
+            bounds = [0, *split_points(text, "unicode")]  # The last word may go on.
+            words = [(start, end) for start, end in itertools.pairwise(bounds) if text[start:end].strip()]
+        for start, end in words:
+            ink = [
+                own
+                for byte, own in zip(text[start:end], authors[start:end], strict=True)
+                if byte not in b" \t\n\r\v\f"
+            ]
+            level += 0.05 * (self.target - any(ink))
         cutoff = 0.4
         if len(self.scores) >= 8:
             place = int(level * len(self.scores))
@@ -433,15 +483,20 @@ class _Decoder:
 
     def words(self, draft: list[int]) -> list[list[int]] | list[str]:
         if self.one_vocabulary:
-            return words_of_tokens(self.tokenizer, draft)
-        return words_of_text(text_of(self.nudging_tokenizer, draft))
+            return words_of_tokens(self.tokenizer, draft, self.word_boundary)
+        if self.word_boundary == "unicode":  # The whole is encoded and split between tokens, unless that loses text.
+            text = text_of(self.nudging_tokenizer, draft)
+            ids = self.ids_of(text)
+            if join_bytes(self.tokenizer, ids) == text.encode():
+                return words_of_tokens(self.tokenizer, ids, self.word_boundary)
+        return words_of_text(join_bytes(self.nudging_tokenizer, draft), self.word_boundary)
 
     def word_text(self, word: list[int] | str) -> str:
-        return text_of(self.tokenizer, word) if self.one_vocabulary else word
+        return text_of(self.tokenizer, word) if isinstance(word, list) else word
 
     def ids_of(self, word: list[int] | str) -> list[int]:
         """The base's ids of a word that follows the answer so far."""
-        if self.one_vocabulary:
+        if isinstance(word, list):
             return word
         left = text_of(self.tokenizer, after_last_control(self.tokenizer, self.prompt_ids) + self.answer.ids)
         return encode_in_context(self.tokenizer, left, word)
@@ -454,10 +509,15 @@ class _Decoder:
             word += words.pop(0)
         return word
 
-    def agrees(self, token: int, word: list[int] | str) -> bool:
-        """Whether the base's token has text and the word, including its space, begins with it."""
-        text = text_of(self.tokenizer, [token])
-        return text != "" and self.word_text(word).startswith(text)
+    def agrees(self, token: int, word: list[int] | str, following: list) -> bool:
+        """Whether the base's token has text and the word, including its space, begins with it.
+
+        With the boundary "unicode", the words that follow may be part of the beginning.
+        """
+        text, ahead = text_of(self.tokenizer, [token]), self.word_text(word)
+        if self.word_boundary == "unicode":
+            ahead = "".join([ahead, *map(self.word_text, following)])
+        return text != "" and ahead.startswith(text)
 
     # Accepting ------------------------------------------------------------------------------------------------------
 
@@ -492,6 +552,7 @@ def decode(
     max_new_tokens: int,
     num_nudging_tokens: int = 16,
     takeover_on_agreement: bool = True,
+    word_boundary: str = "space",
     min_new_tokens: int = 0,
     gate: str = "top1",
     target: float | None = None,
@@ -513,6 +574,7 @@ def decode(
         max_new_tokens: The maximum number of the base's tokens in the answer, including the end mark.
         num_nudging_tokens: The length of a lookahead, in the nudging model's tokens.
         takeover_on_agreement: Whether the base takes over where its token begins the next nudging word.
+        word_boundary: Where the words of a lookahead begin: at "space" alone, or "unicode", also by UAX #29.
         min_new_tokens: The number of base tokens before which neither model may end the answer. It needs one
             vocabulary.
         gate: The formula that is compared with the threshold.
@@ -533,6 +595,7 @@ def decode(
         max_new_tokens,
         num_nudging_tokens,
         takeover_on_agreement,
+        word_boundary,
         min_new_tokens,
         gate,
         target,

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor
 import nudging_hf
 
 KINDS = ["shared", "two"]  # Pairs with one vocabulary, and with two.
+UNSPACED = ["unspaced shared", "unspaced two"]  # The same for text without spaces.
 DRAFT_LENGTHS = [0, 1, 4, 16, "adaptive"]
 SOME_DRAFT_LENGTHS = [0, 1, 4, "adaptive"]
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, answer_class, ends_inside_character, word_starts
+from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, answer_class, ends_inside_character
 from nudging_hf.core.vocabulary import Vocabulary
+from nudging_hf.core.words import word_starts
 
 TOKENIZERS = ["byte_bpe", "other_byte_bpe", "metaspace_bpe", "unigram", "wordpiece"]
 LOSSLESS = TOKENIZERS[:4]  # They hold all text but U+2581.
@@ -208,6 +209,32 @@ def test_with_one_vocabulary_words_are_those_of_the_rule(name):
         ids = ordinary_ids(row.vocabulary, draw, draw.randint(1, 9))
         words = [list(word.ids) for word in row.words(ids)]
         assert words == oracle.words_of_tokens(row.vocabulary.tokenizer, ids)
+
+
+@pytest.mark.parametrize("name", tiny.UNSPACED_TOKENIZERS)
+def test_unspaced_words_of_tokens_are_those_of_the_rule(name):
+    tokens, draw = vocabulary(name), random.Random(name)
+    row = OneVocabulary(tokens, tokens, [5], [6], "unicode")
+    for _ in range(200):
+        ids = ordinary_ids(tokens, draw, draw.randint(1, 9))
+        words = row.words(ids)
+        assert [list(word.ids) for word in words] == oracle.words_of_tokens(tokens.tokenizer, ids, "unicode")
+        is_one = len(words) == 1 and ends_inside_character(tokens.join(ids))
+        assert row.is_one_unfinished_word(ids) == is_one
+
+
+@pytest.mark.parametrize("name", ["unspaced_byte_bpe", "unspaced_metaspace_bpe"])
+def test_an_unspaced_lookahead_crosses_as_a_whole(name):
+    """The base reads the ids that it would have for the whole text, and no word splits one of them."""
+    base, other = vocabulary(name), vocabulary("other_byte_bpe")
+    row, joined = TwoVocabularies(base, other, [5], [6], "unicode"), 0
+    for text in tiny.UNSPACED:
+        lookahead = other.encode_after("a", text)
+        words = row.words(lookahead)
+        assert [token for word in words for token in word.ids] == row.draft(lookahead, len(text) * 4)
+        assert "".join(word.text for word in words) == text
+        joined += len(word_starts(text.encode(), "unicode")) + 1 - len(words)
+    assert joined > 0
 
 
 @pytest.mark.parametrize(

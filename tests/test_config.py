@@ -25,6 +25,8 @@ from nudging_hf import NudgingConfig
         ("num_nudging_tokens", 2.5),
         ("num_nudging_tokens", "16"),
         ("takeover_on_agreement", 1),
+        ("word_boundary", "letters"),
+        ("word_boundary", True),
         ("num_draft_tokens", -1),
         ("num_draft_tokens", "many"),
         ("num_draft_tokens", True),
@@ -45,6 +47,13 @@ def test_the_first_source_that_sets_a_parameter_wins():
         [{"nudge_threshold": None}, {"nudge_threshold": 0.3, "num_draft_tokens": 0}, {"nudge_threshold": 0.9}, {}]
     )
     assert config == NudgingConfig(nudge_threshold=0.3, num_draft_tokens=0)
+
+
+def test_a_calibrated_threshold_belongs_to_what_counted_as_a_word():
+    stored = {"nudge_threshold": 0.3, "word_boundary": "unicode"}
+    assert NudgingConfig.resolve([{"nudge_threshold": "auto"}, stored]).nudge_threshold == 0.3
+    other = NudgingConfig.resolve([{"nudge_threshold": "auto", "word_boundary": "space"}, stored])
+    assert other.nudge_threshold == "auto" and other.word_boundary == "space"
 
 
 def test_a_config_cannot_be_changed():

@@ -1,4 +1,4 @@
-"""Tests that the benchmark of the crossing runs, with its default tokenizers and with given ones."""
+"""Tests that the benchmarks of tokenizers run, with its default tokenizers and with given ones."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import crossing
+import word_boundaries
 
 
 def test_it_prints_a_cost_for_each_pair_and_text_at_each_length(capsys):
@@ -31,3 +32,13 @@ def test_a_single_tokenizer_is_refused(capsys):
     with pytest.raises(SystemExit):
         crossing.main([str(crossing.MINI / "base")])
     assert "needs two tokenizers" in capsys.readouterr().err
+
+
+def test_word_boundaries_are_counted_for_each_language(capsys):
+    word_boundaries.main([str(crossing.MINI / "base")])
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| base")]
+    assert [row[1].strip() for row in rows] == list(word_boundaries.TEXTS)
+    for language, row in zip(word_boundaries.TEXTS, rows, strict=True):
+        words, first, questions = ([float(each) for each in cell.split("→")] for cell in row[3:])
+        assert words[0] <= words[1] and first[0] >= first[1] and questions[0] <= questions[1]
+        assert language == "English" or words[0] < words[1]

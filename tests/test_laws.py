@@ -8,6 +8,7 @@ import torch
 from running import (
     DRAFT_LENGTHS,
     KINDS,
+    UNSPACED,
     assert_same,
     decode_with_oracle,
     inputs_of,
@@ -49,6 +50,29 @@ def test_answers_are_those_of_a_plain_decoder(arch, kind, threshold):
         for place, probability in expected.top1.items():
             if place < len(result.ids):
                 assert result.top1[place] == pytest.approx(probability, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", UNSPACED)
+@pytest.mark.parametrize("seed", range(4))
+def test_words_of_unspaced_text_keep_the_laws(kind, seed):
+    """A plain decoder with a rule of its own writes the same, whatever was drafted, and so does a row alone."""
+    draw = random.Random(f"{kind} {seed}")
+    chosen, *given = pair_with_prompts(ARCHITECTURES[seed], kind, seed, rows=2)
+    settings = {
+        "word_boundary": "unicode",
+        "max_new_tokens": 20,
+        "num_nudging_tokens": draw.choice([1, 3, 8, 16]),
+        "takeover_on_agreement": draw.random() < 0.8,
+    }
+    for threshold in (draw.choice([0.3, 0.5, 1.01]), None):
+        auto = {"nudge_threshold": "auto", "target_nudge_rate": 0.3} if threshold is None else {}
+        own = {"nudge_threshold": threshold, **settings, **auto}
+        answers = [outcomes(nudge(chosen, *given, num_draft_tokens=length, **own)) for length in (0, 4, "adaptive")]
+        assert answers[1:] == answers[:1] * 2
+        for i, prompts in enumerate(zip(*given, strict=True)):
+            target = 0.3 if threshold is None else None
+            expected = decode_with_oracle(chosen, *prompts, nudge_threshold=threshold, target=target, **settings)
+            assert outcomes([expected]) == answers[0][i : i + 1]
 
 
 @pytest.mark.parametrize(("arch", "kind"), EVERY_PAIR)

@@ -82,6 +82,22 @@ def test_agreement_includes_the_space_before_a_word():
         assert algorithm.send(Verdict(7, token, False, False, False)) == Accept((32, 98), True)
 
 
+@pytest.mark.parametrize(
+    ("token", "agrees"),
+    [("北", True), ("北京", True), ("北京大", True), ("北京大学", False), ("京", False), ("我", False)],
+)
+def test_a_longer_token_agrees_if_it_begins_the_rest_of_the_lookahead(token, agrees):
+    """Words may be single characters, of which the base's tokens hold several. What was not written agrees never."""
+    for beyond_word in (False, True):
+        algorithm = rounds(True, beyond_word)
+        algorithm.send(None)
+        algorithm.send(Lookahead(words("我|北|京|大"), False))
+        algorithm.send(None)
+        accepted = algorithm.send(Verdict(7, token, False, False, False))
+        takes_over = agrees and (beyond_word or token == "北")
+        assert accepted == (Accept((7,), False) if takes_over else Accept((ord("北"),), True))
+
+
 def test_the_last_word_is_asked_about_and_never_accepted():
     text, log, _ = run({"": "A| b", "A": EOS}, {"A": ("z", 0.1)})
     assert (text, log) == ("A", ["lookahead", ("A", "nudging"), "verdict", "lookahead"])

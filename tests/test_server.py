@@ -342,9 +342,9 @@ def test_the_nudging_model_may_have_a_prompt_of_its_own(given):
      {"do_sample": False, "repetition_penalty": 1.1, "min_new_tokens": 2}),
     ({"logit_bias": {"7": -100, "9": 0, "5": -100}}, {"do_sample": False, "suppress_tokens": [5, 7]}),
     ({"nudge_threshold": "auto", "nudge_gate": "margin", "target_nudge_rate": 0.2, "num_nudging_tokens": 8,
-      "takeover_on_agreement": False},
+      "takeover_on_agreement": False, "word_boundary": "unicode"},
      {"do_sample": False, "nudge_threshold": "auto", "nudge_gate": "margin", "target_nudge_rate": 0.2,
-      "num_nudging_tokens": 8, "takeover_on_agreement": False}),
+      "num_nudging_tokens": 8, "takeover_on_agreement": False, "word_boundary": "unicode"}),
     ({"nudge_threshold": 0}, {"do_sample": False, "nudge_threshold": 0}),
 ])  # fmt: skip
 def test_fields_become_arguments_of_generate(fields, expected):
@@ -474,6 +474,7 @@ def test_values_that_ask_for_nothing_are_accepted(path, body):
     ({"target_nudge_rate": 1}, "target_nudge_rate"),
     ({"num_nudging_tokens": 0}, "num_nudging_tokens"),
     ({"takeover_on_agreement": 1}, "takeover_on_agreement"),
+    ({"word_boundary": "letters"}, "word_boundary"),
     ({"num_draft_tokens": 3}, "num_draft_tokens"),
     ({"best_off": 3}, "best_off"),
 ])  # fmt: skip

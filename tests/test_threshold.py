@@ -73,3 +73,16 @@ def test_the_cutoff_does_not_rise_above_the_highest():
         assert confidence.decide(score, None)
         confidence.observe_text(b"word ", False)
     assert not confidence.decide(0.59, None)
+
+
+def test_a_target_is_a_share_of_the_words_of_the_setting():
+    """By spaces one word ends here, and it is nudged. By UAX #29 five end, of which two are."""
+    levels = {}
+    for boundary in ("space", "unicode"):
+        config = NudgingConfig(nudge_threshold="auto", target_nudge_rate=0.5, word_boundary=boundary)
+        confidence = Confidence.of_answer(config)
+        for piece, nudged in (("我们".encode(), True), ("去北京。".encode(), False), (b" ", False)):
+            confidence.observe_text(piece, nudged)
+        levels[boundary] = confidence._cutoff._level
+    assert levels["space"] == pytest.approx(0.5 - 0.05 * 0.5)
+    assert levels["unicode"] == pytest.approx(0.5 + 0.05 * (3 * 0.5 - 2 * 0.5))

@@ -53,6 +53,16 @@ CORPUS = (
     "- the list\n- of the things\n- that are on it  (in the end)",
 )
 
+# Text with few spaces, of few characters, so that small vocabularies have tokens for many of them.
+UNSPACED = (
+    "我们去北京。我们去大学，他们去北京大学。",
+    "東京タワーへ行きます。大学へ行きます。",
+    "ฉันกินน้ำ ฉันกิน",
+    "나는 학교에 학교는",
+    "الولد الولد، ولد.",
+    "it's a 3.14 (it's) it's\n😀我😀",
+)
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -76,7 +86,7 @@ def _wrap(backend: Tokenizer, bos: str, eos: str, pad: str, unk: str | None = No
     return tokenizer
 
 
-def _byte_level(vocab_size: int, specials: list[str], use_regex: bool) -> Tokenizer:
+def _byte_level(vocab_size: int, specials: list[str], use_regex: bool, corpus: Sequence[str] = CORPUS) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.decoder = decoders.ByteLevel()
@@ -86,7 +96,7 @@ def _byte_level(vocab_size: int, specials: list[str], use_regex: bool) -> Tokeni
         special_tokens=specials,
         show_progress=False,
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator(corpus, trainer)
     return backend
 
 
@@ -94,6 +104,14 @@ def _byte_level(vocab_size: int, specials: list[str], use_regex: bool) -> Tokeni
 def byte_bpe(vocab_size: int = 320) -> PreTrainedTokenizerFast:
     """Byte-level BPE like GPT-2's: all 256 bytes; text is split into words first. `vocab_size` is in tokens."""
     return _wrap(_byte_level(vocab_size, ["<bos>", "<eos>", "<pad>"], use_regex=True), "<bos>", "<eos>", "<pad>")
+
+
+@functools.cache
+def unspaced_byte_bpe() -> PreTrainedTokenizerFast:
+    """`byte_bpe` for text without spaces: it has as many tokens, of which some are words and some begin inside a
+    character."""
+    specials = ["<bos>", "<eos>", "<pad>"]
+    return _wrap(_byte_level(320, specials, use_regex=True, corpus=UNSPACED), *specials)
 
 
 @functools.cache
@@ -115,11 +133,15 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 @functools.cache
 def metaspace_bpe() -> PreTrainedTokenizerFast:
     """SentencePiece-like BPE like Llama 2's: "\u2581" for a space, and 256 byte tokens `<0xNN>` as a fallback."""
+    # The alphabet is small: other letters, and most accents, are written with byte tokens.
+    return _metaspace_bpe(CORPUS[:3] + CORPUS[5:7] + CORPUS[10:], alphabet=60, vocab_size=130)
+
+
+def _metaspace_bpe(corpus: Sequence[str], alphabet: int, vocab_size: int) -> PreTrainedTokenizerFast:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    # The alphabet is small: other letters, and most accents, are written with byte tokens.
-    trainer = trainers.BpeTrainer(vocab_size=130, limit_alphabet=60, show_progress=False)
-    trained.train_from_iterator(CORPUS[:3] + CORPUS[5:7] + CORPUS[10:], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, limit_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(corpus, trainer)
     bpe = json.loads(trained.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *_BYTES, *sorted(bpe["vocab"], key=bpe["vocab"].get)]
     backend = Tokenizer(
@@ -135,6 +157,12 @@ def metaspace_bpe() -> PreTrainedTokenizerFast:
     backend.decoder = _sentencepiece_decoder()
     # As in Llama 2, the unknown token is the padding token.
     return _wrap(backend, "<s>", "</s>", "<unk>", "<unk>")
+
+
+@functools.cache
+def unspaced_metaspace_bpe() -> PreTrainedTokenizerFast:
+    """`metaspace_bpe` for text without spaces, which has tokens for whole characters and for some words."""
+    return _metaspace_bpe(UNSPACED, alphabet=90, vocab_size=96)
 
 
 @functools.cache
@@ -197,6 +225,11 @@ def spaces_bpe() -> PreTrainedTokenizerFast:
     return _wrap(backend, "<s>", "</s>", "<unk>", "<unk>")
 
 
+UNSPACED_TOKENIZERS = {
+    "unspaced_byte_bpe": unspaced_byte_bpe,
+    "unspaced_metaspace_bpe": unspaced_metaspace_bpe,
+    "other_byte_bpe": other_byte_bpe,
+}
 TOKENIZERS = {
     "byte_bpe": byte_bpe,
     "metaspace_bpe": metaspace_bpe,
@@ -445,17 +478,20 @@ def pair(arch: str, seed: int, kind: str) -> Pair:
             tokenizers, each with a nudging model that is a relative of the base (even seeds) and with one that is
             not. With `kind="two"`, 40 successive seeds cover all twenty ordered pairs of tokenizers likewise. A
             nudging model that is no relative has the next architecture.
-        kind: "shared" for one vocabulary, "two" for two.
+        kind: "shared" for one vocabulary, "two" for two. With "unspaced shared" and "unspaced two" it is likewise with
+            `UNSPACED_TOKENIZERS`, of which 6 and 12 successive seeds cover all.
     """
+    tokenizers = UNSPACED_TOKENIZERS if kind.startswith("unspaced ") else TOKENIZERS
+    kind = kind.removeprefix("unspaced ")
     other_arch = ARCHITECTURES[(ARCHITECTURES.index(arch) + 1) % len(ARCHITECTURES)]
     if kind == "shared":
-        tokenizer = nudging_tokenizer = TOKENIZERS[list(TOKENIZERS)[seed % 5]]()
+        tokenizer = nudging_tokenizer = list(tokenizers.values())[seed % len(tokenizers)]()
         related, rows = seed % 2 == 0, None
     elif kind == "two":
-        combinations = list(itertools.permutations(TOKENIZERS, 2))
+        combinations = list(itertools.permutations(tokenizers, 2))
         random.Random(0).shuffle(combinations)
-        tokenizer, nudging_tokenizer = (TOKENIZERS[name]() for name in combinations[seed % 20])
-        related, rows = (seed + seed // 20) % 2 == 0, _rows(tokenizer, nudging_tokenizer)
+        tokenizer, nudging_tokenizer = (tokenizers[name]() for name in combinations[seed % len(combinations)])
+        related, rows = (seed + seed // len(combinations)) % 2 == 0, _rows(tokenizer, nudging_tokenizer)
     else:
         raise ValueError(f"kind={kind!r}: expected 'shared' or 'two'")
     base = _model_for(tokenizer, arch, seed)

@@ -35,6 +35,7 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from .config import AUTO, NudgingConfig
+from .words import AuthorsOfWords
 
 _FEWEST_SCORES = 8  # With fewer scores, their quantiles mean little.
 _STEP = 0.05  # How far one word moves the level of an online cutoff.
@@ -120,15 +121,16 @@ class OnlineCutoff:
         target: the share of words, in (0, 1), that the nudging model is to write.
         first: the cutoff while there are too few scores.
         highest: the highest cutoff.
+        word_boundary: what counts as a word: see [`AuthorsOfWords`].
     """
 
-    def __init__(self, target: float, first: float, highest: float):
+    def __init__(self, target: float, first: float, highest: float, word_boundary: str = NudgingConfig.word_boundary):
         self._target = target
         self._first = first
         self._highest = highest
         self._level = target
         self._scores: list[float] = []  # Sorted.
-        self._is_within_word = self._word_is_nudged = False
+        self._words = AuthorsOfWords(word_boundary)
 
     @property
     def value(self) -> float:
@@ -145,17 +147,8 @@ class OnlineCutoff:
 
     def observe_text(self, text: bytes, nudged: bool) -> None:
         """Moves the level by the words that end in a piece of the answer, in UTF-8."""
-        for i in range(len(text)):
-            if text[i : i + 1].isspace():
-                self._end_word()
-            else:
-                self._is_within_word = True
-                self._word_is_nudged = self._word_is_nudged or nudged
-
-    def _end_word(self) -> None:
-        if self._is_within_word:
-            self._level += _STEP * (self._target - self._word_is_nudged)
-        self._is_within_word = self._word_is_nudged = False
+        for word_is_nudged in self._words.read(text, nudged):
+            self._level += _STEP * (self._target - word_is_nudged)
 
 
 class Confidence:
@@ -177,8 +170,8 @@ class Confidence:
         if config.nudge_threshold != AUTO:
             return cls(gate, FixedCutoff(gate.cutoff(float(config.nudge_threshold))))
         first = NudgingConfig(nudge_gate=config.nudge_gate).nudge_threshold
-        cutoff = OnlineCutoff(config.target_nudge_rate, gate.cutoff(float(first)), gate.cutoff(gate.strictest))
-        return cls(gate, cutoff)
+        bounds = gate.cutoff(float(first)), gate.cutoff(gate.strictest)
+        return cls(gate, OnlineCutoff(config.target_nudge_rate, *bounds, config.word_boundary))
 
     def decide(self, score: float, nudging_top1: float | None) -> bool:
         """Decides whether the base is confident. An online cutoff learns the score: call this once for each verdict.

@@ -208,7 +208,9 @@ class Preparation:
                 Row(
                     number=i,
                     request=self._request,
-                    answer=call.answer_class(call.vocabulary, call.nudging_vocabulary, prompt, nudging_prompt),
+                    answer=call.answer_class(
+                        call.vocabulary, call.nudging_vocabulary, prompt, nudging_prompt, call.config.word_boundary
+                    ),
                     base=Side(shown[i : i + 1], processors, _room(self._model, prompt)),
                     nudging=Side(
                         nudging_ids,
@@ -219,7 +221,9 @@ class Preparation:
                     ),
                     seed=seeds[i],
                     confidence=Confidence.of_answer(call.config),
-                    algorithm=rounds(call.config.takeover_on_agreement),
+                    algorithm=rounds(
+                        call.config.takeover_on_agreement, agrees_beyond_word=call.config.word_boundary != "space"
+                    ),
                     constraint=self._constraint(processors, shown[i : i + 1]),
                 )
             )

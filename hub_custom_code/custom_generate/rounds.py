@@ -75,11 +75,12 @@ Step = Question | Accept
 Reply = Lookahead | Verdict | None
 
 
-def rounds(takeover_on_agreement: bool) -> Generator[Step, Reply, str]:
+def rounds(takeover_on_agreement: bool, agrees_beyond_word: bool = False) -> Generator[Step, Reply, str]:
     """Nudged decoding of one answer.
 
     Args:
         takeover_on_agreement: whether an unsure base takes over where its token begins the next nudging word.
+        agrees_beyond_word: whether it may be longer than this word, if it begins the rest of the lookahead.
 
     Yields:
         A `Question`, to be answered by `send` with a `Lookahead` or a `Verdict`, or an `Accept`, answered by `None`.
@@ -97,7 +98,7 @@ def rounds(takeover_on_agreement: bool) -> Generator[Step, Reply, str]:
             return "eos"
         takeover: Verdict | None
         if lookahead.words:
-            takeover = yield from _nudging_round(lookahead.words, takeover_on_agreement)
+            takeover = yield from _nudging_round(lookahead.words, takeover_on_agreement, agrees_beyond_word)
         else:  # No word that the base could read: there the base goes on.
             takeover = yield from _ask_base()
             if takeover.is_eos:
@@ -106,7 +107,9 @@ def rounds(takeover_on_agreement: bool) -> Generator[Step, Reply, str]:
             yield from _base_phase(takeover)
 
 
-def _nudging_round(words: tuple[Word, ...], on_agreement: bool) -> Generator[Step, Reply, Verdict | None]:
+def _nudging_round(
+    words: tuple[Word, ...], on_agreement: bool, beyond_word: bool
+) -> Generator[Step, Reply, Verdict | None]:
     """Accepts the first word, and each further one until the base takes over; returns the verdict that does so."""
     first, *further = words
     yield Accept(first.ids, nudged=True)
@@ -116,7 +119,8 @@ def _nudging_round(words: tuple[Word, ...], on_agreement: bool) -> Generator[Ste
         verdict = yield from _ask_base()
         if verdict.is_eos:  # Only the nudging model ends an answer: it is asked afresh.
             return None
-        agrees = on_agreement and verdict.text != "" and word.text.startswith(verdict.text)
+        ahead = "".join(each.text for each in words[i - 1 :]) if beyond_word else word.text
+        agrees = on_agreement and verdict.text != "" and ahead.startswith(verdict.text)
         if verdict.is_confident or agrees:
             return verdict
         if i < len(words):  # The last word is set aside: the lookahead's end may have cut it.

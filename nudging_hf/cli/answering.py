@@ -56,7 +56,7 @@ class StreamedAnswer:
 
     def figures(self) -> dict[str, str]:
         """The figures of the answer, by name."""
-        nudged, words = count_nudged_words(self.pieces)
+        nudged, words = count_nudged_words(self.pieces, self._decoding["nudging_config"].word_boundary)
         figures = {"nudged words": f"{nudged} of {words}" + (f" ({nudged / words:.0%})" if words else "")}
         if self.output is not None:
             assert self.output.nudged_mask is not None and self.output.finish_reasons is not None
@@ -93,8 +93,9 @@ class StreamedAnswer:
             [pieces] = pieces_with_continuations(
                 self._pair.base, self.output, self._pair.tokenizer, self._inputs["attention_mask"]
             )
-        answer = page.MarkedAnswer(asked, pieces, {**about, **self.figures()})
-        page.write(path, [answer], gamma_of(self._decoding["nudging_config"]))
+        config = self._decoding["nudging_config"]
+        answer = page.MarkedAnswer(asked, pieces, {**about, **self.figures()}, config.word_boundary)
+        page.write(path, [answer], gamma_of(config))
 
 
 def ink_of(args: argparse.Namespace, wrapped: bool = False) -> TerminalWriter:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..chats import DEFAULT_TEMPLATE
-from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, NudgingConfig
+from ..core.config import ADAPTIVE, AUTO, DEFAULT_THRESHOLDS, WORD_BOUNDARIES, NudgingConfig
 from ..terminal import CLOSING, OPENING
 from .streams import say
 
@@ -98,7 +98,10 @@ def add_threshold(parser: Any) -> None:
 
 
 def add_gate(parser: Any) -> None:
-    """Adds the options that say when the base is unsure, under the names of `NudgingConfig`; the default is `None`."""
+    """Adds the options that say when the base is unsure, and at which words it is asked.
+
+    They have the names of [`NudgingConfig`], and the default `None`.
+    """
     parser.add_argument(
         "--threshold",
         type=threshold_or_auto,
@@ -120,6 +123,16 @@ def add_gate(parser: Any) -> None:
         type=float,
         metavar="R",
         help=f"the share of words that --threshold auto aims at (default: {NudgingConfig.target_nudge_rate})",
+    )
+    add_word_boundary(parser)
+
+
+def add_word_boundary(parser: Any) -> None:
+    parser.add_argument(
+        "--word-boundary",
+        choices=WORD_BOUNDARIES,
+        help='where a nudging word begins: at a space, or for languages without spaces also where "unicode" (UAX #29) '
+        f"says so (default: what is stored with the base, or else {NudgingConfig.word_boundary})",
     )
 
 

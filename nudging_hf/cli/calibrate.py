@@ -11,7 +11,7 @@ from ..core.config import DEFAULT_THRESHOLDS, NudgingConfig
 from ..study import report
 from ..study.prompts import validate_labelled
 from ..study.tables import markdown_table, percent
-from .arguments import PROMPT_FILE, add_models, add_study, answer_bar, command_parser, load_pair
+from .arguments import PROMPT_FILE, add_models, add_study, add_word_boundary, answer_bar, command_parser, load_pair
 from .files import prompts_of, refuse_missing_folders, versions, write_json
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_command(commands: Any) -> None:
         help=f"the gate whose threshold is found (default: the one stored with the base, or else "
         f"{NudgingConfig.nudge_gate})",
     )
+    add_word_boundary(search)
     aim = search.add_mutually_exclusive_group()
     aim.add_argument(
         "--target-nudge-rate",
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
             target_nudge_rate=args.target_nudge_rate,
             by_score=args.by_score,
             thresholds=args.thresholds,
-            nudging_config=pair.nudging_config({} if args.gate is None else {"nudge_gate": args.gate}),
+            nudging_config=pair.nudging_config({"nudge_gate": args.gate, "word_boundary": args.word_boundary}),
             base_template=args.base_template,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,

@@ -8,7 +8,7 @@ from typing import Any
 from ..core.config import NudgingConfig
 from .arguments import warn_of_threshold
 
-_KNOBS = {"nudge_threshold": float, "nudge_gate": str, "target_nudge_rate": float}
+_KNOBS = {"nudge_threshold": float, "nudge_gate": str, "target_nudge_rate": float, "word_boundary": str}
 
 
 def add_command(commands: Any) -> None:

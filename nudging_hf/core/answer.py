@@ -1,8 +1,8 @@
 """An answer's text and ids, in one vocabulary or across two. It knows vocabularies, never models.
 
-Text is kept as UTF-8 bytes, because byte-level tokens may end inside a character. A word ends at the byte 0x20, which
-is part of no other character. `OneVocabulary` and `TwoVocabularies` keep an answer; both say what the nudging model
-reads, how its lookahead splits into words, and which ids of the base its text has as a draft.
+Text is kept as UTF-8 bytes, because byte-level tokens may end inside a character. `OneVocabulary` and
+`TwoVocabularies` keep an answer; both say what the nudging model reads, how its lookahead splits into words, and which
+ids of the base its text has as a draft.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
+from .config import NudgingConfig
 from .rounds import Word
 from .vocabulary import Vocabulary, to_text
+from .words import SPACE, word_starts
 
-SPACE = b" "
 _WORD_END = re.compile(rb"(?<=\S) (?=\S)")
 _CONTEXT_CHARACTERS = 64  # A word is encoded after this much text, more than any tokenizer looks back.
 _CHUNK_CHARACTERS = 256  # Finished text is encoded once, in chunks of about this length.
@@ -38,6 +39,7 @@ class _Answer:
         nudging_vocabulary: the nudging model's.
         prompt: the base's prompt, ids without padding.
         nudging_prompt: the nudging model's prompt, ids without padding.
+        word_boundary: the rule by which a lookahead is split into words: see [`word_starts`].
 
     Attributes:
         ids: the answer in the base's vocabulary.
@@ -45,12 +47,18 @@ class _Answer:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, nudging_vocabulary: Vocabulary, prompt: list[int], nudging_prompt: list[int]
+        self,
+        vocabulary: Vocabulary,
+        nudging_vocabulary: Vocabulary,
+        prompt: list[int],
+        nudging_prompt: list[int],
+        word_boundary: str = NudgingConfig.word_boundary,
     ):
         self.vocabulary = vocabulary
         self.nudging_vocabulary = nudging_vocabulary
         self.prompt = prompt
         self.nudging_prompt = nudging_prompt
+        self.word_boundary = word_boundary
         self.ids: list[int] = []
         self.text = bytearray()
 
@@ -94,7 +102,7 @@ class _Answer:
     def is_one_unfinished_word(self, lookahead: Sequence[int]) -> bool:
         """Whether a lookahead (ids of the nudging model) is a single word that ends inside a character."""
         text = self.nudging_vocabulary.join(lookahead)
-        return SPACE not in text.lstrip(SPACE) and ends_inside_character(text)
+        return ends_inside_character(text) and not word_starts(text, self.word_boundary)
 
 
 class OneVocabulary(_Answer):
@@ -116,20 +124,15 @@ class OneVocabulary(_Answer):
         """The answer so far in the nudging model's vocabulary. The list changes as the answer grows."""
         return self._nudging_ids
 
+    def is_one_unfinished_word(self, lookahead: Sequence[int]) -> bool:
+        """Whether a lookahead is a single word that ends inside a character. A token is never more than one word."""
+        if len(lookahead) == 1:
+            return ends_inside_character(self.vocabulary.bytes_of(lookahead[0]))
+        return super().is_one_unfinished_word(lookahead)
+
     def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
-        """Splits a lookahead into words. A split inside a token moves to its start, but not to the first token's."""
-        pieces = [self.vocabulary.bytes_of(token) for token in lookahead]
-        starts = list(accumulate(map(len, pieces), initial=0))[:-1]  # The byte at which each token starts.
-        splits = {max(bisect_right(starts, split) - 1, 1) for split in word_starts(b"".join(pieces))}
-        words: list[Word] = []
-        for begin, end in pairwise(sorted({0, *splits, len(pieces)})):
-            text, ids = to_text(b"".join(pieces[begin:end])), tuple(lookahead[begin:end])
-            # Splits that moved within a run of spaces can leave an empty word, which joins the word before it.
-            if words and words[-1].is_empty and len(words) > 1:
-                before, spaces = words[-2:]
-                words[-2:] = [Word(before.text + spaces.text, before.ids + spaces.ids)]
-            words.append(Word(text, ids))
-        return tuple(words)
+        """Splits a lookahead into words: see [`_words_of_tokens`]."""
+        return _words_of_tokens(lookahead, self.vocabulary, self.word_boundary)
 
     def draft(self, continuation: Sequence[int], length: int) -> list[int]:
         """The first `length` ids, for the base, of what the nudging model writes after the answer so far."""
@@ -175,13 +178,25 @@ class TwoVocabularies(_Answer):
             self._is_stale = False
         return self._nudging_ids
 
-    def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
-        """Splits a lookahead into words. A word for which the base has no ids is joined with the word after it."""
+    def is_one_unfinished_word(self, lookahead: Sequence[int]) -> bool:
+        """Whether a lookahead is a single word that ends inside a character."""
         text = self.nudging_vocabulary.join(lookahead)
+        words = self._words_of_whole(text) if ends_inside_character(text) else None
+        return len(words) == 1 if words else super().is_one_unfinished_word(lookahead)
+
+    def words(self, lookahead: Sequence[int]) -> tuple[Word, ...]:
+        """Splits a lookahead into words. A word for which the base has no ids is joined with the word after it.
+
+        With the rule "space", each word is encoded on its own. With "unicode" that would split the base's tokens, of
+        which one often has several words: there the lookahead is encoded as a whole, and split as with one vocabulary.
+        """
+        text = self.nudging_vocabulary.join(lookahead)
+        if words_of_whole := self._words_of_whole(text):
+            return words_of_whole
         context = self._base_context()
         words: list[Word] = []
         start = 0
-        for end in (*word_starts(text), len(text)):
+        for end in (*word_starts(text, self.word_boundary), len(text)):
             word = to_text(text[start:end])
             ids = tuple(self.vocabulary.encode_after(context, word))
             if ids or (end == len(text) and words):
@@ -192,6 +207,16 @@ class TwoVocabularies(_Answer):
                     context = recent_context(context)
                 start = end
         return tuple(words)
+
+    def _words_of_whole(self, lookahead: bytes) -> tuple[Word, ...]:
+        """The words of a lookahead that is encoded as a whole; none with "space", or if the base's ids lose text."""
+        if self.word_boundary == "space":
+            return ()
+        text = to_text(lookahead)
+        ids = self.vocabulary.encode_after(self._base_context(), text)
+        if self.vocabulary.join(ids) != text.encode():
+            return ()
+        return _words_of_tokens(ids, self.vocabulary, self.word_boundary)
 
     def draft(self, continuation: Sequence[int], length: int) -> list[int]:
         """The first `length` ids, for the base, of what the nudging model writes after the answer so far.
@@ -288,14 +313,31 @@ def answer_class(
     return OneVocabulary if holds and extra_is_control else TwoVocabularies
 
 
-def word_starts(text: bytes) -> list[int]:
-    """Where each word but the first starts in a lookahead, in bytes: at the space before the word.
+def _words_of_tokens(ids: Sequence[int], vocabulary: Vocabulary, word_boundary: str) -> tuple[Word, ...]:
+    """Splits ids into words. A split inside a token moves to its start, but not to the first token's.
 
-    Leading spaces belong to the first word. In a run of spaces the last belongs to the word after it. A trailing space
-    starts an empty word.
+    The rule "unicode" splits no character either, so there a token that starts inside a character is passed over.
     """
-    lead = len(text) - len(text.lstrip(SPACE))
-    return [i for i in range(lead, len(text)) if text[i : i + 1] == SPACE and text[i + 1 : i + 2] != SPACE]
+    pieces = [vocabulary.bytes_of(token) for token in ids]
+    joined = b"".join(pieces)
+    starts = list(accumulate(map(len, pieces), initial=0))[:-1]  # The byte at which each token starts.
+    places = list(range(1, len(pieces)))  # The tokens with which a word may start.
+    if word_boundary != "space":
+        places = [i for i in places if not ends_inside_character(joined[max(0, starts[i] - 3) : starts[i]])]
+    splits = {
+        places[max(bisect_right(places, split, key=lambda i: starts[i]) - 1, 0)]
+        for split in word_starts(joined, word_boundary)
+        if places
+    }
+    words: list[Word] = []
+    for begin, end in pairwise(sorted({0, *splits, len(pieces)})):
+        text, own = to_text(b"".join(pieces[begin:end])), tuple(ids[begin:end])
+        # Splits that moved within a run of spaces can leave an empty word, which joins the word before it.
+        if words and words[-1].is_empty and len(words) > 1:
+            before, spaces = words[-2:]
+            words[-2:] = [Word(before.text + spaces.text, before.ids + spaces.ids)]
+        words.append(Word(text, own))
+    return tuple(words)
 
 
 def ends_inside_character(text: bytes) -> bool:

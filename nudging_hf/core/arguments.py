@@ -34,6 +34,7 @@ class NudgingParameters(TypedDict, total=False):
     target_nudge_rate: float | None
     num_nudging_tokens: int | None
     takeover_on_agreement: bool | None
+    word_boundary: str | None
     num_draft_tokens: int | str | None
 
 

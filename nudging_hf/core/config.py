@@ -11,6 +11,7 @@ ADAPTIVE = "adaptive"
 AUTO = "auto"
 # The gates and their default thresholds; see the `gate` module.
 DEFAULT_THRESHOLDS = {"top1": 0.4, "entropy": 2.0, "margin": 0.2, "rejection": 0.2, "kad": 0.4}
+WORD_BOUNDARIES = ("space", "unicode")  # See the `words` module.
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class NudgingConfig:
             The length of a lookahead, in tokens of the nudging model's vocabulary.
         takeover_on_agreement (`bool`, defaults to `True`):
             Whether the base takes over also where it is unsure but its token begins the next nudging word.
+        word_boundary (`str`, defaults to `"space"`):
+            Where a word of the nudging model begins: `"space"`, at a space alone, as in the paper; or `"unicode"`, at
+            the word boundaries of UAX #29 as well, for languages that are written without spaces. A target nudge rate
+            is then a share of these words.
         num_draft_tokens (`int` or `"adaptive"`, defaults to `"adaptive"`):
             How many tokens of the nudging model's continuation the base verifies in one forward pass, in tokens of
             the base's vocabulary. It changes the speed alone: the answer is the same for every value. With 0, nothing
@@ -50,6 +55,7 @@ class NudgingConfig:
     target_nudge_rate: float = 0.1
     num_nudging_tokens: int = 16
     takeover_on_agreement: bool = True
+    word_boundary: str = "space"
     num_draft_tokens: int | str = ADAPTIVE
 
     def __post_init__(self) -> None:
@@ -74,6 +80,8 @@ class NudgingConfig:
             raise ValueError(f"`num_nudging_tokens` must be an integer >= 1, got {self.num_nudging_tokens!r}.")
         if not isinstance(self.takeover_on_agreement, bool):
             raise ValueError(f"`takeover_on_agreement` must be True or False, got {self.takeover_on_agreement!r}.")
+        if self.word_boundary not in WORD_BOUNDARIES:
+            raise ValueError(f"`word_boundary` must be {' or '.join(WORD_BOUNDARIES)}, got {self.word_boundary!r}.")
         drafts: object = self.num_draft_tokens
         if drafts != ADAPTIVE and (not _is_int(drafts) or drafts < 0):
             raise ValueError(f"`num_draft_tokens` must be an integer >= 0 or {ADAPTIVE!r}, got {drafts!r}.")
@@ -89,7 +97,7 @@ class NudgingConfig:
 
         A threshold belongs to the gate of its source, which is the default gate if the source names none. If an
         earlier source has chosen another gate, the threshold is ignored. In the same way, a number that stands in for
-        "auto" belongs to a target.
+        "auto" belongs to a target and to what counts as a word.
         """
         given = [
             {name: source[name] for name in cls.field_names() if source.get(name) is not None} for source in sources
@@ -99,13 +107,13 @@ class NudgingConfig:
             values = source | values
         values.pop("nudge_threshold", None)
         gate = values.get("nudge_gate", cls.nudge_gate)
-        target = values.get("target_nudge_rate", cls.target_nudge_rate)
-        if (threshold := _threshold(given, gate, target)) is not None:
+        aim = {name: values.get(name, getattr(cls, name)) for name in ("target_nudge_rate", "word_boundary")}
+        if (threshold := _threshold(given, gate, aim)) is not None:
             values["nudge_threshold"] = threshold
         return cls(**values)
 
 
-def _threshold(sources: list[dict[str, Any]], gate: str, target: float) -> Any:
+def _threshold(sources: list[dict[str, Any]], gate: str, aim: dict[str, Any]) -> Any:
     """The threshold of the first source that sets one. For "auto", a later source may have a calibrated number."""
     is_auto = gate_is_chosen = False
     for source in sources:
@@ -115,7 +123,7 @@ def _threshold(sources: list[dict[str, Any]], gate: str, target: float) -> Any:
         if threshold == AUTO:
             is_auto = True
         elif threshold is not None:
-            if not is_auto or source.get("target_nudge_rate", NudgingConfig.target_nudge_rate) == target:
+            if not is_auto or all(source.get(name, getattr(NudgingConfig, name)) == aim[name] for name in aim):
                 return threshold
         gate_is_chosen = gate_is_chosen or "nudge_gate" in source
     return AUTO if is_auto else None

@@ -83,7 +83,7 @@ def generate(
             The nudging model's prompts, with `nudging_attention_mask` where they are padded. By default the text of
             the base's prompt, without images, becomes one user turn of the nudging tokenizer's chat template. If the
             tokenizer has no template, the text is used as it is.
-        nudge_threshold, nudge_gate, target_nudge_rate, num_nudging_tokens, takeover_on_agreement, num_draft_tokens:
+        nudge_threshold, nudge_gate, ..., num_draft_tokens:
             The fields of [`NudgingConfig`]. They may also come as `nudging_config=`, a `NudgingConfig` or a dict, or
             as fields of a generation config. Keywords take precedence, then `nudging_config`, then the generation
             config.

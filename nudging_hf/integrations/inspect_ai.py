@@ -85,8 +85,9 @@ class NudgingAPI(inspect.ModelAPI):
             **drawing,
         )
         choices, nudged, words = [], 0, 0
+        word_boundary = self.pair.nudging_config(self.parameters).word_boundary
         for pieces, reason in zip(pieces_of(output, self.pair.tokenizer), output.finish_reasons, strict=True):
-            counted = count_nudged_words(pieces)
+            counted = count_nudged_words(pieces, word_boundary)
             nudged, words = nudged + counted[0], words + counted[1]
             text = text_of(pieces)
             for stop in stops:

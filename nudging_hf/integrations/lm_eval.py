@@ -287,7 +287,7 @@ class NudgingLM(HFLM):
         stop = [*until, self.tokenizer.eos_token]
         answers: list[str] = []
         for pieces in pieces_of(output, self.tokenizer):
-            nudged, words = count_nudged_words(pieces)
+            nudged, words = count_nudged_words(pieces, self.nudging_config.word_boundary)
             self._words.update(nudged=nudged, all=words)
             text = postprocess_generated_text(text_of(pieces), stop, self.think_end_token)
             answers.append(NudgedText.of(text, nudged, words))

@@ -96,6 +96,7 @@ class RequestFields(BaseModel):
     target_nudge_rate: float | None = None
     num_nudging_tokens: int | None = None
     takeover_on_agreement: bool | None = None
+    word_boundary: str | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 HIGHEST_NUDGE_RATE = 0.2
 # The search ends at a rate this near to the target: one set of prompts tells no more. At twice this, it warns.
 _CLOSE = 0.01
+# The parameters on which a rate depends, besides the threshold.
+_KNOBS = ("nudge_gate", "num_nudging_tokens", "takeover_on_agreement", "word_boundary")
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,15 @@ class Point:
 class Calibration:
     """The threshold for a pair, and all that were tried, in ascending order.
 
-    `target_nudge_rate` is the nudge rate that was aimed at; it is `None` if the score decided.
+    `target_nudge_rate` is the nudge rate that was aimed at; it is `None` if the score decided. `word_boundary` is what
+    counted as a word.
     """
 
     threshold: float
     curve: tuple[Point, ...]
     target_nudge_rate: float | None = None
     nudge_gate: str = NudgingConfig.nudge_gate
+    word_boundary: str = NudgingConfig.word_boundary
 
     @property
     def chosen(self) -> Point:
@@ -143,6 +147,7 @@ class Calibration:
         """Everything, in values that JSON has."""
         return {
             "nudge_gate": self.nudge_gate,
+            "word_boundary": self.word_boundary,
             "threshold": self.threshold,
             "target_nudge_rate": self.target_nudge_rate,
             "nudge_rate": self.chosen.nudge_rate,
@@ -273,7 +278,7 @@ def calibrate(
         "nudging_model": model_setup(nudging_model),
         "prompts": digest([asdict(prompt) for prompt in prompts]),
         "base_template": base_template,
-        **{name: getattr(config, name) for name in ("nudge_gate", "num_nudging_tokens", "takeover_on_agreement")},
+        **{name: getattr(config, name) for name in _KNOBS},
         "max_new_tokens": max_new_tokens,
     }
     journal = Journal(resume, setup)
@@ -306,14 +311,16 @@ def calibrate(
         found = search_by_nudge_rate(attempt, target_nudge_rate, gate)
     for warning in found.warnings:
         logger.warning(warning)
-    return found
+    return replace(found, word_boundary=config.word_boundary)
 
 
 # Files --------------------------------------------------------------------------------------------------------------
 
 
 def save(calibration: Calibration, folder: str | Path) -> Path:
-    """Writes gate, threshold and target into the generation config of a model's folder, and leaves the rest as it is.
+    """Writes gate, threshold, target and what counted as a word into the generation config of a model's folder.
+
+    The rest stays as it is.
 
     Raises:
         ValueError: if the folder holds no model.
@@ -326,7 +333,8 @@ def save(calibration: Calibration, folder: str | Path) -> Path:
         fields = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder)).to_diff_dict()
     # If a config is marked as made from the model's, transformers drops fields that it does not know.
     fields.pop("_from_model_config", None)
-    fields |= {"nudge_gate": calibration.nudge_gate, "nudge_threshold": calibration.threshold}
+    names = ("nudge_gate", "word_boundary")
+    fields |= {name: getattr(calibration, name) for name in names} | {"nudge_threshold": calibration.threshold}
     fields.pop("target_nudge_rate", None)
     if calibration.target_nudge_rate is not None:
         fields["target_nudge_rate"] = calibration.target_nudge_rate

@@ -150,7 +150,7 @@ def _in_context_answers(base: Reader, prompts: Sequence[Prompt], max_new_tokens:
     answers = []
     for answer in base.answers_of(sequences[:, inputs["input_ids"].shape[1] :], base.eos):
         text, stop, _ = answer.text.partition(STOP_STRING)
-        answers.append(Answer.of_one_model(text, answer.ids, answer.finished or bool(stop)))
+        answers.append(Answer.of_one_model(text, answer.ids, answer.finished or bool(stop), base.word_boundary))
     return answers
 
 

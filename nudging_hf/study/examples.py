@@ -89,7 +89,7 @@ def write_page(
                 row = base.prompt_ids(question), answer.ids, pieces
                 [pieces] = with_continuations(base.model, base.tokenizer, [row])
             figures = {} if right is None else {"marked": "right" if right else "wrong"}
-            entry[each.name] = page.MarkedAnswer(question.question, pieces or answer.text, figures)
+            entry[each.name] = page.MarkedAnswer(question.question, pieces or answer.text, figures, base.word_boundary)
         entries.append(entry)
     headings = [f"Prompt ({reason})" for reason in first.values()]
     gammas = {each.threshold for each in nudged}

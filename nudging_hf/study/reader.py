@@ -23,7 +23,7 @@ from .prompts import Prompt
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, in values that JSON has. White space separates words.
+    """One answer, in values that JSON has. Words are those of the `word_boundary` that it is made with.
 
     Args:
         text: the answer.
@@ -44,15 +44,24 @@ class Answer:
     pieces: list[Piece] = field(default_factory=list)
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], ids: list[int], finished: bool, nudged_tokens: int = 0) -> Answer:
+    def of(
+        cls,
+        pieces: Sequence[Piece],
+        ids: list[int],
+        finished: bool,
+        nudged_tokens: int = 0,
+        word_boundary: str = NudgingConfig.word_boundary,
+    ) -> Answer:
         """An answer whose words are counted from its pieces."""
-        nudged_words, words = count_nudged_words(pieces)
+        nudged_words, words = count_nudged_words(pieces, word_boundary)
         return cls(text_of(pieces), ids, finished, words, nudged_words, nudged_tokens, list(pieces))
 
     @classmethod
-    def of_one_model(cls, text: str, ids: list[int], finished: bool) -> Answer:
+    def of_one_model(
+        cls, text: str, ids: list[int], finished: bool, word_boundary: str = NudgingConfig.word_boundary
+    ) -> Answer:
         """An answer that one model wrote without nudging."""
-        return cls(text, ids, finished, words=len(text.split()))
+        return cls(text, ids, finished, words=count_nudged_words([Piece(text, False)], word_boundary)[1])
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Answer:
@@ -93,6 +102,9 @@ class Reader:
         model, tokenizer: a model of transformers and its tokenizer.
         chat: whether prompts go through its chat template, if it has one; otherwise it is given the base's prompt.
         base_template: the template of the base's prompt, where a [`Prompt`] does not say what that is.
+
+    Attributes:
+        word_boundary: how the words of the model's own answers are counted.
     """
 
     def __init__(self, model: Any, tokenizer: Any, chat: bool, base_template: str = DEFAULT_TEMPLATE):
@@ -100,6 +112,7 @@ class Reader:
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
         self.eos = set(end_tokens(model, tokenizer))
+        self.word_boundary = NudgingConfig.word_boundary
         self._chat = chat and bool(tokenizer.chat_template)
         self._base_template = base_template
 
@@ -150,7 +163,8 @@ class Reader:
         answers = []
         for row in new.tolist():
             end = next((i for i, token in enumerate(row) if token in ends), None)
-            answers.append(Answer.of_one_model(self.text(row[:end]), row[:end], finished=end is not None))
+            finished = end is not None
+            answers.append(Answer.of_one_model(self.text(row[:end]), row[:end], finished, self.word_boundary))
         return answers
 
     @torch.no_grad()
@@ -208,10 +222,9 @@ def nudged_answers(
     streamer: Any = None,
 ) -> list[Answer]:
     """The greedy answers of the base, nudged. What `config` leaves out is taken from the base's generation config."""
-    inputs = inputs_of_both(base, nudging, prompts, max_new_tokens)
-    out = pair_of(base, nudging).generate(
-        inputs, nudging_config=config, streamer=streamer, return_dict_in_generate=True
-    )
+    inputs, pair = inputs_of_both(base, nudging, prompts, max_new_tokens), pair_of(base, nudging)
+    out = pair.generate(inputs, nudging_config=config, streamer=streamer, return_dict_in_generate=True)
+    word_boundary = pair.nudging_config(vars(config) if isinstance(config, NudgingConfig) else config).word_boundary
     answers = []
     new = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     lengths = (~out.base_top1_probs.isnan()).sum(dim=1).tolist()
@@ -220,5 +233,5 @@ def nudged_answers(
         ids = row[:length]
         while ids and ids[-1] in base.eos:  # This is the end mark: the base itself never ends an answer.
             ids.pop()
-        answers.append(Answer.of(pieces, ids, reason == "eos", sum(nudged)))
+        answers.append(Answer.of(pieces, ids, reason == "eos", sum(nudged), word_boundary))
     return answers

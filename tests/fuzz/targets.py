@@ -8,9 +8,11 @@ from typing import Any
 
 import tiny
 
-from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, ends_inside_character, word_starts
+from nudging_hf.core.answer import OneVocabulary, TwoVocabularies, ends_inside_character
+from nudging_hf.core.config import WORD_BOUNDARIES
 from nudging_hf.core.rounds import Accept, Lookahead, Question, Verdict, Word, rounds
 from nudging_hf.core.vocabulary import Vocabulary, to_text
+from nudging_hf.core.words import word_starts
 
 _LOSSLESS = ("byte_bpe", "other_byte_bpe", "metaspace_bpe", "unigram")
 _PIECES = (
@@ -74,8 +76,8 @@ class Choices:
 def check_rounds(data: bytes) -> None:
     """Answers the questions of one answer by chance, and checks each rule on all that was asked and accepted."""
     take = Choices(data)
-    on_agreement = bool(take.number(2))
-    algorithm, reply, events = rounds(on_agreement), None, []
+    on_agreement, beyond_word = bool(take.number(2)), bool(take.number(2))
+    algorithm, reply, events = rounds(on_agreement, beyond_word), None, []
     while take.are_left:
         try:
             step = algorithm.send(reply)
@@ -115,7 +117,9 @@ def check_rounds(data: bytes) -> None:
                 continue
             if phase == "round" and words:
                 asked = next(word for word in words[_position(words, nudged) :] if not word.is_empty)
-                agrees = on_agreement and event.text != "" and asked.text.startswith(event.text)
+                rest = words[next(i for i, word in enumerate(words) if word is asked) :]
+                ahead = "".join(word.text for word in rest) if beyond_word else asked.text
+                agrees = on_agreement and event.text != "" and ahead.startswith(event.text)
                 takes_over = event.is_confident or agrees
             else:
                 takes_over = phase == "round" or event.is_confident or event.inside_character
@@ -146,8 +150,9 @@ def check_bridge(data: bytes) -> None:
     name, nudging_name = take.one_of(list(tiny.TOKENIZERS)), take.one_of(list(tiny.TOKENIZERS))
     base, nudging = _VOCABULARIES[name], _VOCABULARIES[nudging_name]
     kind = OneVocabulary if name == nudging_name else TwoVocabularies
+    boundary = take.one_of(WORD_BOUNDARIES)
     prompts = ([*base.encode_after("", take.text(3))], [*nudging.encode_after("", take.text(3))])
-    row, unasked = kind(base, nudging, *prompts), kind(base, nudging, *prompts)
+    row, unasked = kind(base, nudging, *prompts, boundary), kind(base, nudging, *prompts, boundary)
     while take.are_left:
         if take.number(3) == 0:  # The base writes any token that is no control token.
             new = [take.one_of(sorted(set(range(len(base.tokenizer))) - base.control))]
@@ -173,10 +178,13 @@ def _check_words(row: Any, lookahead: list[int], words: tuple[Word, ...], is_los
         assert all(word.ids for word in words)
     else:
         assert all(row.vocabulary.control.isdisjoint(_known(row.vocabulary, word.ids)) for word in words)
-        bounds = [0, *word_starts(raw), len(raw)]
+        bounds = [0, *word_starts(raw, row.word_boundary), len(raw)]
         split = [to_text(raw[start:end]) for start, end in pairwise(bounds)]
         if is_lossless:
-            assert [word.text for word in words] == [each for each in split if each]
+            if row.word_boundary == "space":
+                assert [word.text for word in words] == [each for each in split if each]
+            else:  # A word starts at a token, so that several may be one.
+                assert "".join(word.text for word in words) == to_text(raw) and len(words) <= len(split)
             assert all(_crossed(row.vocabulary, word.ids, word.text) for word in words)
         else:
             assert "".join(split).startswith("".join(word.text for word in words))
