@@ -85,9 +85,8 @@ def answers(nudger: Nudger, base, requests: dict[str, Request]) -> dict[str, lis
 
 CHANGES = [
     {},
-    {"extra_args": {"nudge_threshold": 0.7}},
+    {"extra_args": {"nudge_threshold": 0.7, "word_boundary": "unicode"}},
     {"extra_args": {"nudge_gate": "margin", "nudge_threshold": 0.2, "takeover_on_agreement": 0}},
-    {"extra_args": {"word_boundary": "unicode"}},
     {"temperature": 1.2, "top_k": 30, "seed": 5},
     {"repetition_penalty": 1.3},
     {"min_tokens": 8},
