@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "see whether nudging is faster here",
     "calibrate": "find the threshold for a pair",
     "analyze": "look into a pair of models",
+    "safety": "see how far prompts can talk nudging away",
     "eval": "run lm-evaluation-harness with --model nudging_hf and the paper's tasks",
     "serve": "serve a pair to clients of OpenAI's API",
     "vllm": "write the command that serves a base with nudging by vLLM",

@@ -69,6 +69,10 @@ class NudgedText(str):
         self.nudged, self.words = nudged, words
         return self
 
+    @property
+    def nudge_rate(self) -> float | None:
+        return share_of(self.nudged, self.words)
+
 
 def nudge_rate_of(answers: Iterable[Any]) -> float | None:
     """The share of nudged words in those answers that are a [`NudgedText`]; `None` if they have no words."""

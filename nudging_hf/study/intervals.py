@@ -9,7 +9,7 @@ Interval = tuple[float, float]
 _Z = 1.959964  # The standard normal quantile of a two-sided interval of 95 %.
 
 
-def wilson(part: int, whole: int) -> Interval:
+def wilson(part: float, whole: int) -> Interval:
     """The 95 % interval of a share, which has a width at 0 and at 1 too.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference" (1927).

@@ -25,11 +25,8 @@ NAMES = (
 ).split()
 
 
-def coin_flips(rows: int, seed: int, **_: Any) -> Any:
-    """`rows` rows of coin_flip, as [`as_data_set`] returns them. Each person flips the coin with probability 1/2.
-
-    The harness passes a task's metadata too, which is ignored.
-    """
+def coin_flip_rows(rows: int, seed: int) -> list[dict[str, str]]:
+    """`rows` rows of coin_flip. Each person flips the coin with probability 1/2."""
     rng = random.Random(f"coin_flip {seed}")
     drawn = []
     for _number in range(rows):
@@ -40,11 +37,11 @@ def coin_flips(rows: int, seed: int, **_: Any) -> Any:
             "inputs": f"Q: A coin is heads up. {said} Is the coin still heads up?",
             "targets": "yes" if heads else "no",
         })  # fmt: skip
-    return as_data_set(drawn)
+    return drawn
 
 
-def last_letter_concats(rows: int, seed: int, **_: Any) -> Any:
-    """Rows of last_letter_concat. Arguments and result are those of [`coin_flips`]."""
+def last_letter_concat_rows(rows: int, seed: int) -> list[dict[str, str]]:
+    """`rows` rows of last_letter_concat."""
     rng = random.Random(f"last_letter_concat {seed}")
     drawn = []
     for _number in range(rows):
@@ -53,7 +50,17 @@ def last_letter_concats(rows: int, seed: int, **_: Any) -> Any:
             "question": f'Take the last letters of each words in "{" ".join(names)}" and concatenate them.',
             "answer": "".join(name[-1] for name in names),
         })  # fmt: skip
-    return as_data_set(drawn)
+    return drawn
+
+
+def coin_flips(rows: int, seed: int, **_: Any) -> Any:
+    """The rows of [`coin_flip_rows`] as a data set. The harness passes a task's metadata too, which is ignored."""
+    return as_data_set(coin_flip_rows(rows, seed))
+
+
+def last_letter_concats(rows: int, seed: int, **_: Any) -> Any:
+    """The rows of [`last_letter_concat_rows`], likewise."""
+    return as_data_set(last_letter_concat_rows(rows, seed))
 
 
 def as_data_set(rows: list[dict[str, Any]]) -> Any:
