@@ -111,9 +111,10 @@ def encode_in_context(tokenizer: PreTrainedTokenizerFast, left: str, text: str) 
         if tail and whole[: len(alone)] == alone:
             return whole[len(alone) :]
     if join_bytes(tokenizer, encode(text)) != text.encode():  # It adds a space before a text, so put a guard there.
-        guard, whole = encode("\n"), encode("\n" + text)
-        if whole[: len(guard)] == guard:
-            return whole[len(guard) :]
+        for guard in "\n.0a":
+            alone, whole = encode(guard), encode(guard + text)
+            if whole[: len(alone)] == alone:
+                return whole[len(alone) :]
     return encode(text)
 
 

@@ -123,6 +123,13 @@ def test_a_spelt_out_control_token_is_plain_text(name):
         assert tokens.bytes_of(i) == b""
 
 
+@pytest.mark.parametrize("context", ["", "\n", "a  \n"])
+def test_no_space_is_added_after_a_line_break_that_forms_a_token_with_the_text(context):
+    own = vocabulary("metaspace_bpe")
+    assert own.encode_suffix("\n", "- the") is None
+    assert own.join(own.encode_after(context, "- the")) == b"- the"
+
+
 class _OwnCode(PreTrainedTokenizerFast):
     def _encode_plus(self, text, *args, **kwargs):
         return super()._encode_plus(text, *args, **kwargs)

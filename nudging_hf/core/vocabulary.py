@@ -30,6 +30,7 @@ _SENTENCEPIECE_SPACE = "\u2581"
 _MAX_QUOTED_CHARACTERS = 20  # A warning quotes at most this much of a text,
 _MAX_QUOTED_LOSSES = 4  # and at most so many samples.
 _JOIN_CHARACTERS = 32  # `encode_after` drops a context up to any place within this end of it.
+_ANCHORS = ("\n", ".", "0", "a")  # Characters that it puts before a text.
 _HEAD_CHARACTERS = 256  # It tries each place with this beginning of the text first.
 # Text that some tokenizers cannot represent. A sample of each kind tells whether one can.
 _SAMPLES = (
@@ -114,11 +115,12 @@ class Vocabulary:
                 ids = self.encode_suffix(context[start:], text)
             if ids is not None:
                 return ids
-        alone = self._encode(text)
-        ids = None
-        if self.join(alone) != text.encode():  # It adds a space before a first word, so a line break goes before it.
-            ids = self.encode_suffix("\n", text)
-        return list(alone) if ids is None else ids
+        alone = list(self._encode(text))
+        if self.join(alone) == text.encode():
+            return alone
+        # It adds a space before a first word, so a character goes before it with which the text forms no token.
+        suffixes = (self.encode_suffix(anchor, text) for anchor in _ANCHORS)
+        return next((ids for ids in suffixes if ids is not None), alone)
 
     def encode_suffix(self, context: str, text: str) -> list[int] | None:
         """The ids of `text` after those of `context`; `None` where `text` changes the ids of `context`."""
