@@ -145,7 +145,8 @@ def case_of(seed: int, number: int) -> Case:
     kind = draw.choice(["none"] * 4 + ["forbid", "stop tokens", "stop strings", "bad words", "ngrams", "penalty"])
     ordinary = [i for i in range(size) if i not in pair.tokenizer.all_special_ids]
     if kind == "forbid":
-        rule = random_rule(eos, size, number, (0.02, 0.2))
+        ends_from = max(7, settings.get("min_new_tokens", 0))  # Before it, EOS is forbidden too.
+        rule = random_rule(eos, size, number, (0.02, 0.2), ends_from)
         settings["logits_processor"] = [ForbidTokens(max(map(len, given[0])), rule)]
         oracle = {**oracle, "forbidden": rule} if oracle and is_plain and len(given[0]) == 1 else None
     elif kind == "stop tokens":

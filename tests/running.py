@@ -195,7 +195,7 @@ class ForbidTokens(LogitsProcessor):
 
 
 def random_rule(
-    eos: int, size: int, seed: int, shares: Sequence[float] = (0.1, 0.5, 0.9)
+    eos: int, size: int, seed: int, shares: Sequence[float] = (0.1, 0.5, 0.9), ends_from: int = 7
 ) -> Callable[[list[int]], frozenset[int]]:
     """A random function from ids to the tokens that are forbidden after them. It always allows some token.
 
@@ -204,6 +204,7 @@ def random_rule(
         size: the size of the vocabulary.
         seed: seeds the function.
         shares: the share of forbidden tokens is drawn from these.
+        ends_from: EOS is the only token that is allowed only after so many ids.
     """
 
     @functools.cache
@@ -213,9 +214,9 @@ def random_rule(
         forbidden = {token for token in range(size) if draw.random() < share}
         if draw.random() < 0.5:
             forbidden.discard(eos)
-        if draw.random() < 0.03 and length > 6:
+        if draw.random() < 0.03 and length >= ends_from:
             forbidden = set(range(size)) - {eos}
-        if len(forbidden) == size or (forbidden == set(range(size)) - {eos} and length < 7):
+        if len(forbidden) == size or (forbidden == set(range(size)) - {eos} and length < ends_from):
             forbidden.discard(draw.choice([token for token in range(size) if token != eos]))
         return frozenset(forbidden)
 
