@@ -271,9 +271,20 @@ def test_each_text_is_encoded_after_the_text_before_it(name, nudging_name):
             words = row.words(lookahead)
             for word in words:
                 assert list(word.ids) == oracle.encode_in_context(ours.tokenizer, left[0], word.text)
-                left[0] += word.text
+                left[0] += oracle.text_of(ours.tokenizer, word.ids)
             for token in words[0].ids if words else ():
                 row.append(token)
+
+
+def test_a_word_is_encoded_after_what_the_base_can_read_of_the_words_before_it():
+    ours, theirs = vocabulary("wordpiece"), vocabulary("byte_bpe")
+    row = TwoVocabularies(ours, theirs, [], [], "unicode")
+    words = row.words(theirs.encode_after("", "A8漢a"))
+    assert len(words) > 1 and ours.tokenizer.unk_token_id in [token for word in words for token in word.ids]
+    left = ""
+    for word in words:
+        assert list(word.ids) == oracle.encode_in_context(ours.tokenizer, left, word.text)
+        left += oracle.text_of(ours.tokenizer, word.ids)
 
 
 def test_an_emoji_split_over_tokens_is_one_unfinished_word():

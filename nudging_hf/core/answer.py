@@ -202,7 +202,7 @@ class TwoVocabularies(_Answer):
             if ids or (end == len(text) and words):
                 self.vocabulary.warn_if_lossy(word, ids)
                 words.append(Word(word, ids))
-                context += word
+                context += to_text(self.vocabulary.join(ids))  # As the base will read it.
                 if len(context) > 2 * _CHUNK_CHARACTERS:
                     context = recent_context(context)
                 start = end
