@@ -166,7 +166,7 @@ def test_commands_are_understood(page):
     for _, *given in commands_of(page, "nudging-hf"):
         args, more = cli._parser(given).parse_known_args(given)
         assert not more or args.takes_more, given
-    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", text_of("Makefile"), re.MULTILINE))
     for _, *given in commands_of(page, "make"):
         assert next(word for word in given if "=" not in word) in targets, given
     for _, program, *_ in commands_of(page, "python"):
