@@ -112,8 +112,6 @@ def run(args: argparse.Namespace) -> None:
     )
     stored = models.base.model.generation_config.to_dict()
     configs = [NudgingConfig.resolve([each, stored]) for each in gates]
-    for reader in filter(None, vars(models).values()):  # All answers are measured by the same words.
-        reader.word_boundary = configs[0].word_boundary
     contestants, left_out = comparison.contestants_of(models, configs)
     setup = _setup(args, models, configs[0], questions)
     journal = Journal(args.out / "answers.jsonl", setup)

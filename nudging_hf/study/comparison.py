@@ -80,10 +80,15 @@ def contestants_of(
 ) -> tuple[list[Contestant], dict[str, str]]:
     """The contestants that some models make, in the order of the table, and why others are not among them, by name.
 
+    The words of all answers are counted by the `word_boundary` of `configs`.
+
     Args:
         configs: parameters of nudging that differ in gate and threshold; the base is nudged with each.
         with_rivals: whether the ensemble, proxy tuning and in-context alignment take part.
     """
+    if configs:
+        for reader in filter(None, vars(models).values()):
+            reader.word_boundary = configs[0].word_boundary
     base, nudging, shared, large_aligned = models.base, models.nudging, models.shared, models.large_aligned
     found = [Contestant(BASE, base.answers, large=base), Contestant(NUDGING, nudging.answers, small=(nudging,))]
     left_out: dict[str, str] = {}

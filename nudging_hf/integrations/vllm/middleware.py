@@ -18,7 +18,7 @@ from typing import Any
 from ...core.vocabulary import Vocabulary
 from ...encoded_chats import chat_ids
 from .params import base_arguments, base_tokenizer, is_plain, nudging_tokenizer, validate_params
-from .replies import Message, Replies, Send, send_error
+from .replies import Message, Replies, Send, send_error, with_length
 from .reports import KEY, Reports
 
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -79,14 +79,12 @@ class NudgingMiddleware:
         self, scope: MutableMapping[str, Any], raw: bytes, receive: Callable[[], Awaitable[Message]], send: Send
     ) -> None:
         """Lets vLLM answer a body that has been read."""
-        others = [each for each in scope["headers"] if each[0].lower() != b"content-length"]
-        scope = {**scope, "headers": [*others, (b"content-length", str(len(raw)).encode())]}
         given = iter([{"type": "http.request", "body": raw, "more_body": False}])
 
         async def replay() -> Message:
             return next(given, None) or await receive()
 
-        await self.app(scope, replay, send)
+        await self.app(with_length(scope, raw), replay, send)
 
     def _checked(self, body: dict[str, Any], extra: dict[str, Any], is_chat: bool) -> dict[str, Any]:
         """The body of a nudged request, to which a chat adds the nudging model's prompt.

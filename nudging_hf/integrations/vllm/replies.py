@@ -33,6 +33,12 @@ def choice_index(request_id: str, answers: int) -> int:
     return 0 if found is None else int(found["prompt"] or 0) * answers + int(found["answer"] or 0)
 
 
+def with_length(message: Message, body: bytes) -> Message:
+    """A message, or a scope, whose headers tell the length of this body."""
+    others = [each for each in message["headers"] if each[0].lower() != b"content-length"]
+    return {**message, "headers": [*others, (b"content-length", str(len(body)).encode())]}
+
+
 def error_body(status: int, message: str) -> bytes:
     """An error in the form of OpenAI's."""
     kind = "invalid_request_error" if status < 500 else "internal_error"
@@ -42,8 +48,8 @@ def error_body(status: int, message: str) -> bytes:
 async def send_error(send: Send, status: int, message: str) -> None:
     """Answers a request with an error."""
     body = error_body(status, message)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    headers = [(b"content-type", b"application/json")]
+    await send(with_length({"type": "http.response.start", "status": status, "headers": headers}, body))
     await send({"type": "http.response.body", "body": body})
 
 
@@ -146,8 +152,7 @@ class Replies:
             return await send_error(self._send, *next(iter(self._errors.values())))
         self._mark(reply)
         body = json.dumps(reply, separators=(",", ":")).encode()
-        others = [each for each in self._start["headers"] if each[0].lower() != b"content-length"]
-        await self._send({**self._start, "headers": [*others, (b"content-length", str(len(body)).encode())]})
+        await self._send(with_length(self._start, body))
         await self._send({"type": "http.response.body", "body": body})
 
     def _event(self, event: bytes) -> bytes:
